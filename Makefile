@@ -1,0 +1,43 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PATHS := $(wildcard hf_lossless_lr tests examples)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP) ## create .venv with the package and its development tools (PYTHON=... chooses the interpreter)
+
+# The stamp is removed first and written last. An environment without one comes from a set-up that was interrupted,
+# and is built anew; one with an older stamp is brought up to date in place.
+$(STAMP): pyproject.toml constraints.txt
+	@if [ -e $@ ]; then rm $@; else rm -rf $(VENV); fi
+	@echo "setting up $(VENV) (a few minutes the first time)"
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup ## compress a small model, trained on the spot, and print the report
+	@$(BIN)/hf-lossless-lr demo
+
+test: setup ## run the tests
+	@$(BIN)/python -m pytest
+
+lint: setup ## check style and formatting
+	@$(BIN)/ruff check $(PATHS)
+	@$(BIN)/ruff format --check $(PATHS)
+
+types: setup ## check the type annotations of the package
+	@$(BIN)/mypy
+
+format: setup ## rewrite the sources in the project's format
+	@$(BIN)/ruff check --fix $(PATHS)
+	@$(BIN)/ruff format $(PATHS)
+
+clean: ## remove the environment, caches and build results
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	find hf_lossless_lr tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,47 @@
+"""Low-rank compression of trained Hugging Face models, without a measurable loss and without fine-tuning.
+
+Importing this package registers the checkpoint format with Transformers, so that `AutoModel….from_pretrained` loads
+compressed checkpoints.
+
+Example:
+    ```python
+    from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
+
+    compressor = LowRankCompressor(LosslessLowRankConfig(keep_ratio=0.5))
+    model = compressor.compress(model, calib_dataset, eval_dataset=held_out, processing_class=tokenizer)
+    model.save_pretrained("compressed")
+    ```
+"""
+
+from .compressor import LowRankCompressor
+from .config import LosslessLowRankConfig
+from .errors import (
+    CheckpointError,
+    ConfigurationError,
+    DataError,
+    LosslessLowRankError,
+    NumericalError,
+    NumericalWarning,
+    TargetError,
+)
+from .modules import FactorizedConv2d, FactorizedLinear
+from .quantizer import dequantize
+from .report import CompressionReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "CompressionReport",
+    "ConfigurationError",
+    "DataError",
+    "FactorizedConv2d",
+    "FactorizedLinear",
+    "LosslessLowRankConfig",
+    "LosslessLowRankError",
+    "LowRankCompressor",
+    "NumericalError",
+    "NumericalWarning",
+    "TargetError",
+    "dequantize",
+]

@@ -1,0 +1,169 @@
+"""From what the user passes (a dataset, a loader, batches) to a deterministic `DataLoader`, as `Trainer` does."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from typing import Any, cast
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from transformers import DataCollatorWithPadding, PreTrainedModel, default_data_collator
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from .errors import DataError
+from .heads import batch_examples, label_names
+
+MIN_EXAMPLES = 8
+HOLDOUT_FRACTION = 0.2
+
+
+def make_dataloader(
+    data: Any,
+    model: PreTrainedModel,
+    *,
+    batch_size: int,
+    data_collator: Any = None,
+    processing_class: Any = None,
+    name: str = "calib_dataset",
+) -> DataLoader:
+    """Build a loader that yields the same batches in the same order each time.
+
+    Args:
+        data: a `datasets.Dataset` or torch `Dataset` of examples, a `DataLoader` (its dataset, collator and batch size
+            are used, without shuffling), or a finite iterable of batches (mappings of tensors).
+        model: the model; columns that its forward does not take are dropped, as `Trainer` does.
+        batch_size: examples per batch, where the data has none of its own.
+        data_collator: collator for examples; default as in `Trainer`.
+        processing_class: tokenizer or processor, for the default collator.
+        name: what to call the data in errors.
+
+    Returns:
+        A `DataLoader` without shuffling.
+
+    Raises:
+        DataError: if the data is empty, too small, of an unknown kind, or has no column that the model takes.
+    """
+    if isinstance(data, DataLoader):
+        if isinstance(data.dataset, IterableDataset) or data.batch_size is None:
+            loader = _batches_loader(list(data), name)
+        else:
+            loader = _loader(data.dataset, data.batch_size, data.collate_fn)
+    elif isinstance(data, IterableDataset):
+        examples = [_used_columns(example, model) for example in data]
+        loader = _loader(examples, batch_size, _collator(data_collator, processing_class))
+    elif isinstance(data, (Mapping, str)) or not isinstance(data, (Dataset, Iterable)):
+        raise DataError(
+            f"{name}: expected a Dataset, a DataLoader or an iterable of batches, got {type(data).__name__}."
+        )
+    elif _is_examples(data):
+        loader = _loader(_Columns(data, model, name), batch_size, _collator(data_collator, processing_class))
+    else:
+        loader = _batches_loader(list(cast(Iterable[Any], data)), name)
+    _check_size(loader, name)
+    return loader
+
+
+def dataset_size(loader: DataLoader) -> int:
+    """Return the number of items (examples, or ready-made batches) behind a loader from `make_dataloader`."""
+    return len(cast(Sized, loader.dataset))
+
+
+def split_holdout(loader: DataLoader, seed: int) -> tuple[DataLoader, DataLoader]:
+    """Split a loader into disjoint calibration and held-out parts, deterministically.
+
+    Args:
+        loader: a loader from `make_dataloader`.
+        seed: seed of the random choice.
+
+    Returns:
+        Loaders of four fifths and of one fifth of the examples (or of the batches, where batches were given).
+
+    Raises:
+        DataError: if there is too little to split.
+    """
+    count = dataset_size(loader)
+    held_out = int(count * HOLDOUT_FRACTION)
+    if held_out < 1:
+        raise DataError(
+            f"calib_dataset: {count} items are too few to hold some out for evaluation; pass eval_dataset, or more "
+            "data."
+        )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    parts = (sorted(order[held_out:]), sorted(order[:held_out]))
+    return subset(loader, parts[0]), subset(loader, parts[1])
+
+
+def subset(loader: DataLoader, indices: Sequence[int]) -> DataLoader:
+    """Return a loader of some of the items, in the given order."""
+    return _loader(Subset(loader.dataset, indices), loader.batch_size, loader.collate_fn)
+
+
+class _Columns(Dataset):
+    """Examples of a dataset, reduced to the columns that the model takes."""
+
+    def __init__(self, data: Any, model: PreTrainedModel, name: str) -> None:
+        self.data, self.model = data, model
+        if len(data) and isinstance(data[0], Mapping) and not _used_columns(data[0], model):
+            raise DataError(
+                f"{name}: has the columns {', '.join(map(str, data[0]))}, none of which {type(model).__name__} takes. "
+                "Tokenize the text (or process the images) first, for instance with `dataset.map(tokenize)`."
+            )
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        return _used_columns(self.data[index], self.model)
+
+
+def _used_columns(example: Any, model: PreTrainedModel) -> Any:
+    if not isinstance(example, Mapping):
+        return example
+    parameters = inspect.signature(model.forward).parameters
+    used = {*parameters, *label_names(model), "label", "label_ids"}
+    return {column: value for column, value in example.items() if column in used and value is not None}
+
+
+def _is_examples(data: Any) -> bool:
+    """Whether indexing gives examples rather than whole batches."""
+    if isinstance(data, Dataset) or hasattr(data, "column_names"):
+        return True
+    first = data[0] if isinstance(data, Sequence) and len(data) else None
+    return isinstance(first, Mapping) and not all(isinstance(value, torch.Tensor) for value in first.values())
+
+
+def _collator(data_collator: Any, processing_class: Any) -> Any:
+    if data_collator is not None:
+        return data_collator
+    if isinstance(processing_class, PreTrainedTokenizerBase):
+        return DataCollatorWithPadding(processing_class)
+    return default_data_collator
+
+
+def _loader(dataset: Any, batch_size: int | None, collate_fn: Any) -> DataLoader:
+    return DataLoader(dataset, batch_size=batch_size, shuffle=False, collate_fn=collate_fn)
+
+
+def _single(items: list[Any]) -> Any:
+    return items[0]
+
+
+def _batches_loader(batches: list[Any], name: str) -> DataLoader:
+    for index, batch in enumerate(batches):
+        if not isinstance(batch, Mapping) or not any(isinstance(value, torch.Tensor) for value in batch.values()):
+            raise DataError(
+                f"{name}: batch {index} is a {type(batch).__name__}; each batch must map forward's argument names to "
+                "tensors."
+            )
+    return _loader(batches, 1, _single)
+
+
+def _check_size(loader: DataLoader, name: str) -> None:
+    count = dataset_size(loader)
+    if count and loader.collate_fn is _single:
+        count = sum(batch_examples(batch) for batch in loader)
+    if count == 0:
+        raise DataError(f"{name}: is empty.")
+    if count < MIN_EXAMPLES:
+        raise DataError(f"{name}: has {count} examples; at least {MIN_EXAMPLES} are needed.")

@@ -1,0 +1,229 @@
+"""`LosslessLowRankConfig`: what the user chooses, and the manifest of what was factorized.
+
+It is a Transformers quantization config, so it travels in `config.json` and selects our loader in `from_pretrained`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .curves import STORAGES
+from .errors import CheckpointError, ConfigurationError
+
+METHOD = "lossless_lr"
+FORMAT_VERSION = 1
+OBJECTIVES = ("budget", "uniform", "lossless", "compact", "paper-lossless", "paper-compact")
+METRICS = ("kronecker", "activation", "activation-diagonal", "fisher", "identity")
+DEFAULT_KEEP_RATIO = 0.5
+
+
+def _option(default: Any, text: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+@dataclass
+class CompressionOptions:
+    """The choices of a compression run; `LosslessLowRankConfig` adds the record of what was done.
+
+    Attributes:
+        objective: what to aim for. `budget`: lowest predicted loss at `keep_ratio`. `uniform`: `keep_ratio` in each
+            layer. `lossless`: lowest upper confidence bound of the predicted loss among models that compress.
+            `compact`: smallest model whose upper confidence bound stays within `loss_margin`. `paper-lossless`,
+            `paper-compact`: Algorithms 1 and 2 of arXiv 2412.06867.
+        keep_ratio: parameters kept divided by original parameters of the targeted weights, in (0, 1]; for `budget` and
+            `uniform` only (default 0.5 there).
+        metric: metric of the factorization (default `kronecker`, and `identity` for the paper's objectives).
+        target_modules: patterns of layers to factorize; None means every attention and MLP projection. A pattern is an
+            exact name (or the end of one), `re:` and a regular expression, a glob, or a layer type such as `Linear`.
+        ignore: patterns of layers to leave dense.
+        damping: relative damping of the second moments, at least 0.
+        storage: `pivoted`, `two-factor`, or `auto` (the smaller, unless what it saves is negligible).
+        rank_multiple: ranks are rounded down to a multiple of this.
+        seed: seed of the split that holds out data when no evaluation set is given.
+        batch_size: examples per forward pass.
+        loss_margin: largest acceptable loss increase, in nats per labelled unit.
+        metric_margin: largest acceptable drop of the task metric, as a fraction (0.01 is one point).
+        confidence: confidence level of one-sided bounds, in (0.5, 1).
+        epsilon: elementwise noise bound of the paper's objectives; None calibrates it by eq. 8 of the paper.
+        epsilon_tolerance: gap between measured and first-order loss change that eq. 8 accepts, in nats.
+    """
+
+    objective: str = _option("budget", "what to aim for", choices=OBJECTIVES)
+    keep_ratio: float | None = _option(
+        None,
+        f"share of the targeted parameters to keep, in (0, 1]; default {DEFAULT_KEEP_RATIO} for budget and uniform",
+    )
+    metric: str | None = _option(None, "metric of the factorization; default kronecker", choices=METRICS)
+    target_modules: list[str] | None = _option(
+        None, "layers to factorize: names, re:regex, globs or types; default all attention and MLP projections"
+    )
+    ignore: list[str] | None = _option(None, "layers to leave dense, same patterns")
+    damping: float = _option(0.03, "relative damping of the second moments")
+    storage: str = _option("auto", "how factors are stored", choices=("auto", *STORAGES))
+    rank_multiple: int = _option(1, "round ranks down to a multiple of this")
+    seed: int = _option(0, "seed of the held-out split")
+    batch_size: int = _option(32, "examples per forward pass")
+    loss_margin: float = _option(0.01, "largest acceptable loss increase in nats")
+    metric_margin: float = _option(0.005, "largest acceptable drop of the metric, as a fraction")
+    confidence: float = _option(0.95, "confidence level of one-sided bounds")
+    epsilon: float | None = _option(None, "elementwise noise bound of the paper's objectives; default: eq. 8")
+    epsilon_tolerance: float = _option(1e-4, "gap in nats that eq. 8 of the paper accepts")
+
+    def __post_init__(self) -> None:
+        """Validate every value and resolve the defaults that depend on the objective."""
+        _choice("objective", self.objective, OBJECTIVES)
+        paper = self.objective.startswith("paper-")
+        if self.metric is None:
+            self.metric = "identity" if paper else "kronecker"
+        _choice("metric", self.metric, METRICS)
+        _choice("storage", self.storage, ("auto", *STORAGES))
+        if self.objective in ("budget", "uniform"):
+            self.keep_ratio = DEFAULT_KEEP_RATIO if self.keep_ratio is None else self.keep_ratio
+            _number("keep_ratio", self.keep_ratio, 0, 1, "(0, 1]", exclude_low=True)
+        elif self.keep_ratio is not None:
+            raise ConfigurationError(
+                f"keep_ratio={self.keep_ratio!r} contradicts objective={self.objective!r}, which chooses the size by "
+                "itself; leave keep_ratio out, or use objective='budget' or 'uniform'."
+            )
+        if paper and self.metric != "identity":
+            raise ConfigurationError(
+                f"metric={self.metric!r} contradicts objective={self.objective!r}: the paper's algorithms use "
+                "metric='identity'."
+            )
+        if self.epsilon is not None:
+            _number("epsilon", self.epsilon, 0, math.inf, "(0, inf)", exclude_low=True)
+            if not paper:
+                raise ConfigurationError(
+                    f"epsilon={self.epsilon!r} contradicts objective={self.objective!r}: it is used by "
+                    "'paper-lossless' and 'paper-compact' only."
+                )
+        self._check_numbers()
+        self.target_modules = _patterns("target_modules", self.target_modules)
+        self.ignore = _patterns("ignore", self.ignore)
+
+    def _check_numbers(self) -> None:
+        _number("damping", self.damping, 0, math.inf, "[0, inf)")
+        _number("loss_margin", self.loss_margin, 0, math.inf, "[0, inf)")
+        _number("metric_margin", self.metric_margin, 0, 1, "[0, 1]")
+        _number("confidence", self.confidence, 0.5, 1, "(0.5, 1)", exclude_low=True, exclude_high=True)
+        _number("epsilon_tolerance", self.epsilon_tolerance, 0, math.inf, "(0, inf)", exclude_low=True)
+        for name in ("rank_multiple", "batch_size", "seed"):
+            value, low = getattr(self, name), 0 if name == "seed" else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ConfigurationError(f"{name}: must be an integer of at least {low}, got {value!r}.")
+
+
+@dataclass
+class ModuleRecord:
+    """How one module is stored: its rank and the storage of its factors."""
+
+    rank: int
+    storage: str
+
+
+@dataclass(repr=False)
+class LosslessLowRankConfig(CompressionOptions, QuantizationConfigMixin):
+    """Configuration of a low-rank compression, saved in the model's `config.json`.
+
+    See `CompressionOptions` for the choices. Two more fields are filled in by the compressor:
+
+    Attributes:
+        modules: the manifest, module name to `{"rank": int, "storage": str}`. Empty until a model is compressed.
+        format_version: version of the checkpoint format.
+
+    Raises:
+        ConfigurationError: at construction, if a value is unknown, out of range or contradicts another one.
+        CheckpointError: if the manifest is malformed or written by a newer version.
+    """
+
+    modules: dict[str, dict[str, Any]] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+    quant_method: str = METHOD  # type: ignore[assignment]  # Transformers types it as its own closed enum
+
+    def __post_init__(self) -> None:
+        """Validate the choices and the manifest."""
+        super().__post_init__()
+        if self.quant_method != METHOD:
+            raise ConfigurationError(f"quant_method: must be {METHOD!r}, got {self.quant_method!r}.")
+        if not isinstance(self.format_version, int) or not 1 <= self.format_version <= FORMAT_VERSION:
+            raise CheckpointError(
+                f"the checkpoint has format version {self.format_version!r}; this package reads versions up to "
+                f"{FORMAT_VERSION}. Upgrade with `pip install -U hf-lossless-lr`."
+            )
+        if not isinstance(self.modules, Mapping):
+            raise CheckpointError(f"modules: the manifest must map names to records, got {self.modules!r}.")
+        self.modules = {name: _checked_record(name, record) for name, record in self.modules.items()}
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> LosslessLowRankConfig | tuple[LosslessLowRankConfig, dict[str, Any]]:
+        """Build a config from the dictionary in a `config.json`.
+
+        Args:
+            config_dict: the dictionary.
+            return_unused_kwargs: whether to return the keyword arguments that are no fields as well.
+            kwargs: values that override the dictionary's.
+
+        Returns:
+            The config, with the unused keyword arguments if asked.
+
+        Raises:
+            ConfigurationError: if the dictionary has an unknown field.
+        """
+        known = {f.name for f in fields(cls)}
+        for name in config_dict:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else f" Known are: {', '.join(sorted(known))}."
+                raise ConfigurationError(f"LosslessLowRankConfig has no field {name!r}.{hint}")
+        used = {name: value for name, value in kwargs.items() if name in known}
+        config = cls(**{**config_dict, **used})
+        unused = {name: value for name, value in kwargs.items() if name not in known}
+        return (config, unused) if return_unused_kwargs else config
+
+    def record(self, name: str) -> ModuleRecord:
+        """Return the manifest's record of a module."""
+        return ModuleRecord(**self.modules[name])
+
+
+def _checked_record(name: str, record: Any) -> dict[str, Any]:
+    expected = {f.name for f in fields(ModuleRecord)}
+    if not isinstance(record, Mapping) or set(record) != expected:
+        raise CheckpointError(f"modules[{name!r}]: expected the keys {sorted(expected)}, got {record!r}.")
+    rank, storage = record["rank"], record["storage"]
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise CheckpointError(f"modules[{name!r}]: rank must be a positive integer, got {rank!r}.")
+    if storage not in STORAGES:
+        raise CheckpointError(f"modules[{name!r}]: storage must be one of {', '.join(STORAGES)}, got {storage!r}.")
+    return {"rank": rank, "storage": storage}
+
+
+def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigurationError(f"{name}: {value!r} is unknown; choose one of {', '.join(allowed)}.{hint}")
+
+
+def _number(
+    name: str, value: Any, low: float, high: float, text: str, exclude_low: bool = False, exclude_high: bool = False
+) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not low <= value <= high or (exclude_low and value == low) or (exclude_high and value == high):
+        raise ConfigurationError(f"{name}: must be a number in {text}, got {value!r}.")
+
+
+def _patterns(name: str, value: Any) -> list[str] | None:
+    if value is None:
+        return None
+    patterns = [value] if isinstance(value, str) else list(value) if isinstance(value, (list, tuple, set)) else None
+    if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
+        raise ConfigurationError(f"{name}: must be None, a pattern or a non-empty list of patterns, got {value!r}.")
+    return sorted(patterns) if isinstance(value, set) else patterns

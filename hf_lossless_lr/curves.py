@@ -1,0 +1,96 @@
+"""Predicted loss and parameter count of one layer for all ranks: the only place with a cost formula.
+
+Arrays are numpy float64, indexed by the rank `k = 0 … m` with `m = min(out, in)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+STORAGES = ("pivoted", "two-factor")
+
+
+def factorized_parameters(out_features: int, in_features: int, rank: int, storage: str) -> int:
+    """Return the numbers stored for a weight of the given rank, without its bias.
+
+    `k (out + in)` for `two-factor` and `k (out + in − k)` for `pivoted` storage.
+
+    Args:
+        out_features: rows of the weight.
+        in_features: columns of the weight.
+        rank: `k`.
+        storage: `pivoted` or `two-factor`.
+
+    Returns:
+        The number of parameters.
+    """
+    saved = rank if storage == "pivoted" else 0
+    return rank * (out_features + in_features - saved)
+
+
+def break_even_rank(out_features: int, in_features: int, storage: str) -> int:
+    """Return the largest rank that stores fewer numbers than the dense weight; 0 if there is none.
+
+    The paper's compression condition `k < NM / (N + M)` for `two-factor`, and `k < min(N, M)` for `pivoted` storage.
+
+    Args:
+        out_features: rows of the weight, `N`.
+        in_features: columns of the weight, `M`.
+        storage: `pivoted` or `two-factor`.
+
+    Returns:
+        The largest compressing rank.
+    """
+    if storage == "pivoted":
+        return min(out_features, in_features) - 1
+    return (out_features * in_features - 1) // (out_features + in_features)
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """What replacing one layer by its rank-`k` form is predicted to cost, for every `k`.
+
+    Attributes:
+        out_features: rows of the weight.
+        in_features: columns of the weight.
+        storage: how the factors are stored, `pivoted` or `two-factor`.
+        first_order: `⟨G, Ŵ_k − W⟩` in nats.  # shape: (m + 1,)
+        second_order: `½ tr(B D A Dᵀ)` in nats, at least 0.  # shape: (m + 1,)
+        units: labelled units behind the estimates (examples, or tokens of a language model).
+        max_noise: `max |Ŵ_k − W|` elementwise, only where a rule needs it.  # shape: (m + 1,)
+    """
+
+    out_features: int
+    in_features: int
+    storage: str
+    first_order: np.ndarray
+    second_order: np.ndarray
+    units: int
+    max_noise: np.ndarray | None = None
+
+    @property
+    def dense_parameters(self) -> int:
+        """Parameters of the dense weight."""
+        return self.out_features * self.in_features
+
+    @property
+    def break_even_rank(self) -> int:
+        """Largest rank that compresses this layer in its storage."""
+        return break_even_rank(self.out_features, self.in_features, self.storage)
+
+    @property
+    def standard_error(self) -> np.ndarray:
+        """Standard error of the first-order term, `sqrt(tr(B D A Dᵀ) / units)`, in nats.  # shape: (m + 1,)."""
+        return np.sqrt(2.0 * self.second_order / max(self.units, 1))
+
+    def parameters(self, rank: int | None) -> int:
+        """Return the parameters of the weight at `rank`, or of the dense weight for None."""
+        if rank is None:
+            return self.dense_parameters
+        return factorized_parameters(self.out_features, self.in_features, rank, self.storage)
+
+    def upper_bound(self, z: float) -> np.ndarray:
+        """Return the upper confidence bound `first + second + z * standard_error` in nats.  # shape: (m + 1,)."""
+        return self.first_order + self.second_order + z * self.standard_error

@@ -1,0 +1,179 @@
+"""From a weight and its statistics to nested factors and a loss curve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .curves import STORAGES, LossCurve, factorized_parameters
+from .errors import ConfigurationError, NumericalError
+from .linalg import MetricFactors, damped, metric_svd, pivoted_form, quadratic_tails
+from .statistics import LayerStatistics
+
+NEGLIGIBLE_SAVING = 0.05  # `auto` drops the pivots where they save less than this share of two factors
+
+Side = torch.Tensor | None
+
+
+class FactorTensors(NamedTuple):
+    """What `FactorizedLinear.load_factors` takes; shapes are given there."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+    permutation: torch.Tensor | None
+
+
+def _activation_diagonal(stats: LayerStatistics, damping: float) -> tuple[Side, Side]:
+    return damped(stats.input_covariance.diagonal(), damping), None
+
+
+def _fisher(stats: LayerStatistics, damping: float) -> tuple[Side, Side]:
+    return None, damped(stats.grad_covariance.diagonal(), damping)
+
+
+METRIC_SIDES: dict[str, Callable[[LayerStatistics, float], tuple[Side, Side]]] = {
+    "identity": lambda stats, damping: (None, None),
+    "fisher": _fisher,
+    "activation-diagonal": _activation_diagonal,
+    "activation": lambda stats, damping: (damped(stats.input_covariance, damping), None),
+    "kronecker": lambda stats, damping: (
+        damped(stats.input_covariance, damping),
+        damped(stats.grad_covariance, damping),
+    ),
+}
+"""Name of a metric to its sides `(A, B)`; None is the identity."""
+
+
+@dataclass(frozen=True)
+class Factorization:
+    """Nested factors of one weight; every rank is a slice.
+
+    Attributes:
+        factors: left and right factors of full rank, in float64.
+    """
+
+    factors: MetricFactors
+
+    def weight(self, rank: int) -> torch.Tensor:
+        """Return the approximation of the given rank.  # shape: (out, in)."""
+        return self.factors.left[:, :rank] @ self.factors.right[:rank]
+
+    def truncate(self, rank: int, storage: str) -> FactorTensors:
+        """Return the factors of the given rank in the given storage.
+
+        Args:
+            rank: `k`, from 1 to `min(out, in)` (below it for pivoted storage).
+            storage: `pivoted` or `two-factor`.
+
+        Returns:
+            Tensors for `load_factors`.
+        """
+        left, right = self.factors.left[:, :rank], self.factors.right[:rank]
+        if storage == "pivoted":
+            form = pivoted_form(left, right)
+            return FactorTensors(form.skeleton, form.coefficients, form.permutation)
+        # Balance the two factors, so that neither loses precision in a narrow dtype.
+        scale = (left.norm(dim=0) / right.norm(dim=1).clamp_min(torch.finfo(right.dtype).tiny)).clamp_min(1e-30).sqrt()
+        return FactorTensors(right * scale[:, None], left / scale, None)
+
+
+def factorize(weight: torch.Tensor, stats: LayerStatistics, metric: str, damping: float) -> Factorization:
+    """Factorize one weight in one of the named metrics.
+
+    | metric | A (inputs) | B (output gradients) | known as |
+    |---|---|---|---|
+    | `identity` | I | I | SVD |
+    | `fisher` | I | row Fisher, `diag(B)` | FWSVD |
+    | `activation-diagonal` | `diag(A)` | I | ASVD (α = ½) |
+    | `activation` | A | I | DRONE, SVD-LLM |
+    | `kronecker` | A | B | K-FAC SVD, GFWSVD |
+
+    Args:
+        weight: the dense weight.  # shape: (out, in)
+        stats: its statistics.
+        metric: a key of `METRIC_SIDES`.
+        damping: relative damping of A and B.
+
+    Returns:
+        The nested factors.
+
+    Raises:
+        ConfigurationError: if the metric is unknown.
+        NumericalError: if the weight or the statistics are not finite.
+    """
+    if metric not in METRIC_SIDES:
+        raise ConfigurationError(f"metric: {metric!r} is unknown; choose one of {', '.join(METRIC_SIDES)}.")
+    input_metric, output_metric = METRIC_SIDES[metric](stats, damping)
+    factors = metric_svd(weight, input_metric, output_metric)
+    if not all(torch.isfinite(factor).all() for factor in factors):
+        raise NumericalError(f"the factorization of a {tuple(weight.shape)} weight is not finite; raise `damping`.")
+    return Factorization(factors)
+
+
+def choose_storage(shape: tuple[int, int], rank: int, storage: str) -> str:
+    """Resolve `auto` for one layer: pivoted, unless its saving is negligible.
+
+    Args:
+        shape: `(out, in)`.
+        rank: rank of the factors.
+        storage: `auto`, or a storage that is returned as it is.
+
+    Returns:
+        `pivoted` or `two-factor`.
+    """
+    if storage != "auto":
+        return storage
+    pivoted, two_factor = (factorized_parameters(*shape, rank, s) for s in STORAGES)
+    return "pivoted" if two_factor - pivoted >= NEGLIGIBLE_SAVING * two_factor else "two-factor"
+
+
+def loss_curve(
+    weight: torch.Tensor,
+    factorization: Factorization,
+    stats: LayerStatistics,
+    storage: str = "pivoted",
+    with_noise: bool = False,
+) -> LossCurve:
+    r"""Predict the loss of one layer for every rank.
+
+    With `l_i`, `r_i` the columns and rows of the factors and `D_k = −Σ_{i>k} l_i r_i`:
+    first order `⟨G, D_k⟩ = −Σ_{i>k} l_iᵀ G r_iᵀ`, second order `½ tr(B D_k A D_kᵀ)`.
+
+    Args:
+        weight: the dense weight.  # shape: (out, in)
+        factorization: its factors.
+        stats: its statistics, not damped.
+        storage: storage whose parameters are counted; `auto` counts as `pivoted`.
+        with_noise: whether to compute `max |D_k|`, which only the paper's rules need.
+
+    Returns:
+        The curve.
+    """
+    left, right, _ = factorization.factors
+    slopes = ((left.T @ stats.weight_grad.double()) * right).sum(1)
+    first = -torch.cat([slopes.flip(0).cumsum(0).flip(0), slopes.new_zeros(1)])
+    second = quadratic_tails(factorization.factors, stats.input_covariance, stats.grad_covariance)
+    noise = _max_noise(weight.double(), factorization.factors) if with_noise else None
+    return LossCurve(
+        out_features=weight.shape[0],
+        in_features=weight.shape[1],
+        storage="pivoted" if storage == "auto" else storage,
+        first_order=first.cpu().numpy(),
+        second_order=second.cpu().numpy(),
+        units=stats.units,
+        max_noise=noise,
+    )
+
+
+def _max_noise(weight: torch.Tensor, factors: MetricFactors) -> np.ndarray:
+    """Return `max |Ŵ_k − W|` for every rank.  # shape: (m + 1,)."""
+    remainder = weight.clone()
+    noise = [remainder.abs().max()]
+    for column, row in zip(factors.left.T, factors.right, strict=True):
+        remainder -= torch.outer(column, row)
+        noise.append(remainder.abs().max())
+    return torch.stack(noise).cpu().numpy()

@@ -1,0 +1,332 @@
+"""Factorized layers, and the registry that says how each dense layer type is seen as a matrix.
+
+No other file tests for a layer type: `layout_of(module)` answers what the matrix, its inputs and its output gradients
+are, and builds the factorized or the dense counterpart.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from .curves import STORAGES
+from .errors import ConfigurationError, TargetError
+
+
+class _Factorized(nn.Module):
+    """Shared body of the factorized layers: `down` to the rank, `up` from it, and a guard called `weight`.
+
+    * `two-factor`: `y = up(down(x)) + bias`.
+    * `pivoted`: `z = down(x)` are `rank` of the outputs themselves, `up` computes the others from them, and
+      `permutation` restores their order: `y = cat(z, up(z))[permutation] + bias`.
+
+    The guard is a one-element buffer under the dense weight's name. Model code that reads `.weight.dtype` works, and a
+    stock Transformers that does not know this package refuses the checkpoint with a shape mismatch instead of filling
+    the layer with random numbers.
+    """
+
+    feature_dim = -1
+    layer_type: str
+    down: nn.Linear | nn.Conv2d
+    up: nn.Linear | nn.Conv2d
+    bias: nn.Parameter | None
+    permutation: torch.Tensor | None
+
+    def __init__(self, out_features: int, in_features: int, rank: int, storage: str) -> None:
+        super().__init__()
+        if storage not in STORAGES:
+            raise ConfigurationError(f"storage: {storage!r} is unknown; choose one of {', '.join(STORAGES)}.")
+        limit = min(out_features, in_features) - (storage == "pivoted")
+        if not 1 <= rank <= limit:
+            raise ConfigurationError(
+                f"rank: a {storage} layer with {in_features} inputs and {out_features} outputs takes ranks from 1 to "
+                f"{limit}, got {rank}."
+            )
+        self.out_features, self.in_features, self.rank, self.storage = out_features, in_features, rank, storage
+
+    def _finish(self, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
+        """Register the bias, the permutation and the guard; `down` and `up` exist already."""
+        parameter = nn.Parameter(torch.zeros(self.out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", parameter)
+        order = torch.arange(self.out_features, device=device, dtype=torch.int32)
+        self.register_buffer("permutation", order if self.storage == "pivoted" else None)
+        self.register_buffer("weight", torch.zeros(1, device=device, dtype=dtype))
+
+    @property
+    def _stored_rows(self) -> int:
+        """Rows that `up` computes."""
+        return self.out_features - (self.rank if self.storage == "pivoted" else 0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the factorized map to `x`; same input and output shapes as the dense layer."""
+        z = self.down(x)
+        y = self.up(z)
+        if self.permutation is not None:
+            y = torch.cat([z, y], dim=self.feature_dim).index_select(self.feature_dim, self.permutation)
+        if self.bias is None:
+            return y
+        return y + (self.bias if self.feature_dim == -1 else self.bias[:, None, None])
+
+    @torch.no_grad()
+    def load_factors(
+        self,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        permutation: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> None:
+        """Copy factors into the layer, casting them once to its dtype.
+
+        Args:
+            down: right factor or pivot rows.  # shape: (rank, in)
+            up: left factor, or the coefficients of the rows that are not pivots.  # shape: (out or out - rank, rank)
+            permutation: order of the outputs, for pivoted storage.  # shape: (out,)
+            bias: bias of the dense layer, if it has one.  # shape: (out,)
+        """
+        self.down.weight.copy_(down.reshape(self.down.weight.shape))
+        self.up.weight.copy_(up.reshape(self.up.weight.shape))
+        if self.permutation is not None and permutation is not None:
+            self.permutation.copy_(permutation)
+        if self.bias is not None and bias is not None:
+            self.bias.copy_(bias)
+
+    def dense_weight(self) -> torch.Tensor:
+        """Return the matrix that the factors stand for, in float32 or wider.  # shape: (out, in)."""
+        dtype = torch.promote_types(self.down.weight.dtype, torch.float32)
+        right = self.down.weight.flatten(1).to(dtype)
+        rows = self.up.weight.flatten(1).to(dtype) @ right
+        if self.permutation is None:
+            return rows
+        return torch.cat([right, rows]).index_select(0, self.permutation)
+
+    def extra_repr(self) -> str:
+        """Describe the layer as `nn.Linear` does."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"bias={self.bias is not None}, storage={self.storage}"
+        )
+
+
+class FactorizedLinear(_Factorized):
+    """A linear layer `y = W x + b` whose weight is stored as low-rank factors.
+
+    Args:
+        in_features: size of the last dimension of the input.
+        out_features: size of the last dimension of the output.
+        rank: rank of the weight; at most `min(in, out)`, and below it for pivoted storage.
+        bias: whether the layer has a bias.
+        storage: `pivoted` (`rank * (in + out - rank)` numbers) or `two-factor` (`rank * (in + out)`).
+        layer_type: name of the dense layer it replaces, `Linear` or `Conv1D`; `dequantize` gives that type back.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+
+    Raises:
+        ConfigurationError: if the rank or the storage is not possible.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        storage: str = "pivoted",
+        layer_type: str = "Linear",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(out_features, in_features, rank, storage)
+        self.layer_type = layer_type
+        self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.up = nn.Linear(rank, self._stored_rows, bias=False, device=device, dtype=dtype)
+        self._finish(bias, device, dtype)
+
+
+class FactorizedConv2d(_Factorized):
+    """A two-dimensional convolution as a narrower convolution followed by a pointwise one.
+
+    The kernel `(out, in, kh, kw)` is seen as the matrix `(out, in * kh * kw)`.
+
+    Args:
+        convolution: the dense layer whose geometry (channels, kernel, stride, padding, dilation) is taken over.
+        rank: rank of the kernel matrix.
+        storage: `pivoted` or `two-factor`.
+
+    Raises:
+        ConfigurationError: if the rank or the storage is not possible.
+    """
+
+    feature_dim = -3
+    layer_type = "Conv2d"
+
+    def __init__(self, convolution: nn.Conv2d, rank: int, storage: str = "pivoted") -> None:
+        weight = convolution.weight
+        super().__init__(weight.shape[0], weight[0].numel(), rank, storage)
+        kw: dict[str, Any] = {"bias": False, "device": weight.device, "dtype": weight.dtype}
+        self.geometry: dict[str, Any] = {
+            "kernel_size": convolution.kernel_size,
+            "stride": convolution.stride,
+            "padding": convolution.padding,
+            "dilation": convolution.dilation,
+        }
+        self.down = nn.Conv2d(convolution.in_channels, rank, **self.geometry, **kw)
+        self.up = nn.Conv2d(rank, self._stored_rows, 1, **kw)
+        self._finish(convolution.bias is not None, weight.device, weight.dtype)
+
+
+class Layout(Protocol):
+    """How a layer type is seen as a matrix `W (out, in)` acting on rows."""
+
+    def as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return a weight, or its gradient, as a matrix.  # shape: (out, in)."""
+
+    def input_rows(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Return the layer input with the matrix' columns as last dimension.  # shape: (..., in)."""
+
+    def output_rows(self, y: torch.Tensor) -> torch.Tensor:
+        """Return a layer output, or its gradient, with the matrix' rows as last dimension.  # shape: (..., out)."""
+
+    def factorized(self, module: nn.Module, rank: int, storage: str) -> FactorizedLinear | FactorizedConv2d:
+        """Return an uninitialized factorized layer on the module's device and in its dtype."""
+
+    def dense(self, module: Any) -> nn.Module:
+        """Return the dense layer that a factorized one stands for."""
+
+
+class _LinearLayout:
+    def as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight
+
+    def input_rows(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def output_rows(self, y: torch.Tensor) -> torch.Tensor:
+        return y
+
+    def factorized(self, module: Any, rank: int, storage: str) -> FactorizedLinear:
+        out_features, in_features = self.as_matrix(module.weight).shape
+        return FactorizedLinear(
+            in_features,
+            out_features,
+            rank,
+            bias=module.bias is not None,
+            storage=storage,
+            layer_type=type(module).__name__,
+            device=module.weight.device,
+            dtype=module.weight.dtype,
+        )
+
+    def dense(self, module: FactorizedLinear) -> nn.Module:
+        weight = module.down.weight
+        kw: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        layer = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, **kw)
+        return _fill(layer, module, module.dense_weight())
+
+
+class _Conv1DLayout(_LinearLayout):
+    def as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.T
+
+    def dense(self, module: FactorizedLinear) -> nn.Module:
+        layer = Conv1D(module.out_features, module.in_features).to(module.down.weight)
+        return _fill(layer, module, module.dense_weight().T)
+
+
+class _Conv2dLayout:
+    def as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.flatten(1)
+
+    def input_rows(self, module: Any, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(module.padding, str):
+            raise TargetError(f"a convolution with padding={module.padding!r} is not supported; use explicit sizes.")
+        patches = F.unfold(
+            x, module.kernel_size, dilation=module.dilation, padding=module.padding, stride=module.stride
+        )
+        return patches.transpose(1, 2)
+
+    def output_rows(self, y: torch.Tensor) -> torch.Tensor:
+        return y.flatten(2).transpose(1, 2)
+
+    def factorized(self, module: Any, rank: int, storage: str) -> FactorizedConv2d:
+        if module.groups != 1 or module.padding_mode != "zeros":
+            raise TargetError(
+                f"a convolution with groups={module.groups} and padding_mode={module.padding_mode!r} cannot be "
+                "factorized; only groups=1 and zero padding can. Add it to `ignore`."
+            )
+        return FactorizedConv2d(module, rank, storage)
+
+    def dense(self, module: FactorizedConv2d) -> nn.Module:
+        down: Any = module.down
+        kw: dict[str, Any] = {"device": down.weight.device, "dtype": down.weight.dtype}
+        layer = nn.Conv2d(down.in_channels, module.out_features, bias=module.bias is not None, **module.geometry, **kw)
+        return _fill(layer, module, module.dense_weight().reshape(layer.weight.shape))
+
+
+@torch.no_grad()
+def _fill(layer: Any, source: _Factorized, weight: torch.Tensor) -> nn.Module:
+    layer.weight.copy_(weight)
+    if source.bias is None:
+        if layer.bias is not None:  # Conv1D always has one
+            layer.bias.zero_()
+    else:
+        layer.bias.copy_(source.bias)
+    return layer
+
+
+LAYOUTS: dict[type[nn.Module], Layout] = {
+    nn.Linear: _LinearLayout(),
+    Conv1D: _Conv1DLayout(),
+    nn.Conv2d: _Conv2dLayout(),
+}
+"""Dense layer types that can be factorized. Matched exactly: a subclass may keep its weight in another form."""
+
+_LAYOUT_BY_NAME = {layer_type.__name__: layout for layer_type, layout in LAYOUTS.items()}
+
+
+def layout_of(module: nn.Module) -> Layout:
+    """Return the layout of a dense layer.
+
+    Args:
+        module: a layer whose exact type is in `LAYOUTS`.
+
+    Returns:
+        Its layout.
+
+    Raises:
+        TargetError: if the type is not supported.
+    """
+    if type(module) not in LAYOUTS:
+        known = ", ".join(_LAYOUT_BY_NAME)
+        raise TargetError(f"layers of type {type(module).__name__} cannot be factorized; supported are {known}.")
+    return LAYOUTS[type(module)]
+
+
+def weight_matrix(module: Any) -> torch.Tensor:
+    """Return the weight of a dense layer as a matrix that shares its memory.  # shape: (out, in)."""
+    return layout_of(module).as_matrix(module.weight.detach())
+
+
+def is_factorized(module: nn.Module) -> bool:
+    """Return whether a module is one of the factorized layers."""
+    return isinstance(module, _Factorized)
+
+
+def to_dense(module: nn.Module) -> nn.Module:
+    """Return the plain dense layer that a factorized layer stands for.
+
+    Args:
+        module: a factorized layer.
+
+    Returns:
+        A layer of the original type, on the same device and in the same dtype.
+
+    Raises:
+        TargetError: if the module is not factorized.
+    """
+    if not isinstance(module, _Factorized):
+        raise TargetError(f"{type(module).__name__} is not a factorized layer.")
+    return _LAYOUT_BY_NAME[module.layer_type].dense(module)

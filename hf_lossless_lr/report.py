@@ -1,0 +1,175 @@
+"""`CompressionReport`: the result of a compression as plain data, to and from JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError
+
+REPORT_NAME = "compression_report.json"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one targeted layer.
+
+    Attributes:
+        layer_type: `Linear`, `Conv1D` or `Conv2d`.
+        out_features: rows of the weight.
+        in_features: columns of the weight.
+        rank: rank kept, or None where the layer stayed dense.
+        storage: storage of the factors, or None.
+        dense_parameters: parameters of the dense weight, without bias.
+        parameters: parameters of the weight now.
+        first_order: predicted first-order loss change, in nats.
+        second_order: predicted second-order loss increase, in nats.
+    """
+
+    layer_type: str
+    out_features: int
+    in_features: int
+    rank: int | None
+    storage: str | None
+    dense_parameters: int
+    parameters: int
+    first_order: float
+    second_order: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Loss and metric of one model on the held-out data.
+
+    Attributes:
+        loss: mean loss per labelled unit, in nats.
+        accuracy: share of labelled units answered correctly, or None where the head has no such thing.
+        parameters: parameters of the whole model, each counted once.
+    """
+
+    loss: float
+    accuracy: float | None
+    parameters: int
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """Everything that a compression run decided and measured.
+
+    Attributes:
+        model: class name of the model.
+        config: the configuration, without the manifest.
+        layers: targeted layer to what became of it.
+        skipped: layer that could have been factorized to the reason it was not a target.
+        dense: the dense model on held-out data.
+        compressed: the compressed model on the same data.
+        calibration: number of examples and labelled units, loss, and fingerprint of the calibration data.
+        evaluation: number of examples and labelled units of the held-out data.
+        model_fingerprint: SHA-256 of the dense model's state dict.
+        epsilon: elementwise noise bound of each layer, for the paper's objectives.
+        versions: versions of this package and of what it ran on.
+        seconds: time of each stage.
+    """
+
+    model: str
+    config: dict[str, Any]
+    layers: dict[str, LayerReport]
+    skipped: dict[str, str]
+    dense: Measurement
+    compressed: Measurement
+    calibration: dict[str, Any]
+    evaluation: dict[str, Any]
+    model_fingerprint: str
+    epsilon: dict[str, float] | None
+    versions: dict[str, str]
+    seconds: dict[str, float]
+
+    @property
+    def keep_ratio(self) -> float:
+        """Parameters kept divided by original parameters, over the weights of the targeted layers."""
+        kept = sum(layer.parameters for layer in self.layers.values())
+        return kept / sum(layer.dense_parameters for layer in self.layers.values())
+
+    @property
+    def model_keep_ratio(self) -> float:
+        """Parameters kept divided by original parameters, over the whole model."""
+        return self.compressed.parameters / self.dense.parameters
+
+    @property
+    def predicted_loss_increase(self) -> float:
+        """Sum of the layers' predicted second-order terms, in nats."""
+        return sum(layer.second_order for layer in self.layers.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, with the derived ratios beside the fields."""
+        derived = ("keep_ratio", "model_keep_ratio", "predicted_loss_increase")
+        return {**asdict(self), **{name: getattr(self, name) for name in derived}}
+
+    def to_json(self) -> str:
+        """Return the report as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> CompressionReport:
+        """Read a report.
+
+        Args:
+            text: what `to_json` returned.
+
+        Returns:
+            The report.
+
+        Raises:
+            CheckpointError: if the text is no report.
+        """
+        try:
+            data = json.loads(text)
+            values = {field.name: data[field.name] for field in fields(cls)}
+            values["layers"] = {name: LayerReport(**layer) for name, layer in values["layers"].items()}
+            values["dense"], values["compressed"] = Measurement(**data["dense"]), Measurement(**data["compressed"])
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"this is no compression report: {error!r}.") from error
+        return cls(**values)
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Write `compression_report.json` into a directory, atomically.
+
+        Args:
+            directory: an existing directory.
+
+        Returns:
+            The path written.
+        """
+        return write_atomically(Path(directory) / REPORT_NAME, self.to_json())
+
+
+def write_atomically(path: str | os.PathLike[str], text: str) -> Path:
+    """Write a text file so that readers see the old content or the whole new one.
+
+    Args:
+        path: the file; its directory exists.
+        text: the content.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp gives 0600; a report is as public as its checkpoint
+        os.replace(temporary, path)
+    except OSError:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path

@@ -1,0 +1,322 @@
+r"""Calibration statistics from one forward and backward pass: the only hooks and the only backward of the package.
+
+For each target layer `y = W x + b` and a loss `L` in nats per labelled unit:
+
+* `weight_grad` `G = E[∂L/∂W]`, over labelled units,
+* `input_covariance` `A = E[x xᵀ]`, uncentred, over real tokens (rows that the attention mask keeps),
+* `grad_covariance` `B = (1/units) Σ_t g_t g_tᵀ` with `g_t` the gradient of the *summed* loss of a batch by the layer's
+  output, so that `½ tr(B D A Dᵀ)` predicts nats per labelled unit for a change `D` of the weight.
+
+Sums and counts are accumulated (float32 within a batch, float64 across batches) and reduced once over processes, so
+the result does not depend on how the data is split into batches or over processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .errors import DataError, NumericalError, TargetError
+from .fingerprint import tensors_fingerprint
+from .heads import batch_examples, labelled_units
+from .modules import Layout, layout_of, weight_matrix
+
+Key = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Statistics of one layer; tensors are float64 on the device of the layer.
+
+    Attributes:
+        weight_grad: G.  # shape: (out, in)
+        input_covariance: A; the same tensor for layers that share their input.  # shape: (in, in)
+        grad_covariance: B.  # shape: (out, out)
+        tokens: rows behind A.
+        units: labelled units behind G and B.
+    """
+
+    weight_grad: torch.Tensor
+    input_covariance: torch.Tensor
+    grad_covariance: torch.Tensor
+    tokens: int
+    units: int
+
+
+@dataclass(frozen=True)
+class CalibrationStatistics:
+    """Statistics of all targets, and of the data behind them.
+
+    Attributes:
+        layers: target name to its statistics.
+        loss: mean loss of the dense model over labelled units, in nats.
+        examples: number of examples.
+        units: number of labelled units.
+        data_fingerprint: SHA-256 over the batches, independent of their order.
+    """
+
+    layers: Mapping[str, LayerStatistics]
+    loss: float
+    examples: int
+    units: int
+    data_fingerprint: str
+
+
+class _Input(NamedTuple):
+    """One input tensor of the current forward pass and the layers that received it."""
+
+    tensor: torch.Tensor
+    module: nn.Module
+    layout: Layout
+    mask: torch.Tensor | None
+    names: list[str]
+
+
+class _Masks:
+    """Which rows of a layer's input are real tokens, in the current batch."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.encoder = model.get_encoder() if model.config.is_encoder_decoder else None
+        self.in_encoder = set(map(id, self.encoder.modules())) if self.encoder is not None else set()
+        self.encoder_output: torch.Tensor | None = None
+        self.main: torch.Tensor | None = None
+        self.decoder: torch.Tensor | None = None
+
+    def start(self, batch: Mapping[str, Any]) -> None:
+        self.main, self.encoder_output = _flat_mask(batch.get("attention_mask")), None
+        if self.encoder is not None:
+            labels = batch.get("labels")
+            default = labels != -100 if isinstance(labels, torch.Tensor) and labels.ndim == 2 else None
+            self.decoder = _flat_mask(batch.get("decoder_attention_mask", default))
+
+    def record_encoder_output(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.encoder_output = output[0]
+
+    def of(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+        mask = self.main
+        if self.encoder is not None and id(module) not in self.in_encoder and x is not self.encoder_output:
+            mask = self.decoder
+        return mask if mask is not None and x.shape[:-1].numel() == mask.numel() else None
+
+
+def _flat_mask(mask: Any) -> torch.Tensor | None:
+    """Return a boolean mask over the flattened rows, or None where nothing is padding (or the mask is a 4-d one)."""
+    if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 3):
+        return None
+    flat = mask.bool().flatten()
+    return None if bool(flat.all()) else flat
+
+
+def _real_rows(rows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    rows = rows.flatten(0, -2)
+    return (rows if mask is None else rows[mask]).float()
+
+
+class _Collector:
+    """Sums of one process over its batches."""
+
+    def __init__(self, model: PreTrainedModel, targets: Mapping[str, nn.Module]) -> None:
+        self.targets = targets
+        self.layouts = {name: layout_of(module) for name, module in targets.items()}
+        self.masks = _Masks(model)
+        self.inputs: dict[tuple[int, int], _Input] = {}
+        self.recording = False
+        self.input_sums: dict[Key, torch.Tensor] = {}
+        self.input_counts: dict[Key, int] = {}
+        self.grad_sums: dict[str, torch.Tensor] = {}
+        self.weight_grads: dict[str, torch.Tensor] = {}
+        for name, module in targets.items():
+            matrix = weight_matrix(module)
+            self.grad_sums[name] = matrix.new_zeros((len(matrix), len(matrix)), dtype=torch.float64)
+            self.weight_grads[name] = torch.zeros_like(matrix, dtype=torch.float64)
+
+    def hook(self, name: str) -> Any:
+        """Return a forward hook that notes the layer's input and waits for the gradient of its output."""
+        layout = self.layouts[name]
+
+        def forward_hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            x = args[0]
+            mask = self.masks.of(module, x)
+            if self.recording:  # false while gradient checkpointing repeats the forward pass
+                key = (id(x), id(module) if isinstance(module, nn.Conv2d) else 0)
+                self.inputs.setdefault(key, _Input(x, module, layout, mask, [])).names.append(name)
+            if output.requires_grad:
+                output.register_hook(lambda grad: self.add_output_grad(name, grad, mask))
+
+        return forward_hook
+
+    @torch.no_grad()
+    def add_output_grad(self, name: str, grad: torch.Tensor, mask: torch.Tensor | None) -> None:
+        rows = _real_rows(self.layouts[name].output_rows(grad), mask)
+        self.grad_sums[name] += rows.T @ rows
+
+    @torch.no_grad()
+    def add_inputs(self) -> None:
+        """Add the inputs of a finished forward pass, each once for all the layers that share it."""
+        for entry in self.inputs.values():
+            rows = _real_rows(entry.layout.input_rows(entry.module, entry.tensor), entry.mask)
+            key = tuple(sorted(set(entry.names)))
+            product = rows.T @ rows
+            self.input_sums[key] = self.input_sums.get(key, torch.zeros_like(product, dtype=torch.float64)) + product
+            self.input_counts[key] = self.input_counts.get(key, 0) + len(rows)
+        self.inputs.clear()
+
+    def add_weight_grads(self, index: int) -> None:
+        for name, module in self.targets.items():
+            weight: Any = module.weight
+            if weight.grad is None:
+                continue
+            if not torch.isfinite(weight.grad.sum()):
+                raise NumericalError(f"batch {index}: the gradient of {name!r} is not finite (NaN or infinity).")
+            self.weight_grads[name] += self.layouts[name].as_matrix(weight.grad)
+            weight.grad = None
+
+    def reduce(self, accelerator: Accelerator) -> None:
+        """Sum over processes; a process that never saw some grouping of inputs contributes zeros."""
+        if accelerator.num_processes == 1:
+            return
+        for key in sorted(set(gather_object(list(self.input_sums)))):
+            if key not in self.input_sums:
+                size = weight_matrix(self.targets[key[0]]).shape[1]
+                self.input_sums[key] = self.grad_sums[key[0]].new_zeros((size, size))
+            count = torch.tensor(self.input_counts.get(key, 0), device=accelerator.device)
+            self.input_sums[key] = accelerator.reduce(self.input_sums[key], "sum")
+            self.input_counts[key] = int(accelerator.reduce(count, "sum"))
+        for sums in (self.grad_sums, self.weight_grads):
+            for name in sums:
+                sums[name] = accelerator.reduce(sums[name], "sum")
+
+    def layer_statistics(self, units: int) -> dict[str, LayerStatistics]:
+        means = {key: total / self.input_counts[key] for key, total in self.input_sums.items()}
+        result = {}
+        for name in self.targets:
+            keys = [key for key in means if name in key]
+            if not keys:
+                raise TargetError(f"{name!r} was never called in the forward pass; add it to `ignore`.")
+            tokens = sum(self.input_counts[key] for key in keys)
+            covariance = means[keys[0]]
+            if len(keys) > 1:
+                covariance = torch.stack([self.input_sums[key] for key in keys]).sum(0) / tokens
+            result[name] = LayerStatistics(
+                self.weight_grads[name] / units, covariance, self.grad_sums[name] / units, tokens, units
+            )
+        return result
+
+
+@contextmanager
+def _differentiating_only(model: nn.Module, targets: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Evaluation mode, gradients for the target weights alone; everything as it was afterwards."""
+    training = {module: module.training for module in model.modules()}
+    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    weights = {id(module.weight) for module in targets.values()}
+    try:
+        model.eval()
+        for parameter, _, _ in parameters:
+            parameter.grad = None
+            parameter.requires_grad_(id(parameter) in weights)
+        yield
+    finally:
+        for module, was in training.items():
+            module.training = was
+        for parameter, requires_grad, grad in parameters:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+
+
+def forward_loss(model: PreTrainedModel, batch: Mapping[str, Any], index: int) -> tuple[torch.Tensor, Any, int]:
+    """Run a batch and return its mean loss in float32, the outputs, and the labelled units behind the loss.
+
+    Args:
+        model: the model.
+        batch: keyword arguments of its forward.
+        index: number of the batch, for errors.
+
+    Returns:
+        Loss in nats, outputs, units.
+
+    Raises:
+        DataError: if there are no labels or the model returns no loss.
+        NumericalError: if the loss is not finite.
+    """
+    units = labelled_units(model, batch)
+    extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    outputs = model(**{**extra, **batch})
+    loss = getattr(outputs, "loss", None)
+    if loss is None:
+        raise DataError(
+            f"batch {index}: {type(model).__name__} returned no loss. Use a model class with a task head, and a batch "
+            "with labels."
+        )
+    loss = loss.float().mean()
+    if units and not torch.isfinite(loss):
+        raise NumericalError(f"batch {index}: the loss is {loss.item()}; check the labels and the inputs.")
+    return loss, outputs, units
+
+
+def collect_statistics(
+    model: PreTrainedModel, targets: Mapping[str, nn.Module], loader: DataLoader, accelerator: Accelerator
+) -> CalibrationStatistics:
+    """Collect `G`, `A` and `B` of every target in one forward and backward pass over the data.
+
+    The model is left as it was: modes, `requires_grad`, gradients and hooks. Dropout is off.
+
+    Args:
+        model: the dense model, on `accelerator.device`.
+        targets: layers to observe, by name.
+        loader: batches with labels; prepared here, so that each process sees its own share.
+        accelerator: made with `even_batches=False`, so that no example is seen twice.
+
+    Returns:
+        The statistics, the same on each process.
+
+    Raises:
+        DataError: if a batch has no labels, the model no loss, or no batch a labelled unit.
+        NumericalError: if a loss or a gradient is not finite.
+        TargetError: if a target takes no part in the forward pass.
+    """
+    collector = _Collector(model, targets)
+    totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # units * loss, units, examples
+    digests: list[str] = []
+    hooks = [module.register_forward_hook(collector.hook(name)) for name, module in targets.items()]
+    if collector.masks.encoder is not None:
+        hooks.append(collector.masks.encoder.register_forward_hook(collector.masks.record_encoder_output))
+    prepared = accelerator.prepare(loader)
+    progress = logging.tqdm(prepared, desc="Calibrating", disable=not accelerator.is_local_main_process)
+    try:
+        with _differentiating_only(model, targets), torch.enable_grad():
+            for index, batch in enumerate(progress):
+                collector.masks.start(batch)
+                collector.recording = True
+                loss, outputs, units = forward_loss(model, batch, index)
+                collector.recording = False
+                collector.add_inputs()
+                if units:
+                    del outputs
+                    (loss * units).backward()
+                    collector.add_weight_grads(index)
+                    totals += torch.tensor([loss.item() * units, units, 0.0], device=totals.device)
+                totals[2] += batch_examples(batch)
+                digests.append(tensors_fingerprint(batch))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    collector.reduce(accelerator)
+    totals = accelerator.reduce(totals, "sum")
+    total_units = int(totals[1])
+    if total_units == 0:
+        raise DataError("no batch has a labelled unit: every label is -100.")
+    digest = hashlib.sha256("".join(sorted(gather_object(digests))).encode()).hexdigest()
+    layers = collector.layer_statistics(total_units)
+    return CalibrationStatistics(layers, float(totals[0]) / total_units, int(totals[2]), total_units, digest)

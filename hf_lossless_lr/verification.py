@@ -1,0 +1,73 @@
+"""Measured loss and metric of a model on held-out data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .errors import DataError
+from .heads import batch_examples, correct_predictions
+from .statistics import forward_loss
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of one pass over a data set.
+
+    Attributes:
+        loss: mean loss per labelled unit, in nats.
+        accuracy: share of labelled units answered correctly, or None where the head has no such thing.
+        examples: number of examples.
+        units: number of labelled units.
+    """
+
+    loss: float
+    accuracy: float | None
+    examples: int
+    units: int
+
+
+def evaluate(
+    model: PreTrainedModel, loader: DataLoader, accelerator: Accelerator, description: str | None = "Evaluating"
+) -> Evaluation:
+    """Measure a model on all examples of a loader, each once, whatever the number of processes.
+
+    Args:
+        model: the model, on `accelerator.device`; its training mode is restored.
+        loader: batches with labels.
+        accelerator: made with `even_batches=False`.
+        description: label of the progress bar; None for no bar.
+
+    Returns:
+        Loss and accuracy.
+
+    Raises:
+        DataError: if a batch has no labels, the model no loss, or nothing is labelled.
+        NumericalError: if a loss is not finite.
+    """
+    totals = torch.zeros(5, dtype=torch.float64)  # units * loss, units, correct, batches without a count, examples
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        hidden = description is None or not accelerator.is_main_process
+        batches = logging.tqdm(accelerator.prepare(loader), desc=description, disable=hidden)
+        with torch.no_grad():
+            for index, batch in enumerate(batches):
+                loss, outputs, units = forward_loss(model, batch, index)
+                correct = correct_predictions(model, batch, outputs)
+                weighted = loss.item() * units if units else 0.0
+                totals += torch.tensor(
+                    [weighted, units, correct or 0, correct is None, batch_examples(batch)], dtype=torch.float64
+                )
+    finally:
+        for module, was in training.items():
+            module.training = was
+    weighted, units, correct, uncounted, examples = accelerator.reduce(totals.to(accelerator.device), "sum").tolist()
+    if units == 0:
+        raise DataError("no example of the evaluation set has a label: every label is -100.")
+    return Evaluation(weighted / units, None if uncounted else correct / units, int(examples), int(units))
