@@ -50,7 +50,7 @@ def make_dataloader(
         else:
             loader = _loader(data.dataset, data.batch_size, data.collate_fn)
     elif isinstance(data, IterableDataset):
-        examples = [_used_columns(example, model) for example in data]
+        examples = _Columns(list(data), model, name)
         loader = _loader(examples, batch_size, _collator(data_collator, processing_class))
     elif isinstance(data, (Mapping, str)) or not isinstance(data, (Dataset, Iterable)):
         raise DataError(
@@ -130,7 +130,10 @@ def _is_examples(data: Any) -> bool:
     if isinstance(data, Dataset) or hasattr(data, "column_names"):
         return True
     first = data[0] if isinstance(data, Sequence) and len(data) else None
-    return isinstance(first, Mapping) and not all(isinstance(value, torch.Tensor) for value in first.values())
+    if not isinstance(first, Mapping):
+        return False
+    dims = [value.ndim if isinstance(value, torch.Tensor) else 0 for value in first.values()]
+    return 0 in dims or max(dims, default=0) == 1  # a batch has its own dimension before those of an example
 
 
 def _collator(data_collator: Any, processing_class: Any) -> Any:

@@ -22,9 +22,9 @@ from transformers.utils import logging
 
 from .batches import make_dataloader, split_holdout
 from .config import CompressionOptions, LosslessLowRankConfig
-from .curves import LossCurve, factorized_parameters
+from .curves import LossCurve, choose_storage
 from .errors import NumericalError, TargetError
-from .factorization import Factorization, choose_storage, factorize, loss_curve
+from .factorization import Factorization, factorize, loss_curve
 from .fingerprint import tensors_fingerprint
 from .modules import is_factorized, layout_of, weight_matrix
 from .neighbourhood import calibrate_epsilon
@@ -219,10 +219,11 @@ class LowRankCompressor:
             if rank is None:
                 continue
             module: Any = targets[name]
-            shape = weight_matrix(module).shape
-            storages[name] = choose_storage((shape[0], shape[1]), rank, self.config.storage)
+            out_features, in_features = weight_matrix(module).shape
+            storages[name] = choose_storage(out_features, in_features, rank, self.config.storage)
             layer = layout_of(module).factorized(module, rank, storages[name])
-            layer.load_factors(*factorizations[name].truncate(rank, storages[name]), module.bias)
+            factors = factorizations[name].truncate(rank, storages[name], layer.pivots_inputs)
+            layer.load_factors(*factors, module.bias)
             new[name] = layer
         if not new:
             return storages
@@ -287,13 +288,6 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 
 def _layer_report(module: nn.Module, curve: LossCurve, rank: int | None, storage: str | None) -> LayerReport:
-    if rank is None:
-        first, second = 0.0, 0.0
-    else:
-        first, second = float(curve.first_order[rank]), float(curve.second_order[rank])
-    parameters = curve.dense_parameters
-    if rank is not None and storage is not None:
-        parameters = factorized_parameters(curve.out_features, curve.in_features, rank, storage)
     return LayerReport(
         layer_type=type(module).__name__,
         out_features=curve.out_features,
@@ -301,9 +295,9 @@ def _layer_report(module: nn.Module, curve: LossCurve, rank: int | None, storage
         rank=rank,
         storage=storage,
         dense_parameters=curve.dense_parameters,
-        parameters=parameters,
-        first_order=first,
-        second_order=second,
+        parameters=curve.parameters(rank),
+        first_order=0.0 if rank is None else float(curve.first_order[rank]),
+        second_order=0.0 if rank is None else float(curve.second_order[rank]),
     )
 
 

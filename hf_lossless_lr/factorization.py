@@ -9,12 +9,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .curves import STORAGES, LossCurve, factorized_parameters
+from .curves import LossCurve
 from .errors import ConfigurationError, NumericalError
 from .linalg import MetricFactors, damped, metric_svd, pivoted_form, quadratic_tails
 from .statistics import LayerStatistics
 
-NEGLIGIBLE_SAVING = 0.05  # `auto` drops the pivots where they save less than this share of two factors
+SMALLEST_NORM = 1e-100  # below it a factor counts as zero, where balancing would divide by it
 
 Side = torch.Tensor | None
 
@@ -62,22 +62,27 @@ class Factorization:
         """Return the approximation of the given rank.  # shape: (out, in)."""
         return self.factors.left[:, :rank] @ self.factors.right[:rank]
 
-    def truncate(self, rank: int, storage: str) -> FactorTensors:
+    def truncate(self, rank: int, storage: str, pivot_inputs: bool = False) -> FactorTensors:
         """Return the factors of the given rank in the given storage.
 
         Args:
             rank: `k`, from 1 to `min(out, in)` (below it for pivoted storage).
             storage: `pivoted` or `two-factor`.
+            pivot_inputs: whether pivots are columns of the weight rather than rows.
 
         Returns:
             Tensors for `load_factors`.
         """
         left, right = self.factors.left[:, :rank], self.factors.right[:rank]
+        if storage == "pivoted" and pivot_inputs:
+            form = pivoted_form(right.T, left.T)
+            return FactorTensors(form.coefficients.T, form.skeleton.T, torch.argsort(form.permutation))
         if storage == "pivoted":
             form = pivoted_form(left, right)
             return FactorTensors(form.skeleton, form.coefficients, form.permutation)
-        # Balance the two factors, so that neither loses precision in a narrow dtype.
-        scale = (left.norm(dim=0) / right.norm(dim=1).clamp_min(torch.finfo(right.dtype).tiny)).clamp_min(1e-30).sqrt()
+        # Balance the two factors, so that neither loses precision in a narrow dtype; a zero one stays zero.
+        left_norms, right_norms = (norms.clamp_min(SMALLEST_NORM) for norms in (left.norm(dim=0), right.norm(dim=1)))
+        scale = (left_norms / right_norms).sqrt()
         return FactorTensors(right * scale[:, None], left / scale, None)
 
 
@@ -114,23 +119,6 @@ def factorize(weight: torch.Tensor, stats: LayerStatistics, metric: str, damping
     return Factorization(factors)
 
 
-def choose_storage(shape: tuple[int, int], rank: int, storage: str) -> str:
-    """Resolve `auto` for one layer: pivoted, unless its saving is negligible.
-
-    Args:
-        shape: `(out, in)`.
-        rank: rank of the factors.
-        storage: `auto`, or a storage that is returned as it is.
-
-    Returns:
-        `pivoted` or `two-factor`.
-    """
-    if storage != "auto":
-        return storage
-    pivoted, two_factor = (factorized_parameters(*shape, rank, s) for s in STORAGES)
-    return "pivoted" if two_factor - pivoted >= NEGLIGIBLE_SAVING * two_factor else "two-factor"
-
-
 def loss_curve(
     weight: torch.Tensor,
     factorization: Factorization,
@@ -147,7 +135,7 @@ def loss_curve(
         weight: the dense weight.  # shape: (out, in)
         factorization: its factors.
         stats: its statistics, not damped.
-        storage: storage whose parameters are counted; `auto` counts as `pivoted`.
+        storage: storage whose parameters are counted: `pivoted`, `two-factor` or `auto`.
         with_noise: whether to compute `max |D_k|`, which only the paper's rules need.
 
     Returns:
@@ -161,7 +149,7 @@ def loss_curve(
     return LossCurve(
         out_features=weight.shape[0],
         in_features=weight.shape[1],
-        storage="pivoted" if storage == "auto" else storage,
+        storage=storage,
         first_order=first.cpu().numpy(),
         second_order=second.cpu().numpy(),
         units=stats.units,

@@ -170,13 +170,13 @@ def pivoted_form(left: torch.Tensor, right: torch.Tensor, bound: float = 2.0) ->
     Args:
         left: left factor of full column rank.  # shape: (out, k), k < out
         right: right factor.  # shape: (k, in)
-        bound: largest coefficient allowed, at least 1.
+        bound: largest coefficient allowed, above 1 (at 1, rounding could swap rows for ever).
 
     Returns:
         The pivot rows, the coefficients of the other rows, and the permutation that restores the order.
 
     Raises:
-        NumericalError: if `k` is not below the number of rows.
+        NumericalError: if `k` is not below the number of rows, or `bound` is not above 1.
 
     Source: Gu & Eisenstat 1996, "Efficient algorithms for computing a strong rank-revealing QR factorization".
     """
@@ -185,6 +185,8 @@ def pivoted_form(left: torch.Tensor, right: torch.Tensor, bound: float = 2.0) ->
     rows, rank = left.shape
     if rank >= rows:
         raise NumericalError(f"pivoted_form: the rank must be below the number of rows, got rank {rank}, rows {rows}.")
+    if not bound > 1:
+        raise NumericalError(f"pivoted_form: the bound of the coefficients must be above 1, got {bound}.")
     left = left.double()
     basis = torch.linalg.qr(left).Q
     order = torch.from_numpy(qr(basis.T.cpu().numpy(), mode="r", pivoting=True)[1]).to(left.device, torch.int64)

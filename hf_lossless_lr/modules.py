@@ -21,8 +21,10 @@ class _Factorized(nn.Module):
     """Shared body of the factorized layers: `down` to the rank, `up` from it, and a guard called `weight`.
 
     * `two-factor`: `y = up(down(x)) + bias`.
-    * `pivoted`: `z = down(x)` are `rank` of the outputs themselves, `up` computes the others from them, and
-      `permutation` restores their order: `y = cat(z, up(z))[permutation] + bias`.
+    * `pivoted`, by outputs: `z = down(x)` are `rank` of the outputs themselves, `up` computes the others from them,
+      and `permutation` restores their order: `y = cat(z, up(z))[permutation] + bias`.
+    * `pivoted`, by inputs (`pivots_inputs`): `permutation` puts `rank` of the inputs first, `down` adds what the
+      others contribute to them: `u, v = x[permutation].split(rank)`, `y = up(u + down(v)) + bias`.
 
     The guard is a one-element buffer under the dense weight's name. Model code that reads `.weight.dtype` works, and a
     stock Transformers that does not know this package refuses the checkpoint with a shape mismatch instead of filling
@@ -30,6 +32,7 @@ class _Factorized(nn.Module):
     """
 
     feature_dim = -1
+    pivots_inputs = False
     layer_type: str
     down: nn.Linear | nn.Conv2d
     up: nn.Linear | nn.Conv2d
@@ -52,21 +55,28 @@ class _Factorized(nn.Module):
         """Register the bias, the permutation and the guard; `down` and `up` exist already."""
         parameter = nn.Parameter(torch.zeros(self.out_features, device=device, dtype=dtype)) if bias else None
         self.register_parameter("bias", parameter)
-        order = torch.arange(self.out_features, device=device, dtype=torch.int32)
+        permuted = self.in_features if self.pivots_inputs else self.out_features
+        order = torch.arange(permuted, device=device, dtype=torch.int32)
         self.register_buffer("permutation", order if self.storage == "pivoted" else None)
         self.register_buffer("weight", torch.zeros(1, device=device, dtype=dtype))
 
-    @property
-    def _stored_rows(self) -> int:
-        """Rows that `up` computes."""
-        return self.out_features - (self.rank if self.storage == "pivoted" else 0)
+    def _stored_sizes(self) -> tuple[int, int]:
+        """Return the inputs of `down` and the outputs of `up`: what pivots stand for is not stored."""
+        pivots = self.rank if self.storage == "pivoted" else 0
+        if self.pivots_inputs:
+            return self.in_features - pivots, self.out_features
+        return self.in_features, self.out_features - pivots
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the factorized map to `x`; same input and output shapes as the dense layer."""
-        z = self.down(x)
-        y = self.up(z)
-        if self.permutation is not None:
-            y = torch.cat([z, y], dim=self.feature_dim).index_select(self.feature_dim, self.permutation)
+        if self.permutation is None:
+            y = self.up(self.down(x))
+        elif self.pivots_inputs:
+            x = x.index_select(-1, self.permutation)
+            y = self.up(x[..., : self.rank] + self.down(x[..., self.rank :]))
+        else:
+            z = self.down(x)
+            y = torch.cat([z, self.up(z)], dim=self.feature_dim).index_select(self.feature_dim, self.permutation)
         if self.bias is None:
             return y
         return y + (self.bias if self.feature_dim == -1 else self.bias[:, None, None])
@@ -82,9 +92,9 @@ class _Factorized(nn.Module):
         """Copy factors into the layer, casting them once to its dtype.
 
         Args:
-            down: right factor or pivot rows.  # shape: (rank, in)
-            up: left factor, or the coefficients of the rows that are not pivots.  # shape: (out or out - rank, rank)
-            permutation: order of the outputs, for pivoted storage.  # shape: (out,)
+            down: right factor, pivot rows, or coefficients of other inputs.  # shape: (rank, in or in - rank)
+            up: left factor, pivot columns, or coefficients of other outputs.  # shape: (out or out - rank, rank)
+            permutation: order of the outputs or of the inputs, for pivoted storage.  # shape: (out,) or (in,)
             bias: bias of the dense layer, if it has one.  # shape: (out,)
         """
         self.down.weight.copy_(down.reshape(self.down.weight.shape))
@@ -97,11 +107,12 @@ class _Factorized(nn.Module):
     def dense_weight(self) -> torch.Tensor:
         """Return the matrix that the factors stand for, in float32 or wider.  # shape: (out, in)."""
         dtype = torch.promote_types(self.down.weight.dtype, torch.float32)
-        right = self.down.weight.flatten(1).to(dtype)
-        rows = self.up.weight.flatten(1).to(dtype) @ right
+        down, up = self.down.weight.flatten(1).to(dtype), self.up.weight.flatten(1).to(dtype)
         if self.permutation is None:
-            return rows
-        return torch.cat([right, rows]).index_select(0, self.permutation)
+            return up @ down
+        if self.pivots_inputs:
+            return torch.cat([up, up @ down], dim=1).index_select(1, torch.argsort(self.permutation))
+        return torch.cat([down, up @ down]).index_select(0, self.permutation)
 
     def extra_repr(self) -> str:
         """Describe the layer as `nn.Linear` does."""
@@ -141,8 +152,10 @@ class FactorizedLinear(_Factorized):
     ) -> None:
         super().__init__(out_features, in_features, rank, storage)
         self.layer_type = layer_type
-        self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.up = nn.Linear(rank, self._stored_rows, bias=False, device=device, dtype=dtype)
+        self.pivots_inputs = storage == "pivoted" and in_features < out_features  # permute the narrower side
+        stored_in, stored_out = self._stored_sizes()
+        self.down = nn.Linear(stored_in, rank, bias=False, device=device, dtype=dtype)
+        self.up = nn.Linear(rank, stored_out, bias=False, device=device, dtype=dtype)
         self._finish(bias, device, dtype)
 
 
@@ -174,7 +187,7 @@ class FactorizedConv2d(_Factorized):
             "dilation": convolution.dilation,
         }
         self.down = nn.Conv2d(convolution.in_channels, rank, **self.geometry, **kw)
-        self.up = nn.Conv2d(rank, self._stored_rows, 1, **kw)
+        self.up = nn.Conv2d(rank, self._stored_sizes()[1], 1, **kw)
         self._finish(convolution.bias is not None, weight.device, weight.dtype)
 
 

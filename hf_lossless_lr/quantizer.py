@@ -120,29 +120,69 @@ def _paths_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
 
 
 def _check_files(modules: Mapping[str, nn.Module], files: list[str] | None) -> None:
-    """Refuse files whose tensors are not those of the factorized modules; stock loading would fill gaps at random."""
-    stored: dict[str, tuple[int, ...]] = {}
-    for file in files or ():
-        if not str(file).endswith(".safetensors"):
-            return
+    """Refuse files whose tensors are not those of the factorized modules; stock loading would fill gaps at random.
+
+    Transformers renames modules of some architectures when it saves them, so a module without a namesake in the files
+    is matched by the shapes of its tensors.
+
+    Args:
+        modules: manifest name to the empty factorized module.
+        files: the checkpoint's files.
+
+    Raises:
+        CheckpointError: if a tensor is missing, extra or of another shape.
+    """
+    if not files or any(not str(file).endswith(".safetensors") for file in files):
+        return
+    stored = _stored_modules(files)
+    expected = {
+        name: {key: tuple(t.shape) for key, t in module.state_dict().items()} for name, module in modules.items()
+    }
+    strangers = [shapes for name, shapes in stored.items() if name not in expected]
+    for name, shapes in expected.items():
+        if name in stored:
+            _compare(name, shapes, stored[name])
+        elif shapes in strangers:
+            strangers.remove(shapes)
+        else:
+            raise CheckpointError(
+                f"the checkpoint has no tensors for {name!r} as its manifest describes it ({shapes}); it is "
+                "incomplete, or one of the two was edited."
+            )
+
+
+def _stored_modules(files: list[str]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Return the factorized modules in safetensors files: name to the shapes of the tensors below it."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
         with safe_open(file, framework="pt") as tensors:
-            stored.update({key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()})  # noqa: SIM118
-    if not any(key.startswith(f"{name}.") for name in modules for key in stored):
-        return  # the model class stores its tensors under other names
-    for name, module in modules.items():
-        expected = {f"{name}.{key}": tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-        found = {key: shape for key, shape in stored.items() if key.startswith(f"{name}.")}
-        for key in expected.keys() | found.keys():
-            if key not in found:
-                raise CheckpointError(f"the checkpoint lacks the tensor {key!r}; it is incomplete or was edited.")
-            if key not in expected:
-                raise CheckpointError(
-                    f"the checkpoint has an extra tensor {key!r} that the manifest does not explain."
-                )
-            if expected[key] != found[key]:
-                raise CheckpointError(
-                    f"the tensor {key!r} has the shape {found[key]}, the manifest asks for {expected[key]}."
-                )
+            shapes.update({key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()})  # noqa: SIM118
+    endings = (".down.weight", ".up.weight", ".permutation")
+    names = {key.removesuffix(ending) for key in shapes for ending in endings if key.endswith(ending)}
+    names |= {
+        key.removesuffix(".weight") for key, shape in shapes.items() if key.endswith(".weight") and shape == (1,)
+    }
+    modules: dict[str, dict[str, tuple[int, ...]]] = {name: {} for name in names}
+    for key, shape in shapes.items():
+        parts = key.split(".")
+        for length in range(1, len(parts)):
+            name = ".".join(parts[:length])
+            if name in modules:
+                modules[name][".".join(parts[length:])] = shape
+    return modules
+
+
+def _compare(name: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    for key in sorted(expected.keys() | found.keys()):
+        tensor = f"{name}.{key}"
+        if key not in found:
+            raise CheckpointError(f"the checkpoint lacks the tensor {tensor!r}; it is incomplete or was edited.")
+        if key not in expected:
+            raise CheckpointError(f"the checkpoint has an extra tensor {tensor!r}, unknown to the manifest.")
+        if expected[key] != found[key]:
+            raise CheckpointError(
+                f"the tensor {tensor!r} has the shape {found[key]}, but the manifest asks for {expected[key]}."
+            )
 
 
 def mark_compressed(model: PreTrainedModel, config: LosslessLowRankConfig) -> None:

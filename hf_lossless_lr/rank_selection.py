@@ -10,6 +10,7 @@ steps: it leads from the dense model to the smallest one, and each prefix of it 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -61,8 +62,15 @@ class CompressionPath:
 
 
 def allowed_ranks(curve: LossCurve, multiple: int) -> list[int]:
-    """Return the ranks that compress a layer: multiples of `multiple` up to break-even, from 1."""
-    return list(range(multiple, curve.break_even_rank + 1, multiple))
+    """Return the ranks worth having: multiples of `multiple` that compress, and no higher one in fewer parameters.
+
+    (With `auto` storage a slightly higher rank can take less, where the storage changes.)
+    """
+    ranks: list[int] = []
+    for rank in reversed(range(multiple, curve.break_even_rank + 1, multiple)):
+        if curve.parameters(rank) < (curve.parameters(ranks[-1]) if ranks else curve.dense_parameters):
+            ranks.append(rank)
+    return ranks[::-1]
 
 
 def _hull(points: list[tuple[int, float, int | None]]) -> list[tuple[int, float, int | None]]:
@@ -99,9 +107,11 @@ def compression_path(
         ranks = allowed_ranks(curve, rank_multiple)[::-1]
         points = [(curve.parameters(rank), float(costs[rank]), rank) for rank in ranks]
         hull = _hull([(curve.dense_parameters, 0.0, None), *points])
+        slope = -math.inf
         for position, (a, b) in enumerate(pairwise(hull)):
             if b[2] is not None:  # always, behind the dense point; the type checker cannot know
-                steps.append((_slope(a, b), order, position, Step(name, b[2], a[0] - b[0], b[1] - a[1])))
+                slope = max(slope, _slope(a, b))  # rounding must not reorder the steps of one layer
+                steps.append((slope, order, position, Step(name, b[2], a[0] - b[0], b[1] - a[1])))
     steps.sort(key=lambda entry: entry[:3])
     return CompressionPath(tuple(curves), tuple(entry[3] for entry in steps))
 
@@ -119,7 +129,8 @@ def kept_parameters(curves: Curves, ranks: Mapping[str, int | None]) -> int:
 def select_budget(curves: Curves, keep_ratio: float, rank_multiple: int = 1) -> Ranks:
     """Choose the ranks with the lowest predicted loss that keep at most a share of the parameters.
 
-    Walks the path until the budget is met; the last layer then goes back up to the largest rank that still fits.
+    Walks the path until the budget is met; the last layer then takes the cheapest rank that still fits: the largest
+    one, where its cost falls with the rank.
 
     Args:
         curves: a loss curve for each layer.
@@ -150,7 +161,7 @@ def select_budget(curves: Curves, keep_ratio: float, rank_multiple: int = 1) -> 
         curve, spare = curves[last], budget - kept
         base = curve.parameters(ranks[last])
         fits = [k for k in allowed_ranks(curve, rank_multiple) if curve.parameters(k) - base <= spare]
-        ranks[last] = max(fits)
+        ranks[last] = min(fits, key=lambda k: (curve.second_order[k], -k))
     return ranks
 
 

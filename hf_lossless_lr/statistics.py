@@ -292,9 +292,9 @@ def collect_statistics(
     hooks = [module.register_forward_hook(collector.hook(name)) for name, module in targets.items()]
     if collector.masks.encoder is not None:
         hooks.append(collector.masks.encoder.register_forward_hook(collector.masks.record_encoder_output))
-    prepared = accelerator.prepare(loader)
-    progress = logging.tqdm(prepared, desc="Calibrating", disable=not accelerator.is_local_main_process)
     try:
+        prepared = accelerator.prepare(loader)
+        progress = logging.tqdm(prepared, desc="Calibrating", disable=not accelerator.is_local_main_process)
         with _differentiating_only(model, targets), torch.enable_grad():
             for index, batch in enumerate(progress):
                 collector.masks.start(batch)

@@ -102,7 +102,7 @@ def find_targets(
         if unwanted and unwanted >= wanted:
             skipped[name] = "in `ignore`"
         elif not wanted:
-            skipped[name] = "not in `target_modules`" if target_modules else "a convolution"
+            skipped[name] = "a convolution" if target_modules is None else "not in `target_modules`"
         elif name in reasons and (wanted <= TYPE or reasons[name] == "tied"):
             if wanted > TYPE:
                 raise TargetError(f"{name!r} shares its weight with another module and cannot be factorized.")

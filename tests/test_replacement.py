@@ -137,7 +137,9 @@ class TestUndo:
     def test_restores_the_identity_of_every_module(self, bert):
         model, _ = bert
         before = identities(model)
-        record = replace_modules(model, {QUERY: nn.Linear(32, 32), WIDE: nn.Linear(32, 48), "classifier": nn.Identity()})
+        record = replace_modules(
+            model, {QUERY: nn.Linear(32, 32), WIDE: nn.Linear(32, 48), "classifier": nn.Identity()}
+        )
         assert identities(model) != before
         record.undo()
         assert identities(model) == before

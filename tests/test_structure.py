@@ -20,7 +20,7 @@ _NAMES_BY_LEVEL = {
     4: "quantizer factorization rank_selection verification",
     5: "statistics_io neighbourhood refit model_card",
     6: "compressor",
-    7: "data baselines evaluation",
+    7: "data console baselines evaluation",
     8: "plots demo",
     9: "cli",
 }

@@ -2,32 +2,32 @@
 
 import pytest
 import torch
-from tiny_models import TINY_MODELS, bert_sequence_classification, build, llama
+from tiny_models import TINY_MODELS, bert_sequence_classification, llama
 from torch import nn
+from transformers import BertConfig, PreTrainedModel
 
 from hf_lossless_lr.errors import TargetError
 from hf_lossless_lr.modules import FactorizedLinear, is_factorized
 from hf_lossless_lr.targets import EXACT, GLOB, NO_MATCH, REGEX, SUFFIX, TYPE, find_targets, match_specificity
 
-BERT_LAYER = (
-    "attention.self.query",
-    "attention.self.key",
-    "attention.self.value",
+ATTENTION = [f"{p}_proj" for p in "qkvo"]
+BERT_LAYER = [
+    *(f"attention.self.{p}" for p in ("query", "key", "value")),
     "attention.output.dense",
     "intermediate.dense",
     "output.dense",
-)
-ROBERTA_HEAD = {"classifier.dense": "task head", "classifier.out_proj": "task head"}
-LLAMA_LAYER = tuple(f"self_attn.{p}_proj" for p in "qkvo") + ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-T5_ENCODER = tuple(f"layer.0.SelfAttention.{p}" for p in "qkvo") + tuple(
-    f"layer.1.DenseReluDense.{p}" for p in ("wi", "wo")
-)
-T5_DECODER = (
-    tuple(f"layer.0.SelfAttention.{p}" for p in "qkvo")
-    + tuple(f"layer.1.EncDecAttention.{p}" for p in "qkvo")
-    + tuple(f"layer.2.DenseReluDense.{p}" for p in ("wi", "wo"))
-)
-VISION_LAYER = tuple(f"attention.{p}_proj" for p in "qkvo") + ("mlp.fc1", "mlp.fc2")
+]
+DISTILBERT_LAYER = [*(f"attention.{p}_lin" for p in ("q", "k", "v", "out")), "ffn.lin1", "ffn.lin2"]
+ALBERT_LAYER = [*(f"attention.{p}" for p in ("query", "key", "value", "dense")), "ffn", "ffn_output"]
+LLAMA_LAYER = [*(f"self_attn.{p}" for p in ATTENTION), *(f"mlp.{p}_proj" for p in ("gate", "up", "down"))]
+GPT2_LAYER = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+T5_ENCODER = [*(f"layer.0.SelfAttention.{p}" for p in "qkvo"), *(f"layer.1.DenseReluDense.{p}" for p in ("wi", "wo"))]
+T5_DECODER = [
+    *(f"layer.0.SelfAttention.{p}" for p in "qkvo"),
+    *(f"layer.1.EncDecAttention.{p}" for p in "qkvo"),
+    *(f"layer.2.DenseReluDense.{p}" for p in ("wi", "wo")),
+]
+VISION_LAYER = [*(f"attention.{p}" for p in ATTENTION), "mlp.fc1", "mlp.fc2"]
 
 
 def names(prefix, parts, layers=2):
@@ -36,7 +36,8 @@ def names(prefix, parts, layers=2):
 
 BERT_TARGETS = names("bert.encoder.layer", BERT_LAYER)
 POOLED_HEAD = {"bert.pooler.dense": "pooler", "classifier": "task head"}
-VISION_SKIPPED = "embeddings.patch_embeddings.projection"
+TIED_HEAD = {"lm_head": "tied"}
+PATCHES = "embeddings.patch_embeddings.projection"
 
 # name of the tiny model: the targets in order, and the reason for every other layer
 DEFAULTS = {
@@ -48,41 +49,33 @@ DEFAULTS = {
         BERT_TARGETS,
         {"cls.predictions.transform.dense": "task head", "cls.predictions.decoder": "tied"},
     ),
-    "roberta": (names("roberta.encoder.layer", BERT_LAYER), ROBERTA_HEAD),
+    "roberta": (
+        names("roberta.encoder.layer", BERT_LAYER),
+        {"classifier.dense": "task head", "classifier.out_proj": "task head"},
+    ),
     "distilbert": (
-        names(
-            "distilbert.transformer.layer",
-            (*(f"attention.{p}_lin" for p in ("q", "k", "v", "out")), "ffn.lin1", "ffn.lin2"),
-        ),
+        names("distilbert.transformer.layer", DISTILBERT_LAYER),
         {"pre_classifier": "task head", "classifier": "task head"},
     ),
     "albert": (
         [
             "albert.encoder.embedding_hidden_mapping_in",
-            *names(
-                "albert.encoder.albert_layer_groups.0.albert_layers",
-                (*(f"attention.{p}" for p in ("query", "key", "value", "dense")), "ffn", "ffn_output"),
-                layers=1,
-            ),
+            *names("albert.encoder.albert_layer_groups.0.albert_layers", ALBERT_LAYER, layers=1),
         ],
         {"albert.pooler": "pooler", "classifier": "task head"},
     ),
-    "llama": (names("model.layers", LLAMA_LAYER), {"lm_head": "tied"}),
-    "gpt2": (
-        names("transformer.h", ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")),
-        {"lm_head": "tied"},
-    ),
-    "t5": (names("encoder.block", T5_ENCODER) + names("decoder.block", T5_DECODER), {"lm_head": "tied"}),
+    "llama": (names("model.layers", LLAMA_LAYER), TIED_HEAD),
+    "gpt2": (names("transformer.h", GPT2_LAYER), TIED_HEAD),
+    "t5": ([*names("encoder.block", T5_ENCODER), *names("decoder.block", T5_DECODER)], TIED_HEAD),
     "swin": (
-        names("swin.encoder.layers.0.blocks", VISION_LAYER)
-        + ["swin.encoder.layers.0.downsample.reduction"]
-        + names("swin.encoder.layers.1.blocks", VISION_LAYER),
-        {f"swin.{VISION_SKIPPED}": "a convolution", "classifier": "task head"},
+        [
+            *names("swin.encoder.layers.0.blocks", VISION_LAYER),
+            "swin.encoder.layers.0.downsample.reduction",
+            *names("swin.encoder.layers.1.blocks", VISION_LAYER),
+        ],
+        {f"swin.{PATCHES}": "a convolution", "classifier": "task head"},
     ),
-    "vit": (
-        names("vit.layers", VISION_LAYER),
-        {f"vit.{VISION_SKIPPED}": "a convolution", "classifier": "task head"},
-    ),
+    "vit": (names("vit.layers", VISION_LAYER), {f"vit.{PATCHES}": "a convolution", "classifier": "task head"}),
 }
 
 
@@ -108,16 +101,10 @@ class TestTheDefault:
 
 
 def test_untied_output_embeddings_stay_dense():
-    model = build("LlamaForCausalLM", "LlamaConfig", **_llama_options(tie_word_embeddings=False))
+    model = llama(tied=False)[0]
     selection = find_targets(model)
     assert selection.skipped == {"lm_head": "output embeddings"}
     assert list(selection.targets) == names("model.layers", LLAMA_LAYER)
-
-
-def _llama_options(**options):
-    config = llama()[0].config.to_diff_dict()
-    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    return {name: config[name] for name in kept if name in config} | options
 
 
 def test_a_model_without_a_head_gets_the_same_targets():
@@ -161,11 +148,9 @@ class TestSpecificity:
     def test_decides_between_target_and_ignore(self, stronger):
         """The more specific side wins; at equal specificity the layer is ignored."""
         model, _ = bert_sequence_classification()
-        for other, pattern in enumerate(self.PATTERNS):
-            options = {"target_modules": [self.PATTERNS[stronger], "key"], "ignore": [pattern]}
-            if pattern == "Linear":  # `key` is asked for by its suffix, so something is always left
-                assert "bert.encoder.layer.0.attention.self.key" in find_targets(model, **options).targets
-            assert (self.QUERY in find_targets(model, **options).targets) == (stronger < other)
+        wanted = [self.PATTERNS[stronger], "key"]  # `key` keeps the choice from being empty
+        for other, unwanted in enumerate(self.PATTERNS):
+            assert (self.QUERY in find_targets(model, wanted, [unwanted]).targets) == (stronger < other)
 
     def test_of_the_best_pattern_counts_whatever_the_order(self):
         model, _ = bert_sequence_classification()
@@ -196,7 +181,7 @@ class TestPatterns:
         assert list(find_targets(bert_sequence_classification()[0], ["pooler.dense"]).targets) == ["bert.pooler.dense"]
 
     def test_untied_output_embeddings_asked_for_by_name_are_included(self):
-        model = build("LlamaForCausalLM", "LlamaConfig", **_llama_options(tie_word_embeddings=False))
+        model = llama(tied=False)[0]
         assert list(find_targets(model, ["lm_head"]).targets) == ["lm_head"]
 
     def test_a_head_asked_for_by_type_alone_stays_dense(self):
@@ -256,9 +241,8 @@ class TestRefusal:
         assert list(find_targets(model, ignore=["*.layer.1.*"]).targets) == BERT_TARGETS[:6]
 
     def test_of_a_model_on_the_meta_device(self):
-        with torch.device("meta"):
-            model, _ = bert_sequence_classification_on_meta()
-        with pytest.raises(TargetError, match="query' is on the meta device .*load the weights"):
+        model = bert_sequence_classification()[0].to("meta")
+        with pytest.raises(TargetError, match=r"query' is on the meta device .*load the weights"):
             find_targets(model)
 
     def test_of_a_quantized_layer(self):
@@ -298,9 +282,8 @@ class TestRefusal:
             find_targets(bert_sequence_classification()[0], [])
 
     def test_of_a_model_without_any_layer(self):
-        model, _ = bert_sequence_classification()
-        with pytest.raises(TargetError, match=r"BertEmbeddings has no layer that can be factorized \(Linear, Conv1D"):
-            find_targets(_without_layers(model))
+        with pytest.raises(TargetError, match=r"Lookup has no layer that can be factorized \(Linear, Conv1D"):
+            find_targets(Lookup(BertConfig()))
 
 
 class Linear4bit(nn.Linear):
@@ -312,25 +295,14 @@ class Linear4bit(nn.Linear):
         self.weight = nn.Parameter(packed, requires_grad=False)
 
 
-def bert_sequence_classification_on_meta():
-    from transformers import BertConfig, BertForSequenceClassification
+class Lookup(PreTrainedModel):
+    """A model that only looks words up."""
 
-    config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
-    return BertForSequenceClassification(config), None
+    config_class = BertConfig
 
-
-def _without_layers(model):
-    from transformers.models.bert.modeling_bert import BertPreTrainedModel
-
-    class BertEmbeddings(BertPreTrainedModel):
-        def __init__(self, config):
-            super().__init__(config)
-            self.words = nn.Embedding(3, 2)
-
-        def get_output_embeddings(self):
-            return None
-
-    return BertEmbeddings(model.config)
+    def __init__(self, config):
+        super().__init__(config)
+        self.words = nn.Embedding(3, 2)
 
 
 class TestMultiheadAttention:

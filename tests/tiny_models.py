@@ -138,8 +138,8 @@ def albert(count: int = EXAMPLES, seed: int = 0) -> tuple[PreTrainedModel, Batch
     return model, text_inputs(count, seed=seed) | class_labels(count, 3, seed)
 
 
-def llama(count: int = EXAMPLES, seed: int = 0) -> tuple[PreTrainedModel, Batch]:
-    """Grouped-query attention (four query heads on two key heads), output embeddings tied to the input's."""
+def llama(count: int = EXAMPLES, seed: int = 0, tied: bool = True) -> tuple[PreTrainedModel, Batch]:
+    """Grouped-query attention (four query heads on two key heads), output embeddings tied to the input's or not."""
     model = build(
         "LlamaForCausalLM",
         "LlamaConfig",
@@ -150,7 +150,7 @@ def llama(count: int = EXAMPLES, seed: int = 0) -> tuple[PreTrainedModel, Batch]
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=40,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         **_INIT,
     )
     return model, _causal(text_inputs(count, seed=seed))

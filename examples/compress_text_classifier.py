@@ -1,0 +1,82 @@
+"""Compress a text classifier and report loss, accuracy and size before and after.
+
+    python examples/compress_text_classifier.py --model MODEL --data FOLDER --keep-ratio 0.5 --output DIR --json FILE
+
+FOLDER holds `calibration.jsonl` and `validation.jsonl`, one `{"sentence": ..., "label": ...}` a line (the schema of
+glue/sst2). Without --data, glue/sst2 comes from the hub.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from datasets import Dataset, load_dataset
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
+from hf_lossless_lr.console import comparison_table, report_rows
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="distilbert/distilbert-base-uncased-finetuned-sst-2-english")
+    parser.add_argument("--data", type=Path, help="folder with calibration.jsonl and validation.jsonl")
+    parser.add_argument("--calibration-examples", type=int, default=1024)
+    parser.add_argument("--keep-ratio", type=float, default=0.5)
+    parser.add_argument("--metric", default="kronecker")
+    parser.add_argument("--objective", default="budget", choices=["budget", "uniform"])
+    parser.add_argument("--storage", default="auto", choices=["auto", "pivoted", "two-factor"])
+    parser.add_argument("--output", help="folder for the compressed checkpoint")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    return parser.parse_args()
+
+
+def load_data(folder: Path | None) -> tuple[Dataset, Dataset]:
+    if folder is None:
+        data = load_dataset("nyu-mll/glue", "sst2")
+        return data["train"], data["validation"]
+    files = {name: str(folder / f"{name}.jsonl") for name in ("calibration", "validation")}
+    data = load_dataset("json", data_files=files)
+    return data["calibration"], data["validation"]
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    model = AutoModelForSequenceClassification.from_pretrained(arguments.model, dtype=torch.float32)
+    calibration, validation = load_data(arguments.data)
+    calibration = calibration.select(range(arguments.calibration_examples))
+
+    def tokenize(batch):
+        return tokenizer(batch["sentence"], truncation=True, max_length=128)
+
+    config = LosslessLowRankConfig(
+        objective=arguments.objective,
+        metric=arguments.metric,
+        keep_ratio=arguments.keep_ratio,
+        storage=arguments.storage,
+    )
+    compressor = LowRankCompressor(config)
+    model = compressor.compress(
+        model,
+        calibration.map(tokenize, batched=True),
+        eval_dataset=validation.map(tokenize, batched=True),
+        processing_class=tokenizer,
+    )
+    report = compressor.report
+    print(comparison_table(report_rows(report)))
+    if arguments.output:
+        model.save_pretrained(arguments.output)
+        tokenizer.save_pretrained(arguments.output)
+        report.save(arguments.output)
+    if arguments.json:
+        figures = {
+            name: value for name, value in report.to_dict().items() if name in ("dense", "compressed", "seconds")
+        }
+        figures |= {"keep_ratio": report.keep_ratio, "metric": config.metric, "objective": config.objective}
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Tiny models, compressed to about half, and what two models or folders must have in common."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tiny_models import TINY_MODELS, split_batch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_lossless_lr import CompressionReport, LosslessLowRankConfig, LowRankCompressor
+from hf_lossless_lr.modules import is_factorized
+
+COUNT = 12  # examples of each tiny model
+BATCH_SIZE = 4
+
+AUTO_CLASSES = {
+    name: f"AutoModelFor{head}"
+    for name, head in {
+        "bert-sequence-classification": "SequenceClassification",
+        "bert-token-classification": "TokenClassification",
+        "bert-question-answering": "QuestionAnswering",
+        "bert-multiple-choice": "MultipleChoice",
+        "bert-masked-lm": "MaskedLM",
+        "roberta": "SequenceClassification",
+        "distilbert": "SequenceClassification",
+        "albert": "SequenceClassification",
+        "llama": "CausalLM",
+        "gpt2": "CausalLM",
+        "t5": "Seq2SeqLM",
+        "swin": "ImageClassification",
+        "vit": "ImageClassification",
+        "resnet": "ImageClassification",
+    }.items()
+}
+"""Name of a tiny model to the Auto class that loads it."""
+
+
+def auto_class(name: str) -> Any:
+    return getattr(transformers, AUTO_CLASSES[name])
+
+
+def build(name: str) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    return TINY_MODELS[name](COUNT)
+
+
+def default_options(model: PreTrainedModel) -> dict[str, Any]:
+    return {"target_modules": ["Conv2d"]} if "ResNet" in type(model).__name__ else {}
+
+
+def compress(
+    model: PreTrainedModel, batch: Mapping[str, torch.Tensor], **options: Any
+) -> tuple[PreTrainedModel, CompressionReport]:
+    """Compress a model in place on batches of four; evaluate on the same examples."""
+    compressor = LowRankCompressor(LosslessLowRankConfig(**default_options(model), **options))
+    model = compressor.compress(model, split_batch(dict(batch), BATCH_SIZE), eval_dataset=[batch])
+    return model, compressor.report
+
+
+def compressed(name: str, **options: Any) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    model, batch = build(name)
+    return compress(model, batch, **options)[0], batch
+
+
+@torch.no_grad()
+def answers(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """All tensors that a model returns: the loss, the logits, the states of an encoder."""
+    outputs = model(**batch)
+    return {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+
+
+def check_same_answers(
+    model: PreTrainedModel, other: PreTrainedModel, batch: Mapping[str, torch.Tensor], tolerance: float = 0.0
+) -> None:
+    """Assert that two models return the same tensors: bit for bit, or up to a share of the largest entry."""
+    mine, others = answers(model, batch), answers(other, batch)
+    assert mine.keys() == others.keys()
+    assert any(name.endswith("logits") for name in mine)
+    for name, tensor in mine.items():
+        assert tensor.dtype == others[name].dtype
+        assert torch.isfinite(tensor).all(), name
+        if tolerance:
+            error = (tensor.double() - others[name].double()).abs().max() / tensor.double().abs().max()
+            assert error <= tolerance, (name, float(error))
+        else:
+            assert torch.equal(tensor, others[name]), name
+
+
+def factorized_layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if is_factorized(module)}
+
+
+def folder_content(folder: Path) -> dict[str, str]:
+    """Name of each file below a folder to the hash of its bytes."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def check_same_state(state: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> None:
+    """Assert that two state dicts are equal bit for bit."""
+    assert list(state) == list(other)
+    for name, tensor in state.items():
+        assert tensor.dtype == other[name].dtype, name
+        assert torch.equal(tensor, other[name]), name

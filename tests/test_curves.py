@@ -1,0 +1,95 @@
+"""Parameter counts and the terms of a loss curve, against counting and closed forms."""
+
+import itertools
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+from tolerances import ROUNDING
+
+from hf_lossless_lr.curves import STORAGES, LossCurve, break_even_rank, factorized_parameters
+
+SIZES = [1, 2, 3, 5, 8, 13]
+on_grid = pytest.mark.parametrize("shape", list(itertools.product(SIZES, SIZES)), ids=str)
+on_storages = pytest.mark.parametrize("storage", STORAGES)
+
+
+def stored_numbers(out, in_, rank, storage):
+    """Count the numbers by making the arrays."""
+    if storage == "two-factor":
+        return np.empty((out, rank)).size + np.empty((rank, in_)).size
+    return np.empty((rank, in_)).size + np.empty((out - rank, rank)).size
+
+
+def curve(out=4, in_=6, storage="pivoted", units=10, seed=0):
+    first, second = np.random.default_rng(seed).standard_normal((2, min(out, in_) + 1))
+    return LossCurve(out, in_, storage, first, second**2, units)
+
+
+@on_grid
+@on_storages
+def test_parameters_are_the_numbers_in_the_stored_arrays(shape, storage):
+    for rank in range(min(shape) + 1):
+        assert factorized_parameters(*shape, rank, storage) == stored_numbers(*shape, rank, storage)
+
+
+@on_grid
+@on_storages
+def test_break_even_rank_is_the_largest_rank_that_stores_less_than_the_dense_weight(shape, storage):
+    dense = shape[0] * shape[1]
+    compressing = [k for k in range(1, min(shape) + 1) if stored_numbers(*shape, k, storage) < dense]
+    assert break_even_rank(*shape, storage) == max(compressing, default=0)
+
+
+@on_grid
+@on_storages
+def test_every_rank_up_to_break_even_compresses(shape, storage):
+    """So that no rank below it has to be left out: the count rises with the rank."""
+    counts = [factorized_parameters(*shape, k, storage) for k in range(break_even_rank(*shape, storage) + 1)]
+    assert all(a < b for a, b in itertools.pairwise([*counts, shape[0] * shape[1]]))
+
+
+def test_two_factor_break_even_is_the_condition_of_the_paper():
+    for N, M in itertools.product(range(1, 20), repeat=2):
+        rank = break_even_rank(N, M, "two-factor")
+        assert rank < N * M / (N + M) <= rank + 1
+
+
+def test_pivoted_storage_saves_the_square_of_the_rank():
+    assert factorized_parameters(384, 1536, 192, "two-factor") == 192 * 1920
+    assert factorized_parameters(384, 1536, 192, "pivoted") == 192 * 1920 - 192**2
+
+
+@on_storages
+def test_a_curve_counts_as_the_functions_do(storage):
+    layer = curve(7, 5, storage)
+    assert layer.dense_parameters == layer.parameters(None) == 35
+    assert layer.break_even_rank == break_even_rank(7, 5, storage)
+    assert [layer.parameters(k) for k in range(6)] == [factorized_parameters(7, 5, k, storage) for k in range(6)]
+
+
+@pytest.mark.parametrize("units", [1, 7, 1000])
+def test_standard_error_is_the_root_of_the_quadratic_form_over_the_units(units):
+    layer = curve(units=units)
+    quadratic_form = 2 * layer.second_order  # tr(B D A Dᵀ); the second-order term has the half
+    np.testing.assert_allclose(layer.standard_error, (quadratic_form / units) ** 0.5, rtol=ROUNDING)
+
+
+def test_standard_error_halves_with_four_times_the_units():
+    np.testing.assert_allclose(curve(units=400).standard_error, curve(units=100).standard_error / 2, rtol=ROUNDING)
+
+
+def test_standard_error_without_units_is_finite():
+    assert np.isfinite(curve(units=0).standard_error).all()
+
+
+@pytest.mark.parametrize("z", [0.0, NormalDist().inv_cdf(0.95), -1.0])
+def test_upper_bound_is_both_terms_and_z_standard_errors(z):
+    layer = LossCurve(2, 2, "pivoted", np.array([-1.0, 0.5, 0.0]), np.array([8.0, 2.0, 0.0]), 4)
+    # standard errors: sqrt(2 * 8 / 4) = 2, sqrt(2 * 2 / 4) = 1, 0
+    np.testing.assert_allclose(layer.upper_bound(z), [7 + 2 * z, 2.5 + z, 0], rtol=ROUNDING)
+
+
+def test_a_curve_cannot_be_changed():
+    with pytest.raises(AttributeError, match="cannot assign to field 'units'"):
+        curve().units = 3

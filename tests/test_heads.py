@@ -1,0 +1,169 @@
+"""What labels mean: their names, the labelled units behind a loss, and the correct answers, for each kind of head."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import IGNORED, TINY_MODELS, build, rows, split_batch
+from torch import tensor
+
+from hf_lossless_lr.errors import DataError
+from hf_lossless_lr.heads import batch_examples, correct_predictions, label_names, labelled_units
+
+LOSS_RTOL = 1e-5  # float32 forward passes of one example against those of the whole batch
+N = IGNORED
+
+WORDS = torch.zeros(2, 4, dtype=torch.long)
+
+
+def one_hot(answers, classes=3):
+    """Logits whose arg max is `answers`."""
+    return torch.nn.functional.one_hot(tensor(answers), classes).float()
+
+
+def head(name):
+    return TINY_MODELS[name]()[0]
+
+
+class TestLabelNames:
+    @pytest.mark.parametrize("name", [n for n in TINY_MODELS if n != "bert-question-answering"])
+    def test_are_labels_for_most_heads(self, name):
+        assert label_names(head(name)) == ["labels"]
+
+    def test_are_two_positions_for_question_answering(self):
+        assert label_names(head("bert-question-answering")) == ["start_positions", "end_positions"]
+
+    def test_leave_out_the_next_sentence_of_pretraining(self):
+        options = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+        assert label_names(build("BertForPreTraining", "BertConfig", **options)) == ["labels"]
+
+    def test_default_to_labels_for_a_model_without_any(self):
+        assert label_names(head("bert-sequence-classification").bert) == ["labels"]
+
+
+# tiny model, its labels, the units in them counted by hand
+UNITS = [
+    ("bert-sequence-classification", {"labels": tensor([2, 0])}, 2),
+    ("bert-sequence-classification", {"labels": tensor([0.5, 1.5])}, 2),  # regression
+    ("bert-sequence-classification", {"labels": tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])}, 2),  # multi-label
+    ("bert-multiple-choice", {"labels": tensor([2, 0])}, 2),
+    ("bert-question-answering", {"start_positions": tensor([0, 1]), "end_positions": tensor([1, 1])}, 2),
+    ("bert-token-classification", {"labels": tensor([[N, 1, 2, N], [N, 0, N, N]])}, 3),
+    ("bert-token-classification", {"labels": tensor([[0, 1, 2, 1], [0, 0, 2, 2]])}, 8),
+    ("bert-masked-lm", {"labels": tensor([[N, N, 5, N], [7, N, N, N]])}, 2),
+    ("llama", {"labels": tensor([[5, 6, 7, 8], [5, 6, N, N]])}, 4),  # the first token is never predicted
+    ("llama", {"labels": tensor([[N, N, 7, 8], [5, N, N, N]])}, 2),
+    ("gpt2", {"labels": tensor([[5, 6, 7, 8], [5, 6, N, N]])}, 4),
+    ("t5", {"labels": tensor([[5, 6, 7, 8], [5, 6, N, N]])}, 6),  # a decoder sees its targets shifted already
+    ("vit", {"labels": tensor([2, 0])}, 2),
+    ("llama", {"labels": tensor([[5, N, N, N], [N, N, N, N]])}, 0),
+]
+
+
+class TestLabelledUnits:
+    @pytest.mark.parametrize(("name", "labels", "units"), UNITS)
+    def test_are_counted(self, name, labels, units):
+        assert labelled_units(head(name), {"input_ids": WORDS, **labels}) == units
+
+    def test_of_an_encoder_decoder_among_the_causal_models_are_not_shifted(self):
+        """Transformers lists some with them, such as Florence2; their targets are shifted already."""
+        model = head("llama")
+        model.config.is_encoder_decoder = True
+        assert labelled_units(model, {"labels": tensor([[5, 6, 7, 8], [5, 6, N, N]])}) == 6
+
+    @pytest.mark.parametrize("name", TINY_MODELS)
+    def test_are_what_the_loss_averages_over(self, name):
+        """Loss times units is a sum: the batch's is the sum of its examples'."""
+        model, batch = TINY_MODELS[name]()
+        with torch.no_grad():
+            whole = model(**batch).loss * labelled_units(model, batch)
+            parts = sum(model(**one).loss * labelled_units(model, one) for one in split_batch(batch, 1))
+        torch.testing.assert_close(whole, parts, rtol=LOSS_RTOL, atol=0.0)
+
+    @pytest.mark.parametrize("name", TINY_MODELS)
+    def test_of_data_without_labels_is_an_error(self, name):
+        model, batch = TINY_MODELS[name]()
+        unlabelled = {k: v for k, v in batch.items() if k not in label_names(model)}
+        expected = " or ".join(label_names(model))
+        columns = ", ".join(unlabelled)
+        with pytest.raises(
+            DataError, match=f"no labels: {type(model).__name__} takes {expected}, the batch has {columns}"
+        ):
+            labelled_units(model, unlabelled)
+
+    def test_of_labels_that_are_none_is_an_error(self):
+        with pytest.raises(DataError, match="labels=input_ids"):
+            labelled_units(head("llama"), {"input_ids": WORDS, "labels": None})
+
+
+class TestBatchExamples:
+    @pytest.mark.parametrize("name", TINY_MODELS)
+    def test_is_the_length_of_the_batch(self, name):
+        _, batch = TINY_MODELS[name]()
+        assert batch_examples(batch) == 6
+        assert batch_examples(rows(batch, slice(0, 1))) == 1
+
+    def test_looks_past_values_that_are_no_tensors(self):
+        assert batch_examples({"return_dict": True, "input_ids": WORDS}) == 2
+
+
+# tiny model, labels, the answers in the logits, the correct ones counted by hand
+CORRECT = [
+    ("bert-sequence-classification", [2, 0, 1], [2, 1, 1], 2),
+    ("bert-multiple-choice", [2, 0, 1], [2, 0, 1], 3),
+    ("bert-token-classification", [[N, 1, 2, N], [N, 0, N, N]], [[0, 1, 0, 0], [0, 0, 0, 0]], 2),
+    ("bert-masked-lm", [[N, N, 1, N], [2, N, N, N]], [[0, 0, 1, 0], [1, 0, 0, 0]], 1),
+    # token t is answered at position t - 1; the last position answers nothing
+    ("llama", [[0, 1, 2, 0], [0, 2, N, N]], [[1, 2, 0, 0], [2, 0, 0, 0]], 4),
+    ("llama", [[0, 1, 2, 0], [0, 2, N, N]], [[0, 1, 2, 0], [0, 2, 0, 0]], 0),
+    ("gpt2", [[0, 1, 2, 0], [0, 2, N, N]], [[1, 2, 1, 1], [2, 0, 0, 0]], 3),
+    ("t5", [[0, 1, 2, 0], [0, 2, N, N]], [[0, 1, 2, 0], [1, 2, 0, 0]], 5),
+    ("resnet", [2, 0, 1], [0, 0, 1], 2),
+]
+
+
+class TestCorrectPredictions:
+    @pytest.mark.parametrize(("name", "labels", "answers", "correct"), CORRECT)
+    def test_are_counted(self, name, labels, answers, correct):
+        outputs = SimpleNamespace(logits=one_hot(answers))
+        assert correct_predictions(head(name), {"labels": tensor(labels)}, outputs) == correct
+
+    def test_of_a_span_need_both_ends_right(self):
+        batch = {"start_positions": tensor([0, 1, 2, 1]), "end_positions": tensor([1, 2, 2, 1])}
+        outputs = SimpleNamespace(start_logits=one_hot([0, 1, 2, 0]), end_logits=one_hot([1, 0, 2, 0]))
+        assert correct_predictions(head("bert-question-answering"), batch, outputs) == 2
+
+    @pytest.mark.parametrize("name", TINY_MODELS)
+    def test_of_a_model_lie_between_none_and_all_its_units(self, name):
+        model, batch = TINY_MODELS[name]()
+        with torch.no_grad():
+            outputs = model(**batch)
+        assert 0 <= correct_predictions(model, batch, outputs) <= labelled_units(model, batch)
+
+    @pytest.mark.parametrize("name", ["llama", "bert-masked-lm", "t5", "vit"])
+    def test_add_up_over_batches(self, name):
+        model, batch = TINY_MODELS[name](24)
+        with torch.no_grad():
+            whole = correct_predictions(model, batch, model(**batch))
+            parts = [correct_predictions(model, part, model(**part)) for part in split_batch(batch, 5)]
+        assert whole == sum(parts)
+
+    @pytest.mark.parametrize(
+        ("labels", "logits"),
+        [
+            (tensor([0.5, 1.5]), torch.zeros(2, 1)),  # regression
+            (tensor([1, 0]), torch.zeros(2, 1)),  # a single output has no arg max to speak of
+            (tensor([[1.0, 0.0, 1.0]]), torch.zeros(1, 3)),  # multi-label
+            (tensor([1, 0]), None),
+            (None, torch.zeros(2, 3)),
+            (tensor([1, 0]), torch.zeros(2, 4, 3)),  # token logits, example labels
+            (tensor([[1, 0]]), torch.zeros(1, 5, 3)),  # logits for other tokens than the labels
+        ],
+    )
+    def test_have_no_count_where_accuracy_means_nothing(self, labels, logits):
+        outputs = SimpleNamespace(logits=logits)
+        assert correct_predictions(head("bert-sequence-classification"), {"labels": labels}, outputs) is None
+
+    def test_have_no_count_without_logits(self):
+        batch = {"labels": tensor([1, 0])}
+        assert correct_predictions(head("bert-sequence-classification"), batch, SimpleNamespace()) is None

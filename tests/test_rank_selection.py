@@ -1,0 +1,479 @@
+"""Which rank each layer gets, against exhaustive search over tiny instances."""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+from tolerances import ROUNDING, TIE
+
+from hf_lossless_lr.curves import STORAGES, LossCurve, factorized_parameters
+from hf_lossless_lr.errors import ConfigurationError
+from hf_lossless_lr.rank_selection import (
+    allowed_ranks,
+    compression_path,
+    kept_parameters,
+    second_order_cost,
+    select_budget,
+    select_compact,
+    select_lossless,
+    select_paper,
+    select_uniform,
+)
+
+SEEDS = range(4)
+KINDS = ["convex", "falling", "rough"]
+RATIOS = [0.25, 0.4, 0.5, 0.61, 0.75, 0.9, 0.999]
+
+on_seeds = pytest.mark.parametrize("seed", SEEDS)
+on_kinds = pytest.mark.parametrize("kind", KINDS)
+on_storages = pytest.mark.parametrize("storage", STORAGES)
+on_multiples = pytest.mark.parametrize("multiple", [1, 2, 3])
+
+
+def make_curve(out, in_, seed=0, kind="falling", storage="pivoted", units=20, scale=1.0, gain=0.5):
+    """A curve; `convex` and `falling` in the rank as for the Kronecker metric, `rough` as another metric may be."""
+    rng = np.random.default_rng(seed)
+    m = min(out, in_)
+    second = rng.exponential(size=m)
+    if kind != "rough":
+        drops = np.sort(second)[::-1] if kind == "convex" else second
+        second = drops[::-1].cumsum()[::-1]
+    second = scale * np.append(second, 0.0)
+    first = gain * scale * np.append(rng.standard_normal(m), 0.0)
+    noise = np.append(rng.uniform(0.1, 1.0, size=m), 0.0)
+    return LossCurve(out, in_, storage, first, second, units, noise)
+
+
+def make_curves(seed, kind="falling", storage="pivoted", layers=3, **options):
+    rng = np.random.default_rng(1000 + seed)
+    shapes = rng.integers(4, 9, size=(layers, 2))
+    scales = 10.0 ** rng.uniform(-1, 1, size=layers)
+    return {
+        f"layer{n}": make_curve(int(out), int(in_), 10 * seed + n, kind, storage, scale=scales[n], **options)
+        for n, (out, in_) in enumerate(shapes)
+    }
+
+
+def candidates(curve, multiple=1):
+    """Dense, and each rank that compresses, by counting."""
+    dense = curve.out_features * curve.in_features
+    ranks = [k for k in range(1, min(curve.out_features, curve.in_features) + 1) if k % multiple == 0]
+    counts = {k: factorized_parameters(curve.out_features, curve.in_features, k, curve.storage) for k in ranks}
+    if curve.storage == "pivoted":
+        counts.pop(min(curve.out_features, curve.in_features), None)
+    return [(None, dense, 0.0), *((k, n, float(curve.second_order[k])) for k, n in counts.items() if n < dense)]
+
+
+def cost_of(curves, ranks):
+    return sum(0.0 if ranks[name] is None else float(c.second_order[ranks[name]]) for name, c in curves.items())
+
+
+def cheapest(curves, budget, multiple=1):
+    """Lowest cost within the budget over every combination of ranks; None if nothing fits."""
+    combinations = itertools.product(*(candidates(curve, multiple) for curve in curves.values()))
+    costs = [sum(c[2] for c in chosen) for chosen in combinations if sum(c[1] for c in chosen) <= budget]
+    return min(costs, default=None)
+
+
+def dense_size(curves):
+    return sum(curve.out_features * curve.in_features for curve in curves.values())
+
+
+# --- the path -------------------------------------------------------------------------------------------------------
+
+
+@on_multiples
+@on_storages
+@pytest.mark.parametrize("shape", [(1, 5), (2, 2), (3, 7), (8, 8), (12, 5)], ids=str)
+def test_allowed_ranks_are_the_multiples_that_compress(shape, storage, multiple):
+    curve = make_curve(*shape, storage=storage)
+    assert allowed_ranks(curve, multiple) == [rank for rank, _, _ in candidates(curve, multiple)[1:]]
+
+
+@on_kinds
+@on_storages
+@on_multiples
+@on_seeds
+def test_each_point_of_the_path_is_the_best_answer_to_its_multiplier(kind, storage, multiple, seed):
+    """For each λ, the steps below it lead to the brute-force `argmin cost + λ parameters` of every layer."""
+    curves = make_curves(seed, kind, storage)
+    path = compression_path(curves, second_order_cost, multiple)
+    slopes = [step.cost / step.saved for step in path.steps]
+    for multiplier in np.random.default_rng(seed).choice([1, -1], 40, p=[0.9, 0.1]) * np.logspace(-4, 2, 40):
+        best = {
+            name: min(candidates(curve, multiple), key=lambda c: c[2] + multiplier * c[1])[0]
+            for name, curve in curves.items()
+        }
+        assert path.ranks_after(sum(slope < multiplier for slope in slopes)) == best
+
+
+@on_kinds
+@on_seeds
+def test_the_path_is_nested_and_gets_smaller_with_each_step(kind, seed):
+    curves = make_curves(seed, kind)
+    path = compression_path(curves, second_order_cost)
+    points = [path.ranks_after(count) for count in range(len(path.steps) + 1)]
+    assert points[0] == dict.fromkeys(curves)
+    for before, after, step in zip(points, points[1:], path.steps, strict=False):
+        assert [name for name in curves if before[name] != after[name]] == [step.layer]
+        assert before[step.layer] is None or after[step.layer] < before[step.layer]
+        assert kept_parameters(curves, before) - kept_parameters(curves, after) == step.saved > 0
+        assert cost_of(curves, after) - cost_of(curves, before) == pytest.approx(step.cost, rel=ROUNDING, abs=TIE)
+
+
+@on_kinds
+@on_seeds
+def test_the_path_takes_the_cheapest_parameters_first(kind, seed):
+    steps = compression_path(make_curves(seed, kind), second_order_cost).steps
+    slopes = [step.cost / step.saved for step in steps]
+    assert slopes == sorted(slopes)
+
+
+@on_kinds
+@on_multiples
+@on_seeds
+def test_the_path_ends_at_the_smallest_model(kind, multiple, seed):
+    curves = make_curves(seed, kind)
+    path = compression_path(curves, second_order_cost, multiple)
+    smallest = {name: min(candidates(curve, multiple), key=lambda c: c[1])[0] for name, curve in curves.items()}
+    assert path.ranks_after(len(path.steps)) == smallest
+
+
+def test_rounding_does_not_reorder_the_steps_of_a_layer():
+    """Costs on a straight line: all slopes are equal but for rounding."""
+    reordered = []
+    for seed in range(3000):
+        rng = np.random.default_rng(seed)
+        out, in_ = (int(size) for size in rng.integers(3, 13, size=2))
+        storage, slope = STORAGES[seed % 2], rng.uniform()
+        sizes = [factorized_parameters(out, in_, k, storage) for k in range(min(out, in_) + 1)]
+        costs = slope * (out * in_ - np.array(sizes, dtype=float))
+        path = compression_path({"a": LossCurve(out, in_, storage, costs, costs, 1)}, second_order_cost)
+        ranks = [step.rank for step in path.steps]
+        if ranks != sorted(ranks, reverse=True):
+            reordered.append(seed)
+    assert reordered == []
+
+
+def test_a_layer_that_cannot_be_compressed_has_no_steps():
+    curves = {"thin": make_curve(1, 8), "wide": make_curve(6, 8)}
+    path = compression_path(curves, second_order_cost)
+    assert {step.layer for step in path.steps} == {"wide"}
+    assert path.ranks_after(len(path.steps)) == {"thin": None, "wide": 1}
+
+
+def test_a_layer_that_costs_nothing_goes_to_rank_1_at_once_and_first():
+    free = make_curve(6, 8, scale=0.0)
+    path = compression_path({"dear": make_curve(6, 8), "free": free}, second_order_cost)
+    assert (path.steps[0].layer, path.steps[0].rank, path.steps[0].cost) == ("free", 1, 0.0)
+    assert [step.layer for step in path.steps].count("free") == 1
+
+
+# --- budget ---------------------------------------------------------------------------------------------------------
+
+
+@on_kinds
+@on_storages
+@on_seeds
+def test_the_budget_is_never_exceeded(kind, storage, seed):
+    curves = make_curves(seed, kind, storage)
+    smallest = sum(min(c[1] for c in candidates(curve)) for curve in curves.values()) / dense_size(curves)
+    for ratio in [*RATIOS, smallest]:
+        if ratio >= smallest:
+            assert kept_parameters(curves, select_budget(curves, ratio)) <= ratio * dense_size(curves)
+
+
+@on_kinds
+@on_storages
+@on_multiples
+@on_seeds
+def test_budget_is_the_exhaustive_optimum_up_to_one_step_of_the_path(kind, storage, multiple, seed):
+    curves = make_curves(seed, kind, storage)
+    steps = compression_path(curves, second_order_cost, multiple).steps
+    for ratio in RATIOS:
+        budget = ratio * dense_size(curves)
+        optimum = cheapest(curves, budget, multiple)
+        if optimum is None:
+            continue
+        found = cost_of(curves, select_budget(curves, ratio, multiple))
+        # The step that meets the budget; its share of cost for the parameters saved beyond the budget is the gap.
+        kept = dense_size(curves)
+        for step in steps:
+            kept -= step.saved
+            if kept <= budget:
+                break
+        gap = step.cost * (budget - kept) / step.saved
+        assert optimum - TIE <= found <= optimum + max(gap, 0.0) + TIE
+
+
+@on_kinds
+@on_seeds
+def test_budget_is_the_exhaustive_optimum_at_every_size_on_the_path(kind, seed):
+    curves = make_curves(seed, kind)
+    path = compression_path(curves, second_order_cost)
+    for count in range(len(path.steps) + 1):
+        ranks = path.ranks_after(count)
+        kept = kept_parameters(curves, ranks)
+        if cost_of(curves, ranks) > 0:  # else a smaller model costs less than the dense one
+            found = select_budget(curves, (kept + 0.5) / dense_size(curves))
+            assert cost_of(curves, found) == pytest.approx(cheapest(curves, kept + 0.5), abs=TIE)
+
+
+@pytest.mark.parametrize("kind", ["convex", "falling"])
+@on_seeds
+def test_no_layer_on_the_last_step_could_be_larger(kind, seed):
+    """Costs fall with the rank here, so spare parameters are used."""
+    curves = make_curves(seed, kind, layers=1)
+    for ratio in [0.5, 0.6, 0.75, 0.9, 0.99]:
+        ranks = select_budget(curves, ratio)
+        fitting = [k for k, count, _ in candidates(curves["layer0"]) if count <= ratio * dense_size(curves)]
+        assert ranks == {"layer0": max(fitting)}
+
+
+def test_spare_parameters_are_not_spent_on_a_rank_that_costs_more():
+    """In a metric other than the Kronecker one, a higher rank may be predicted to cost more."""
+    second = np.array([9.0, 1.0, 5.0, 6.0, 5.0, 0.0])
+    curves = {"a": LossCurve(5, 6, "pivoted", 0 * second, second, 10)}
+    assert select_budget(curves, 0.9) == {"a": 1}
+
+
+@on_seeds
+def test_a_keep_ratio_of_1_leaves_everything_dense(seed):
+    curves = make_curves(seed)
+    assert select_budget(curves, 1.0) == select_uniform(curves, 1.0) == dict.fromkeys(curves)
+
+
+@on_multiples
+@on_seeds
+def test_budget_and_uniform_ranks_are_multiples(multiple, seed):
+    curves = {"a": make_curve(9, 12, seed), "b": make_curve(11, 10, seed + 100)}
+    for ratio, select in itertools.product([0.6, 0.8], (select_budget, select_uniform)):
+        ranks = [rank for rank in select(curves, ratio, multiple).values() if rank is not None]
+        assert ranks
+        assert all(rank % multiple == 0 for rank in ranks)
+
+
+def test_budget_compresses_the_insensitive_layer():
+    sensitive, robust = make_curve(8, 8, scale=100.0), make_curve(8, 8, scale=0.01)
+    ranks = select_budget({"sensitive": sensitive, "robust": robust}, 0.7)
+    assert ranks["sensitive"] is None
+    assert ranks["robust"] <= 2
+
+
+def test_a_budget_below_the_smallest_model_is_an_error_that_says_how_small_it_can_get():
+    curves = {"a": make_curve(4, 4), "b": make_curve(4, 4)}  # rank 1 pivoted: 7 of 16
+    text = "keep_ratio=0.4 cannot be reached: with rank_multiple=1 the smallest model keeps 0.4375 of the targeted"
+    with pytest.raises(ConfigurationError, match=re.escape(text)):
+        select_budget(curves, 0.4)
+    assert select_budget(curves, 0.4375) == {"a": 1, "b": 1}
+    with pytest.raises(ConfigurationError, match=r"with rank_multiple=2 the smallest model keeps 0\.7500"):
+        select_budget(curves, 0.5, 2)
+
+
+# --- uniform --------------------------------------------------------------------------------------------------------
+
+
+@on_storages
+@on_multiples
+@on_seeds
+def test_uniform_takes_the_largest_rank_within_the_share_of_each_layer(storage, multiple, seed):
+    curves = make_curves(seed, storage=storage)
+    for ratio in RATIOS:
+        expected = {
+            name: max(
+                (k for k, count, _ in candidates(c, multiple) if k and count <= ratio * c.dense_parameters), default=0
+            )
+            for name, c in curves.items()
+        }
+        if all(expected.values()):
+            assert select_uniform(curves, ratio, multiple) == expected
+        else:
+            with pytest.raises(ConfigurationError, match=f"keep_ratio={ratio} cannot be reached in 'layer"):
+                select_uniform(curves, ratio, multiple)
+
+
+def test_a_layer_that_cannot_reach_its_share_is_an_error_that_says_what_to_do():
+    text = (
+        "keep_ratio=0.3 cannot be reached in 'small' (4 x 4) with rank_multiple=1; use objective='budget', "
+        "or add the layer to `ignore`."
+    )
+    with pytest.raises(ConfigurationError, match=re.escape(text)):
+        select_uniform({"large": make_curve(20, 20), "small": make_curve(4, 4)}, 0.3)
+
+
+# --- lossless and compact -------------------------------------------------------------------------------------------
+
+
+@on_kinds
+@on_storages
+@on_multiples
+@on_seeds
+@pytest.mark.parametrize("z", [0.0, 1.645])
+def test_lossless_takes_the_lowest_upper_bound_below_zero_of_each_layer(kind, storage, multiple, seed, z):
+    curves = make_curves(seed, kind, storage, units=500, gain=8.0)  # strong slopes: some bounds are below zero
+    expected = {}
+    for name, c in curves.items():
+        best, lowest = None, 0.0
+        for rank, _, _ in candidates(c, multiple)[1:]:
+            bound = c.first_order[rank] + c.second_order[rank] + z * (2 * c.second_order[rank] / 500) ** 0.5
+            if bound < lowest:
+                best, lowest = rank, bound
+        expected[name] = best
+    if any(expected.values()):
+        assert select_lossless(curves, z, multiple) == expected
+
+
+def test_lossless_leaves_a_layer_dense_whose_gain_is_within_its_error():
+    second = np.array([1.0, 0.02, 0.02, 0.0])
+    gain = np.array([0.0, -0.03, -0.025, 0.0])
+    unsure = LossCurve(3, 3, "pivoted", gain, second, 400)  # bounds at 1.645: .0064 and .0114
+    sure = LossCurve(3, 3, "pivoted", 2 * gain, second, 400)  # -.0236 and -.0136
+    assert select_lossless({"unsure": unsure, "sure": sure}, 1.645) == {"unsure": None, "sure": 1}
+    assert select_lossless({"unsure": unsure, "sure": sure}, 0.0) == {"unsure": 1, "sure": 1}
+
+
+@on_multiples
+@on_seeds
+def test_lossless_still_compresses_where_no_gain_is_sure(multiple, seed):
+    """Then by the one step that costs least for each parameter saved, in terms of the bound."""
+    curves = make_curves(seed, gain=0.0)
+    slopes = {
+        (name, rank): c.upper_bound(1.645)[rank] / (c.dense_parameters - count)
+        for name, c in curves.items()
+        for rank, count, _ in candidates(c, multiple)[1:]
+    }
+    layer, rank = min(slopes, key=slopes.get)
+    assert select_lossless(curves, 1.645, multiple) == {**dict.fromkeys(curves), layer: rank}
+
+
+def compact_bound(curves, ranks, z):
+    """The bound of the sum, written out."""
+    mean = variance = 0.0
+    for name, rank in ranks.items():
+        if rank is not None:
+            mean += curves[name].first_order[rank] + curves[name].second_order[rank]
+            variance += 2 * curves[name].second_order[rank] / curves[name].units
+    return mean + z * variance**0.5
+
+
+@on_kinds
+@on_multiples
+@on_seeds
+@pytest.mark.parametrize("z", [0.0, 1.645])
+def test_compact_is_the_smallest_model_of_the_path_within_the_margin(kind, multiple, seed, z):
+    curves = make_curves(seed, kind)
+    path = compression_path(curves, second_order_cost, multiple)
+    points = [path.ranks_after(count) for count in range(len(path.steps) + 1)]
+    for margin in [0.0, 0.05, 0.5, 2.0, 8.0, 1e9]:
+        accepted = [point for point in points if compact_bound(curves, point, z) <= margin]
+        smallest = min(accepted, key=lambda point: kept_parameters(curves, point))
+        found = select_compact(curves, z, margin, multiple)
+        assert found == smallest
+        assert compact_bound(curves, found, z) <= margin
+
+
+def test_compact_leaves_everything_dense_where_no_step_fits():
+    curves = make_curves(0, gain=0.0)
+    assert select_compact(curves, 1.645, 0.0) == dict.fromkeys(curves)
+
+
+def test_compact_adds_variances_and_not_standard_errors():
+    # Each layer: second order .02, standard error sqrt(.04 / 4) = .1. Together .04 + sqrt(.02) = .181, not .04 + .2.
+    layer = LossCurve(2, 2, "pivoted", np.zeros(3), np.array([1.0, 0.02, 0.0]), 4)
+    assert select_compact({"a": layer, "b": layer}, 1.0, 0.19) == {"a": 1, "b": 1}
+    assert select_compact({"a": layer, "b": layer}, 1.0, 0.18) == {"a": 1, "b": None}
+
+
+# --- the paper's algorithms -----------------------------------------------------------------------------------------
+
+
+def algorithm_1(curve, epsilon):
+    """Algorithm 1 of arXiv 2412.06867, line by line; the loss of a candidate is its first-order prediction."""
+    N, M = curve.out_features, curve.in_features
+    found = []
+    c = 1
+    while c < N * M / (N + M):  # the compression condition
+        if curve.max_noise[c] <= epsilon:  # noise stays in the neighbourhood
+            derivative = curve.first_order[c]
+            if derivative < 0:  # noise points against the gradient
+                found.append((derivative, c))
+        c += 1
+    if not found:
+        return None
+    lowest = found[0]
+    for candidate in found:
+        if candidate[0] < lowest[0]:
+            lowest = candidate
+    return lowest[1]
+
+
+def algorithm_2(curve, epsilon):
+    """Algorithm 2: the first rank that passes."""
+    N, M = curve.out_features, curve.in_features
+    c = 1
+    while c < N * M / (N + M):
+        if curve.max_noise[c] <= epsilon and curve.first_order[c] < 0:
+            return c
+        c += 1
+    return None
+
+
+@on_storages
+@pytest.mark.parametrize("compact", [False, True], ids=["lossless", "compact"])
+@on_seeds
+def test_paper_objectives_are_its_algorithms(storage, compact, seed):
+    """In pivoted storage too the paper's own condition bounds the rank."""
+    curves = make_curves(seed, "rough", storage, layers=6)
+    curves["square"] = make_curve(6, 6, seed, "rough", storage)  # NM / (N + M) = 3 exactly, which is not below itself
+    algorithm = algorithm_2 if compact else algorithm_1
+    for epsilon in [0.05, 0.3, 0.6, 1.0]:
+        bounds = {name: epsilon * (0.5 + n / 6) for n, name in enumerate(curves)}
+        expected = {name: algorithm(curve, bounds[name]) for name, curve in curves.items()}
+        assert select_paper(curves, bounds, compact) == expected
+
+
+def test_paper_objectives_differ_and_respect_sign_noise_and_rank():
+    first = np.array([-9.0, 0.5, -1.0, -2.0, -5.0, -7.0, -8.0, -9.0, 0.0])
+    noise = np.array([9.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.0])
+    curves = {"a": LossCurve(8, 8, "pivoted", first, np.zeros(9), 1, noise)}  # ranks 1 … 3 compress
+    assert select_paper(curves, {"a": 0.1}, compact=True) == {"a": 2}  # rank 1 has the wrong sign
+    assert select_paper(curves, {"a": 0.1}, compact=False) == {"a": 3}  # rank 4 would be lower still
+    assert select_paper(curves, {"a": 0.09}, compact=False) == {"a": None}
+
+
+def test_paper_objectives_need_the_noise():
+    second = np.zeros(4)
+    with pytest.raises(ConfigurationError, match="the curve of 'a' has no max_noise"):
+        select_paper({"a": LossCurve(3, 3, "pivoted", second, second, 1)}, {"a": 1.0}, compact=True)
+
+
+# --- determinism ----------------------------------------------------------------------------------------------------
+
+SELECTIONS = {
+    "budget": lambda curves: select_budget(curves, 0.6),
+    "uniform": lambda curves: select_uniform(curves, 0.6),
+    "lossless": lambda curves: select_lossless(curves, 1.645),
+    "compact": lambda curves: select_compact(curves, 1.645, 1.0),
+    "paper-lossless": lambda curves: select_paper(curves, dict.fromkeys(curves, 0.5), compact=False),
+    "paper-compact": lambda curves: select_paper(curves, dict.fromkeys(curves, 0.5), compact=True),
+}
+
+
+@pytest.mark.parametrize("select", SELECTIONS.values(), ids=SELECTIONS)
+@on_seeds
+def test_the_same_curves_give_the_same_ranks_in_any_order_of_layers(select, seed):
+    curves = make_curves(seed, layers=4)
+    ranks = select(curves)
+    assert select(curves) == ranks
+    assert list(ranks) == list(curves)
+    for names in itertools.permutations(curves):
+        assert select({name: curves[name] for name in names}) == ranks
+
+
+@pytest.mark.parametrize("select", [SELECTIONS["budget"], SELECTIONS["compact"]], ids=["budget", "compact"])
+def test_ties_are_broken_by_the_order_of_the_layers(select):
+    """Identical layers: the first ones are compressed at least as much, whatever their names."""
+    for names in (["a", "b", "c"], ["c", "b", "a"]):
+        ranks = list(select(dict.fromkeys(names, make_curve(6, 6, kind="convex"))).values())
+        assert ranks == sorted(ranks, key=lambda rank: 7 if rank is None else rank)
