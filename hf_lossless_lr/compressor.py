@@ -26,7 +26,8 @@ from .curves import LossCurve, choose_storage
 from .errors import NumericalError, TargetError
 from .factorization import Factorization, factorize, loss_curve
 from .fingerprint import tensors_fingerprint
-from .modules import is_factorized, layout_of, weight_matrix
+from .layouts import layout_of, weight_matrix
+from .modules import is_factorized
 from .neighbourhood import calibrate_epsilon
 from .quantizer import mark_compressed, unmark_compressed
 from .rank_selection import Ranks, select_budget, select_compact, select_lossless, select_paper, select_uniform
@@ -103,6 +104,7 @@ class LowRankCompressor:
             evaluation = make_dataloader(eval_dataset, model, name="eval_dataset", **options)
         accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(even_batches=False))
         with _on_device(model, accelerator.device), ExitStack() as undo:
+            undo.callback(vars(model.config).update, dict(vars(model.config)))  # a loss may set config.problem_type
             report = self._run(model, selection, calibration, evaluation, accelerator, undo)
             undo.pop_all()  # success: the changes stay
         self.report = report

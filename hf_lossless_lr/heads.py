@@ -1,10 +1,11 @@
-"""What a task head's labels mean: their names, how many labelled units a batch has, how many were answered correctly.
+"""What a task head's labels and loss mean: the labels' names, the labelled units of a batch, the correct answers.
 
 A *labelled unit* is what the loss averages over: an example of a classifier, a token of a language model or tagger.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.utils import find_labels
 
-from .errors import DataError
+from .errors import DataError, NumericalError
 
 IGNORE_INDEX = -100
 _SHIFTED = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) | set(
@@ -102,3 +103,33 @@ def correct_predictions(model: PreTrainedModel, batch: Mapping[str, Any], output
     if logits.shape[:-1] != target.shape:
         return None
     return int(((logits.argmax(-1) == target) & (target != IGNORE_INDEX)).sum())
+
+
+def forward_loss(model: PreTrainedModel, batch: Mapping[str, Any], index: int) -> tuple[torch.Tensor, Any, int]:
+    """Run a batch and return its mean loss in float32, the outputs, and the labelled units behind the loss.
+
+    Args:
+        model: the model.
+        batch: keyword arguments of its forward.
+        index: number of the batch, for errors.
+
+    Returns:
+        Loss in nats, outputs, units.
+
+    Raises:
+        DataError: if there are no labels or the model returns no loss.
+        NumericalError: if the loss is not finite.
+    """
+    units = labelled_units(model, batch)
+    extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    outputs = model(**{**extra, **batch})
+    loss = getattr(outputs, "loss", None)
+    if loss is None:
+        raise DataError(
+            f"batch {index}: {type(model).__name__} returned no loss. Use a model class with a task head, and a batch "
+            "with labels."
+        )
+    loss = loss.float().mean()
+    if units and not torch.isfinite(loss):
+        raise NumericalError(f"batch {index}: the loss is {loss.item()}; check the labels and the inputs.")
+    return loss, outputs, units

@@ -1,23 +1,17 @@
-"""Factorized layers, and the registry that says how each dense layer type is seen as a matrix.
-
-No other file tests for a layer type: `layout_of(module)` answers what the matrix, its inputs and its output gradients
-are, and builds the factorized or the dense counterpart.
-"""
+"""Factorized layers: what takes the place of a dense layer in a compressed model."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 from .curves import STORAGES
-from .errors import ConfigurationError, TargetError
+from .errors import ConfigurationError
 
 
-class _Factorized(nn.Module):
+class Factorized(nn.Module):
     """Shared body of the factorized layers: `down` to the rank, `up` from it, and a guard called `weight`.
 
     * `two-factor`: `y = up(down(x)) + bias`.
@@ -122,7 +116,7 @@ class _Factorized(nn.Module):
         )
 
 
-class FactorizedLinear(_Factorized):
+class FactorizedLinear(Factorized):
     """A linear layer `y = W x + b` whose weight is stored as low-rank factors.
 
     Args:
@@ -159,7 +153,7 @@ class FactorizedLinear(_Factorized):
         self._finish(bias, device, dtype)
 
 
-class FactorizedConv2d(_Factorized):
+class FactorizedConv2d(Factorized):
     """A two-dimensional convolution as a narrower convolution followed by a pointwise one.
 
     The kernel `(out, in, kh, kw)` is seen as the matrix `(out, in * kh * kw)`.
@@ -191,155 +185,6 @@ class FactorizedConv2d(_Factorized):
         self._finish(convolution.bias is not None, weight.device, weight.dtype)
 
 
-class Layout(Protocol):
-    """How a layer type is seen as a matrix `W (out, in)` acting on rows."""
-
-    def as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return a weight, or its gradient, as a matrix.  # shape: (out, in)."""
-
-    def input_rows(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """Return the layer input with the matrix' columns as last dimension.  # shape: (..., in)."""
-
-    def output_rows(self, y: torch.Tensor) -> torch.Tensor:
-        """Return a layer output, or its gradient, with the matrix' rows as last dimension.  # shape: (..., out)."""
-
-    def factorized(self, module: nn.Module, rank: int, storage: str) -> FactorizedLinear | FactorizedConv2d:
-        """Return an uninitialized factorized layer on the module's device and in its dtype."""
-
-    def dense(self, module: Any) -> nn.Module:
-        """Return the dense layer that a factorized one stands for."""
-
-
-class _LinearLayout:
-    def as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight
-
-    def input_rows(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-    def output_rows(self, y: torch.Tensor) -> torch.Tensor:
-        return y
-
-    def factorized(self, module: Any, rank: int, storage: str) -> FactorizedLinear:
-        out_features, in_features = self.as_matrix(module.weight).shape
-        return FactorizedLinear(
-            in_features,
-            out_features,
-            rank,
-            bias=module.bias is not None,
-            storage=storage,
-            layer_type=type(module).__name__,
-            device=module.weight.device,
-            dtype=module.weight.dtype,
-        )
-
-    def dense(self, module: FactorizedLinear) -> nn.Module:
-        weight = module.down.weight
-        kw: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-        layer = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, **kw)
-        return _fill(layer, module, module.dense_weight())
-
-
-class _Conv1DLayout(_LinearLayout):
-    def as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.T
-
-    def dense(self, module: FactorizedLinear) -> nn.Module:
-        layer = Conv1D(module.out_features, module.in_features).to(module.down.weight)
-        return _fill(layer, module, module.dense_weight().T)
-
-
-class _Conv2dLayout:
-    def as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.flatten(1)
-
-    def input_rows(self, module: Any, x: torch.Tensor) -> torch.Tensor:
-        if isinstance(module.padding, str):
-            raise TargetError(f"a convolution with padding={module.padding!r} is not supported; use explicit sizes.")
-        patches = F.unfold(
-            x, module.kernel_size, dilation=module.dilation, padding=module.padding, stride=module.stride
-        )
-        return patches.transpose(1, 2)
-
-    def output_rows(self, y: torch.Tensor) -> torch.Tensor:
-        return y.flatten(2).transpose(1, 2)
-
-    def factorized(self, module: Any, rank: int, storage: str) -> FactorizedConv2d:
-        if module.groups != 1 or module.padding_mode != "zeros":
-            raise TargetError(
-                f"a convolution with groups={module.groups} and padding_mode={module.padding_mode!r} cannot be "
-                "factorized; only groups=1 and zero padding can. Add it to `ignore`."
-            )
-        return FactorizedConv2d(module, rank, storage)
-
-    def dense(self, module: FactorizedConv2d) -> nn.Module:
-        down: Any = module.down
-        kw: dict[str, Any] = {"device": down.weight.device, "dtype": down.weight.dtype}
-        layer = nn.Conv2d(down.in_channels, module.out_features, bias=module.bias is not None, **module.geometry, **kw)
-        return _fill(layer, module, module.dense_weight().reshape(layer.weight.shape))
-
-
-@torch.no_grad()
-def _fill(layer: Any, source: _Factorized, weight: torch.Tensor) -> nn.Module:
-    layer.weight.copy_(weight)
-    if source.bias is None:
-        if layer.bias is not None:  # Conv1D always has one
-            layer.bias.zero_()
-    else:
-        layer.bias.copy_(source.bias)
-    return layer
-
-
-LAYOUTS: dict[type[nn.Module], Layout] = {
-    nn.Linear: _LinearLayout(),
-    Conv1D: _Conv1DLayout(),
-    nn.Conv2d: _Conv2dLayout(),
-}
-"""Dense layer types that can be factorized. Matched exactly: a subclass may keep its weight in another form."""
-
-_LAYOUT_BY_NAME = {layer_type.__name__: layout for layer_type, layout in LAYOUTS.items()}
-
-
-def layout_of(module: nn.Module) -> Layout:
-    """Return the layout of a dense layer.
-
-    Args:
-        module: a layer whose exact type is in `LAYOUTS`.
-
-    Returns:
-        Its layout.
-
-    Raises:
-        TargetError: if the type is not supported.
-    """
-    if type(module) not in LAYOUTS:
-        known = ", ".join(_LAYOUT_BY_NAME)
-        raise TargetError(f"layers of type {type(module).__name__} cannot be factorized; supported are {known}.")
-    return LAYOUTS[type(module)]
-
-
-def weight_matrix(module: Any) -> torch.Tensor:
-    """Return the weight of a dense layer as a matrix that shares its memory.  # shape: (out, in)."""
-    return layout_of(module).as_matrix(module.weight.detach())
-
-
 def is_factorized(module: nn.Module) -> bool:
     """Return whether a module is one of the factorized layers."""
-    return isinstance(module, _Factorized)
-
-
-def to_dense(module: nn.Module) -> nn.Module:
-    """Return the plain dense layer that a factorized layer stands for.
-
-    Args:
-        module: a factorized layer.
-
-    Returns:
-        A layer of the original type, on the same device and in the same dtype.
-
-    Raises:
-        TargetError: if the module is not factorized.
-    """
-    if not isinstance(module, _Factorized):
-        raise TargetError(f"{type(module).__name__} is not a factorized layer.")
-    return _LAYOUT_BY_NAME[module.layer_type].dense(module)
+    return isinstance(module, Factorized)

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from .batches import dataset_size, subset
 from .factorization import Factorization, loss_curve
-from .modules import layout_of, weight_matrix
+from .layouts import layout_of, weight_matrix
 from .statistics import collect_statistics
 from .verification import evaluate
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from types import MethodType
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -21,7 +21,8 @@ from transformers.quantizers import auto as quantizer_registry
 
 from .config import METHOD, LosslessLowRankConfig
 from .errors import CheckpointError, ConfigurationError, TargetError
-from .modules import FactorizedLinear, is_factorized, layout_of, to_dense
+from .layouts import layout_of, to_dense
+from .modules import FactorizedLinear, is_factorized
 from .replacement import replace_modules
 
 
@@ -193,7 +194,7 @@ def mark_compressed(model: PreTrainedModel, config: LosslessLowRankConfig) -> No
         config: the configuration with their manifest.
     """
     model.config.quantization_config = config
-    model.__dict__["dequantize"] = MethodType(dequantize, model)
+    model.__dict__["dequantize"] = partial(dequantize, model)  # a bound method would not survive pickling
 
 
 def unmark_compressed(model: PreTrainedModel) -> None:

@@ -46,9 +46,13 @@ def replace_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> 
     if missing:
         raise TargetError(f"{type(model).__name__} has no module {missing[0]!r}.")
     new_of = {id(modules[name]): module for name, module in replacements.items()}
-    originals = {path: module for path, module in modules.items() if id(module) in new_of}
-    for path, module in originals.items():
-        new = new_of[id(module)]
-        new.train(module.training)
-        model.set_submodule(path, new)
-    return Replacement(model, originals)
+    replacement = Replacement(model, {path: module for path, module in modules.items() if id(module) in new_of})
+    try:
+        for path, module in replacement.originals.items():
+            new = new_of[id(module)]
+            new.train(module.training)
+            model.set_submodule(path, new)
+    except BaseException:  # an interrupt, too, must not leave a model that is half replaced
+        replacement.undo()
+        raise
+    return replacement

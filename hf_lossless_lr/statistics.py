@@ -14,7 +14,6 @@ the result does not depend on how the data is split into batches or over process
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,8 +29,9 @@ from transformers.utils import logging
 
 from .errors import DataError, NumericalError, TargetError
 from .fingerprint import tensors_fingerprint
-from .heads import batch_examples, labelled_units
-from .modules import Layout, layout_of, weight_matrix
+from .heads import batch_examples, forward_loss
+from .layouts import Layout, layout_of, weight_matrix
+from .masks import PaddingMasks
 
 Key = tuple[str, ...]
 
@@ -84,41 +84,6 @@ class _Input(NamedTuple):
     names: list[str]
 
 
-class _Masks:
-    """Which rows of a layer's input are real tokens, in the current batch."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.encoder = model.get_encoder() if model.config.is_encoder_decoder else None
-        self.in_encoder = set(map(id, self.encoder.modules())) if self.encoder is not None else set()
-        self.encoder_output: torch.Tensor | None = None
-        self.main: torch.Tensor | None = None
-        self.decoder: torch.Tensor | None = None
-
-    def start(self, batch: Mapping[str, Any]) -> None:
-        self.main, self.encoder_output = _flat_mask(batch.get("attention_mask")), None
-        if self.encoder is not None:
-            labels = batch.get("labels")
-            default = labels != -100 if isinstance(labels, torch.Tensor) and labels.ndim == 2 else None
-            self.decoder = _flat_mask(batch.get("decoder_attention_mask", default))
-
-    def record_encoder_output(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.encoder_output = output[0]
-
-    def of(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-        mask = self.main
-        if self.encoder is not None and id(module) not in self.in_encoder and x is not self.encoder_output:
-            mask = self.decoder
-        return mask if mask is not None and x.shape[:-1].numel() == mask.numel() else None
-
-
-def _flat_mask(mask: Any) -> torch.Tensor | None:
-    """Return a boolean mask over the flattened rows, or None where nothing is padding (or the mask is a 4-d one)."""
-    if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 3):
-        return None
-    flat = mask.bool().flatten()
-    return None if bool(flat.all()) else flat
-
-
 def _real_rows(rows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     rows = rows.flatten(0, -2)
     return (rows if mask is None else rows[mask]).float()
@@ -130,7 +95,7 @@ class _Collector:
     def __init__(self, model: PreTrainedModel, targets: Mapping[str, nn.Module]) -> None:
         self.targets = targets
         self.layouts = {name: layout_of(module) for name, module in targets.items()}
-        self.masks = _Masks(model)
+        self.masks = PaddingMasks(model)
         self.inputs: dict[tuple[int, int], _Input] = {}
         self.recording = False
         self.input_sums: dict[Key, torch.Tensor] = {}
@@ -233,36 +198,6 @@ def _differentiating_only(model: nn.Module, targets: Mapping[str, nn.Module]) ->
         for parameter, requires_grad, grad in parameters:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
-
-
-def forward_loss(model: PreTrainedModel, batch: Mapping[str, Any], index: int) -> tuple[torch.Tensor, Any, int]:
-    """Run a batch and return its mean loss in float32, the outputs, and the labelled units behind the loss.
-
-    Args:
-        model: the model.
-        batch: keyword arguments of its forward.
-        index: number of the batch, for errors.
-
-    Returns:
-        Loss in nats, outputs, units.
-
-    Raises:
-        DataError: if there are no labels or the model returns no loss.
-        NumericalError: if the loss is not finite.
-    """
-    units = labelled_units(model, batch)
-    extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    outputs = model(**{**extra, **batch})
-    loss = getattr(outputs, "loss", None)
-    if loss is None:
-        raise DataError(
-            f"batch {index}: {type(model).__name__} returned no loss. Use a model class with a task head, and a batch "
-            "with labels."
-        )
-    loss = loss.float().mean()
-    if units and not torch.isfinite(loss):
-        raise NumericalError(f"batch {index}: the loss is {loss.item()}; check the labels and the inputs.")
-    return loss, outputs, units
 
 
 def collect_statistics(

@@ -17,7 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .errors import TargetError
-from .modules import LAYOUTS, is_factorized
+from .layouts import LAYOUTS
+from .modules import is_factorized
 
 EXACT, SUFFIX, REGEX, GLOB, TYPE, NO_MATCH = 5, 4, 3, 2, 1, 0
 LINEAR_TYPES = tuple(layer_type for layer_type in LAYOUTS if layer_type is not nn.Conv2d)

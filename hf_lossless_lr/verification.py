@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .errors import DataError
-from .heads import batch_examples, correct_predictions
-from .statistics import forward_loss
+from .heads import batch_examples, correct_predictions, forward_loss
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tolerances import ROUNDING
 
-from hf_lossless_lr.curves import STORAGES, LossCurve, break_even_rank, factorized_parameters
+from hf_lossless_lr.curves import STORAGES, LossCurve, break_even_rank, choose_storage, factorized_parameters
 
 SIZES = [1, 2, 3, 5, 8, 13]
 on_grid = pytest.mark.parametrize("shape", list(itertools.product(SIZES, SIZES)), ids=str)
@@ -53,6 +53,16 @@ def test_two_factor_break_even_is_the_condition_of_the_paper():
     for N, M in itertools.product(range(1, 20), repeat=2):
         rank = break_even_rank(N, M, "two-factor")
         assert rank < N * M / (N + M) <= rank + 1
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40), (400, 15), (210, 200)], ids=str)
+def test_auto_storage_counts_one_of_the_two_storages_and_compresses_at_every_rank(shape):
+    assert break_even_rank(*shape, "auto") == min(shape) - 1
+    for rank in range(1, min(shape)):
+        count = factorized_parameters(*shape, rank, "auto")
+        assert count in {stored_numbers(*shape, rank, storage) for storage in STORAGES}
+        assert count == stored_numbers(*shape, rank, choose_storage(*shape, rank, "auto"))
+        assert count < shape[0] * shape[1]
 
 
 def test_pivoted_storage_saves_the_square_of_the_rank():

@@ -44,9 +44,13 @@ def case(shape, metric="kronecker", seed=0, damping=DAMPING, **options):
     return weight, stats, factorize(weight, stats, metric, damping)
 
 
-def rebuilt(tensors):
+def rebuilt(tensors, pivot_inputs=False):
     """The matrix that `FactorTensors` stand for."""
     product = tensors.up @ tensors.down
+    if tensors.permutation is not None and pivot_inputs:
+        matrix = torch.empty(tensors.up.shape[0], len(tensors.permutation)).double()
+        matrix[:, tensors.permutation] = torch.cat([tensors.up, product], dim=1)
+        return matrix
     return product if tensors.permutation is None else torch.cat([tensors.down, product])[tensors.permutation]
 
 
@@ -124,24 +128,29 @@ def test_statistics_of_another_shape_are_an_error():
 # --- truncate -------------------------------------------------------------------------------------------------------
 
 
+on_pivots = pytest.mark.parametrize("pivot_inputs", [False, True], ids=["rows", "columns"])
+
+
 @on_storages
+@on_pivots
 @on_metrics
 @on_shapes
-def test_truncate_gives_the_weight_of_the_rank(storage, metric, shape):
+def test_truncate_gives_the_weight_of_the_rank(storage, pivot_inputs, metric, shape):
     weight, _, factorization = case(shape, metric)
     for rank in range(1, min(shape) + (storage == "two-factor")):
-        found = rebuilt(factorization.truncate(rank, storage))
+        found = rebuilt(factorization.truncate(rank, storage, pivot_inputs), pivot_inputs)
         torch.testing.assert_close(found, factorization.weight(rank), rtol=0, atol=ROUNDING * weight.norm().item())
 
 
 @on_storages
+@on_pivots
 @on_shapes
-def test_truncate_returns_the_numbers_that_the_curve_counts(storage, shape):
+def test_truncate_returns_the_numbers_that_the_curve_counts(storage, pivot_inputs, shape):
     factorization = case(shape)[2]
     for rank in range(1, min(shape)):
-        tensors = factorization.truncate(rank, storage)
+        tensors = factorization.truncate(rank, storage, pivot_inputs)
         assert tensors.down.numel() + tensors.up.numel() == factorized_parameters(*shape, rank, storage)
-        assert tensors.down.shape == (rank, shape[1])
+        assert len(tensors.down) == tensors.up.shape[1] == rank
         assert (tensors.permutation is None) == (storage == "two-factor")
 
 

@@ -13,16 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lossless_lr.curves import STORAGES, factorized_parameters
 from hf_lossless_lr.errors import ConfigurationError, TargetError
+from hf_lossless_lr.layouts import LAYOUTS, layout_of, to_dense, weight_matrix
 from hf_lossless_lr.linalg import pivoted_form
-from hf_lossless_lr.modules import (
-    LAYOUTS,
-    FactorizedConv2d,
-    FactorizedLinear,
-    is_factorized,
-    layout_of,
-    to_dense,
-    weight_matrix,
-)
+from hf_lossless_lr.modules import FactorizedConv2d, FactorizedLinear, is_factorized
 
 SHAPES = [(5, 9), (7, 7), (9, 5), (2, 3)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -143,6 +136,13 @@ def test_dense_weight_is_the_matrix(storage, shape):
         layer = FactorizedLinear(shape[1], shape[0], rank, storage=storage, dtype=torch.float64)
         layer.load_factors(*factors)
         torch.testing.assert_close(layer.dense_weight(), matrix, rtol=ROUNDING, atol=10 * ROUNDING)
+
+
+@on_shapes
+def test_a_pivoted_linear_layer_permutes_its_narrower_side(shape):
+    layer = FactorizedLinear(shape[1], shape[0], 1, storage="pivoted")
+    assert layer.permutation.shape == (min(shape),)
+    assert FactorizedLinear(shape[1], shape[0], 1, storage="two-factor").permutation is None
 
 
 @on_kinds

@@ -60,7 +60,7 @@ def candidates(curve, multiple=1):
     dense = curve.out_features * curve.in_features
     ranks = [k for k in range(1, min(curve.out_features, curve.in_features) + 1) if k % multiple == 0]
     counts = {k: factorized_parameters(curve.out_features, curve.in_features, k, curve.storage) for k in ranks}
-    if curve.storage == "pivoted":
+    if curve.storage != "two-factor":
         counts.pop(min(curve.out_features, curve.in_features), None)
     return [(None, dense, 0.0), *((k, n, float(curve.second_order[k])) for k, n in counts.items() if n < dense)]
 
@@ -138,6 +138,49 @@ def test_the_path_ends_at_the_smallest_model(kind, multiple, seed):
     path = compression_path(curves, second_order_cost, multiple)
     smallest = {name: min(candidates(curve, multiple), key=lambda c: c[1])[0] for name, curve in curves.items()}
     assert path.ranks_after(len(path.steps)) == smallest
+
+
+def auto_curves(seed):
+    """Layers so large that `auto` storage changes where a higher rank then takes fewer numbers."""
+    return {
+        name: make_curve(*shape, seed + n, storage="auto", scale=10.0**n)
+        for n, (name, shape) in enumerate({"square": (300, 280), "wide": (60, 900), "tall": (500, 210)}.items())
+    }
+
+
+@on_multiples
+@on_seeds
+def test_allowed_ranks_leave_out_a_rank_that_a_higher_one_undercuts(multiple, seed):
+    left_out = 0
+    for curve in auto_curves(seed).values():
+        counts = {rank: count for rank, count, _ in candidates(curve, multiple)[1:]}
+        expected = [r for r, count in counts.items() if all(counts[s] > count for s in counts if s > r)]
+        assert allowed_ranks(curve, multiple) == expected
+        left_out += len(counts) - len(expected)
+    assert left_out > 0 or multiple > 1
+
+
+@on_multiples
+@on_seeds
+def test_auto_storage_keeps_the_path_optimal_nested_and_within_the_budget(multiple, seed):
+    curves = auto_curves(seed)
+    path = compression_path(curves, second_order_cost, multiple)
+    slopes = [step.cost / step.saved for step in path.steps]
+    assert all(step.saved > 0 for step in path.steps)
+    for multiplier in np.logspace(-4, 2, 12):
+        best = {
+            name: min(candidates(curve, multiple), key=lambda c: c[2] + multiplier * c[1])[0]
+            for name, curve in curves.items()
+        }
+        assert path.ranks_after(sum(slope < multiplier for slope in slopes)) == best
+    for ratio, select in itertools.product(RATIOS, (select_budget, select_uniform)):
+        stored = sum(
+            c.out_features * c.in_features
+            if rank is None
+            else factorized_parameters(c.out_features, c.in_features, rank, "auto")
+            for c, rank in zip(curves.values(), select(curves, ratio, multiple).values(), strict=True)
+        )
+        assert stored <= ratio * dense_size(curves)
 
 
 def test_rounding_does_not_reorder_the_steps_of_a_layer():

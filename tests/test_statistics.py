@@ -33,8 +33,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from hf_lossless_lr.errors import DataError, NumericalError, TargetError
-from hf_lossless_lr.heads import labelled_units
-from hf_lossless_lr.statistics import CalibrationStatistics, collect_statistics, forward_loss
+from hf_lossless_lr.heads import forward_loss, labelled_units
+from hf_lossless_lr.statistics import CalibrationStatistics, collect_statistics
 from hf_lossless_lr.targets import find_targets
 
 # Largest deviation of a matrix, relative to its largest entry.

@@ -1,0 +1,161 @@
+"""`CompressionReport`: to JSON and back, and onto the disk in one piece."""
+
+import errno
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hf_lossless_lr import CheckpointError, CompressionReport
+from hf_lossless_lr.report import REPORT_NAME, LayerReport, Measurement, write_atomically
+
+FACTORIZED = LayerReport("Linear", 8, 10, 3, "pivoted", 80, 45, -0.25, 0.5)
+DENSE = LayerReport("Conv1D", 4, 5, None, None, 20, 20, 0.0, 0.0)
+
+
+@pytest.fixture
+def report():
+    return CompressionReport(
+        model="BertForSequenceClassification",
+        config={"objective": "budget", "keep_ratio": 0.5, "target_modules": None, "ignore": ["a", "é"]},
+        layers={"one": FACTORIZED, "two": DENSE, "three": replace(FACTORIZED, second_order=0.125)},
+        skipped={"classifier": "task head"},
+        dense=Measurement(0.1 + 0.2, 0.75, 1000),
+        compressed=Measurement(1e-9, None, 930),
+        calibration={"examples": 12, "units": 30, "loss": 0.4, "fingerprint": "00" * 32},
+        evaluation={"examples": 3, "units": 8},
+        model_fingerprint="ff" * 32,
+        epsilon=None,
+        versions={"python": "3.11"},
+        seconds={"statistics": 1.5},
+    )
+
+
+class TestReport:
+    def test_adds_up_its_layers(self, report):
+        assert report.keep_ratio == (45 + 20 + 45) / (80 + 20 + 80)
+        assert report.model_keep_ratio == 0.93
+        assert report.predicted_loss_increase == 0.625
+
+    def test_survives_json_exactly(self, report):
+        assert CompressionReport.from_json(report.to_json()) == report
+
+    def test_survives_json_with_noise_bounds(self, report):
+        report = replace(report, epsilon={"one": 0.1, "two": 1e-300})
+        assert CompressionReport.from_json(report.to_json()) == report
+
+    def test_shows_the_derived_numbers_in_json(self, report):
+        data = json.loads(report.to_json())
+        assert data["keep_ratio"] == report.keep_ratio
+        assert data["model_keep_ratio"] == report.model_keep_ratio
+        assert data["predicted_loss_increase"] == report.predicted_loss_increase
+        assert data["layers"]["one"]["rank"] == 3
+        assert data["layers"]["two"]["rank"] is None
+
+    def test_does_not_believe_derived_numbers_that_were_edited(self, report):
+        data = json.loads(report.to_json()) | {"keep_ratio": 0.001}
+        assert CompressionReport.from_json(json.dumps(data)).keep_ratio == report.keep_ratio
+
+    def test_saves_under_its_name_as_readable_as_any_file(self, report, tmp_path):
+        path = report.save(tmp_path)
+        assert path == tmp_path / REPORT_NAME
+        assert CompressionReport.from_json(path.read_text(encoding="utf-8")) == report
+        (tmp_path / "other").touch()
+        assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+        assert {file.name for file in tmp_path.iterdir()} == {REPORT_NAME, "other"}
+
+
+def without(name):
+    return lambda data: data.pop(name)
+
+
+NO_REPORTS = {
+    "no JSON": "{",
+    "empty": "",
+    "a list": "[]",
+    "a number": "3",
+    "another object": '{"model": "x"}',
+}
+BROKEN = {
+    "no layers": without("layers"),
+    "no loss": lambda data: data["dense"].pop("loss"),
+    "a layer without rank": lambda data: data["layers"]["one"].pop("rank"),
+    "a layer with more": lambda data: data["layers"]["one"].update(colour="red"),
+    "layers in a list": lambda data: data.update(layers=[1]),
+    "a measurement that is none": lambda data: data.update(compressed=3),
+}
+
+
+class TestReading:
+    @pytest.mark.parametrize("text", NO_REPORTS.values(), ids=NO_REPORTS)
+    def test_something_else_is_refused(self, text):
+        with pytest.raises(CheckpointError, match="this is no compression report"):
+            CompressionReport.from_json(text)
+
+    @pytest.mark.parametrize("case", BROKEN)
+    def test_a_broken_report_is_refused(self, case, report):
+        data = json.loads(report.to_json())
+        BROKEN[case](data)
+        with pytest.raises(CheckpointError, match="this is no compression report"):
+            CompressionReport.from_json(json.dumps(data))
+
+
+FAILURES = {
+    "the disk is full": ("os.replace", OSError(errno.ENOSPC, "broken on purpose")),
+    "it is interrupted": ("os.replace", KeyboardInterrupt("broken on purpose")),
+    "the mode cannot be set": ("os.chmod", OSError(errno.EPERM, "broken on purpose")),
+}
+
+
+class TestWriting:
+    def test_replaces_the_old_content(self, tmp_path):
+        path = tmp_path / "file.json"
+        path.write_text("old and longer")
+        assert write_atomically(path, "new") == path
+        assert path.read_text() == "new"
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_takes_a_path_as_text(self, tmp_path):
+        assert write_atomically(str(tmp_path / "a"), "é").read_bytes() == "é".encode()
+
+    @pytest.mark.parametrize("case", FAILURES)
+    def test_that_fails_keeps_the_old_content_and_leaves_nothing_behind(self, case, tmp_path, monkeypatch):
+        target, error = FAILURES[case]
+
+        def fail(*_):
+            raise error
+
+        path = tmp_path / "file.json"
+        path.write_text("old")
+        monkeypatch.setattr(target, fail)
+        with pytest.raises(type(error), match="broken on purpose"):
+            write_atomically(path, "new")
+        assert path.read_text() == "old"
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_of_text_that_cannot_be_encoded_keeps_the_old_content(self, tmp_path):
+        path = tmp_path / "file.json"
+        path.write_text("old")
+        with pytest.raises(UnicodeEncodeError):
+            write_atomically(path, "new \ud800")
+        assert path.read_text() == "old"
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_is_never_seen_half_done(self, tmp_path, monkeypatch):
+        path, seen = tmp_path / "file.json", []
+        path.write_text("old")
+        replace_file = os.replace
+
+        def spy(source, target):
+            seen.append((path.read_text(), Path(source).read_text()))
+            replace_file(source, target)
+
+        monkeypatch.setattr("os.replace", spy)
+        write_atomically(path, "new")
+        assert seen == [("old", "new")]
+
+    def test_into_a_folder_that_does_not_exist_is_an_error(self, tmp_path):
+        with pytest.raises(FileNotFoundError):
+            write_atomically(tmp_path / "nowhere" / "file", "new")

@@ -1,0 +1,153 @@
+"""Measured loss and accuracy: each labelled unit once, whatever the batches."""
+
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from tiny_models import IGNORED, TINY_MODELS, rows, split_batch
+from tolerances import FLOAT32
+from torch.utils.data import DataLoader
+
+from hf_lossless_lr.errors import DataError, NumericalError
+from hf_lossless_lr.verification import evaluate
+
+COUNT = 11
+
+
+def first(items):
+    return items[0]
+
+
+def loader_of(batches):
+    return DataLoader(list(batches), batch_size=1, collate_fn=first)
+
+
+def accelerator():
+    return Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(even_batches=False))
+
+
+def measure(model, batches):
+    return evaluate(model, loader_of(batches), accelerator(), description=None)
+
+
+def pairs(name, model, batch):
+    """Double-precision logits and labels of all labelled units, one row each, example by example."""
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "start_positions", "end_positions")}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = model._shift_right(batch["labels"])
+    model = model.double()
+    inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
+    with torch.no_grad():
+        outputs = model(**inputs)
+    if name == "bert-question-answering":
+        logits = torch.stack([outputs.start_logits, outputs.end_logits], 1)
+        return logits, torch.stack([batch["start_positions"], batch["end_positions"]], 1)
+    logits, labels = outputs.logits, batch["labels"]
+    if name in ("llama", "gpt2"):
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    kept = labels != IGNORED
+    return logits[kept], labels[kept]
+
+
+def expected(name, model, batch):
+    """Mean cross entropy over units, accuracy and number of units, written out."""
+    logits, labels = pairs(name, model, batch)
+    logs = logits.log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)
+    right = logits.argmax(-1) == labels
+    if name == "bert-question-answering":  # one unit an example: the mean of two losses, both answers right
+        logs, right = logs.mean(1), right.all(1)
+    return float(-logs.mean()), float(right.double().mean()), len(logs)
+
+
+class TestEvaluation:
+    @pytest.mark.parametrize("size", [1, 4, COUNT])
+    @pytest.mark.parametrize("name", TINY_MODELS)
+    def test_is_the_mean_over_labelled_units_whatever_the_batches(self, name, size):
+        model, batch = TINY_MODELS[name](COUNT)
+        result = measure(model, split_batch(batch, size))
+        loss, accuracy, units = expected(name, model, batch)
+        assert (result.examples, result.units) == (COUNT, units)
+        assert result.loss == pytest.approx(loss, rel=FLOAT32)
+        assert result.accuracy == pytest.approx(accuracy, abs=1e-12)
+
+    def test_weighs_ragged_batches_by_their_units(self):
+        """The mean of the batches' losses would be another number."""
+        model, batch = TINY_MODELS["bert-token-classification"](COUNT)
+        parts = [rows(batch, slice(0, 1)), rows(batch, slice(1, 8)), rows(batch, slice(8, COUNT))]
+        for part in parts:  # cut each to its own longest text
+            longest = int(part["attention_mask"].sum(1).max())
+            part.update({name: value[:, :longest] for name, value in part.items()})
+        result = measure(model, parts)
+        with torch.no_grad():
+            naive = sum(model(**part).loss.item() for part in parts) / 3
+        loss, _, units = expected("bert-token-classification", model, batch)
+        assert result.units == units
+        assert result.loss == pytest.approx(loss, rel=FLOAT32)
+        assert abs(naive - loss) > 100 * FLOAT32 * loss
+
+    def test_passes_over_a_batch_without_a_label(self):
+        model, batch = TINY_MODELS["bert-token-classification"](COUNT)
+        parts = split_batch(batch, 4)
+        whole = measure(model, parts[:1] + parts[2:])
+        parts[1]["labels"] = torch.full_like(parts[1]["labels"], IGNORED)
+        result = measure(model, parts)
+        assert (result.loss, result.accuracy, result.units) == (whole.loss, whole.accuracy, whole.units)
+        assert result.examples == COUNT
+
+    def test_has_no_accuracy_for_a_regression(self):
+        model, batch = TINY_MODELS["bert-sequence-classification"](COUNT)
+        model.config.problem_type, model.config.num_labels, model.num_labels = "regression", 1, 1
+        model.classifier = torch.nn.Linear(32, 1)
+        batch["labels"] = batch["labels"].float()
+        result = measure(model, split_batch(batch, 4))
+        with torch.no_grad():
+            loss = torch.nn.functional.mse_loss(model(**batch).logits[:, 0].double(), batch["labels"].double())
+        assert result.accuracy is None
+        assert result.loss == pytest.approx(float(loss), rel=FLOAT32)
+
+    def test_has_the_accuracy_of_a_model_that_is_always_right(self):
+        model, batch = TINY_MODELS["bert-sequence-classification"](COUNT)
+        with torch.no_grad():
+            batch["labels"] = model(**batch).logits.argmax(-1)
+        assert measure(model, split_batch(batch, 4)).accuracy == 1.0
+        batch["labels"][:3] = (batch["labels"][:3] + 1) % 3
+        assert measure(model, split_batch(batch, 4)).accuracy == pytest.approx((COUNT - 3) / COUNT)
+
+    def test_turns_dropout_off_and_leaves_the_modes(self):
+        model, batch = TINY_MODELS["bert-sequence-classification"](COUNT)
+        quiet = measure(model, [batch])
+        model.train()
+        model.classifier.eval()
+        assert measure(model, [batch]) == quiet
+        modes = {name: module.training for name, module in model.named_modules()}
+        assert not modes.pop("classifier")
+        assert all(modes.values())
+
+    def test_leaves_the_modes_after_an_error(self):
+        model, batch = TINY_MODELS["bert-sequence-classification"](COUNT)
+        del batch["labels"]
+        with pytest.raises(DataError, match="has no labels"):
+            measure(model.train(), [batch])
+        assert all(module.training for module in model.modules())
+
+    def test_builds_no_graph(self):
+        model, batch = TINY_MODELS["bert-sequence-classification"](COUNT)
+        seen = []
+        model.classifier.register_forward_hook(lambda module, args, output: seen.append(output.requires_grad))
+        measure(model, [batch])
+        assert seen == [False]
+
+
+class TestRefusal:
+    def test_of_data_in_which_every_label_is_ignored(self):
+        model, batch = TINY_MODELS["llama"](COUNT)
+        batch["labels"][:] = IGNORED
+        with pytest.raises(DataError, match="no example of the evaluation set has a label: every label is -100"):
+            measure(model, split_batch(batch, 4))
+
+    def test_of_a_loss_that_is_not_finite_names_the_batch(self):
+        model, batch = TINY_MODELS["vit"](COUNT)
+        batch["pixel_values"][5] = math.nan
+        with pytest.raises(NumericalError, match="batch 1: the loss is nan"):
+            measure(model, split_batch(batch, 4))
