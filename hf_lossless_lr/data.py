@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, default_data_collator
 
 from .errors import DataError
@@ -166,16 +168,14 @@ def load_split(
     Raises:
         DataError: if it cannot be loaded or has no such split.
     """
+    saved = any(Path(path, file).is_file() for file in ("state.json", "dataset_dict.json"))
     try:
         if data_files is not None:
             data: Any = load_dataset(path, name, data_files={split: data_files})
         else:
-            try:
-                data = load_dataset(path, name)
-            except ValueError:
-                data = load_from_disk(path)
-    except (OSError, ValueError, ConnectionError) as error:
-        raise DataError(f"cannot load the data set {path!r}: {error}") from error
+            data = load_from_disk(path) if saved else load_dataset(path, name)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise DataError(f"cannot load the data set {path!r}: {error.__cause__ or error}") from error
     if isinstance(data, DatasetDict):
         if split not in data:
             raise DataError(f"the data set {path!r} has no split {split!r}; it has {', '.join(data)}.")

@@ -18,7 +18,7 @@ import torch
 
 from .errors import NumericalError
 
-__all__ = ["MetricFactors", "PivotedForm", "damped", "metric_svd", "pivoted_form", "quadratic_tails"]
+__all__ = ["MetricFactors", "PivotedForm", "damped", "metric_svd", "pivoted_form", "quadratic_tails", "shifted_weight"]
 
 
 class MetricFactors(NamedTuple):
@@ -200,3 +200,28 @@ def pivoted_form(left: torch.Tensor, right: torch.Tensor, bound: float = 2.0) ->
         order = order.clone()
         order[[column, rank + row]] = order[[rank + row, column]]
     return PivotedForm(left[pivots] @ right.double(), coefficients, torch.argsort(order))
+
+
+def shifted_weight(weight: torch.Tensor, cross: torch.Tensor, gram: torch.Tensor, ridge: float) -> torch.Tensor:
+    r"""Return the weight that best reproduces the outputs `W X` from other inputs `X'`.
+
+    $$T = W\,(X X'^\top + λI)\,(X' X'^\top + λI)^{-1},$$
+
+    the minimizer of `‖W X − T X'‖² + λ ‖T − W‖²`, with `λ = ridge * mean(diag(X'X'ᵀ))`. Where `X'` says nothing (dead
+    inputs, fewer rows than features), `T` stays at `W`.
+
+    Args:
+        weight: W.  # shape: (out, in)
+        cross: `X X'ᵀ` per row.  # shape: (in, in)
+        gram: `X' X'ᵀ` per row.  # shape: (in, in)
+        ridge: relative ridge, above 0.
+
+    Returns:
+        T in float64.  # shape: (out, in)
+    """
+    weight, gram, cross = weight.double(), gram.double(), cross.double()
+    level = ridge * gram.diagonal().mean()
+    if level <= 0:
+        return weight
+    shift = level * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve(gram + shift, cross.T @ weight.T + level * weight.T).T

@@ -169,7 +169,7 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> Path:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp gives 0600; a report is as public as its checkpoint
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:  # an interrupt, too
         Path(temporary).unlink(missing_ok=True)
         raise
     return path

@@ -14,6 +14,7 @@ the result does not depend on how the data is split into batches or over process
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,6 +66,7 @@ class CalibrationStatistics:
         examples: number of examples.
         units: number of labelled units.
         data_fingerprint: SHA-256 over the batches, independent of their order.
+        groups: targets that receive the same input, in the order of the forward pass; only those called once a pass.
     """
 
     layers: Mapping[str, LayerStatistics]
@@ -72,6 +74,7 @@ class CalibrationStatistics:
     examples: int
     units: int
     data_fingerprint: str
+    groups: tuple[Key, ...] = ()
 
 
 class _Input(NamedTuple):
@@ -84,7 +87,8 @@ class _Input(NamedTuple):
     names: list[str]
 
 
-def _real_rows(rows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def real_rows(rows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return the rows that the mask keeps, flattened, in float32.  # shape: (rows, features)."""
     rows = rows.flatten(0, -2)
     return (rows if mask is None else rows[mask]).float()
 
@@ -100,6 +104,7 @@ class _Collector:
         self.recording = False
         self.input_sums: dict[Key, torch.Tensor] = {}
         self.input_counts: dict[Key, int] = {}
+        self.repeated: set[str] = set()  # targets called more than once in a forward pass
         self.grad_sums: dict[str, torch.Tensor] = {}
         self.weight_grads: dict[str, torch.Tensor] = {}
         for name, module in targets.items():
@@ -124,15 +129,17 @@ class _Collector:
 
     @torch.no_grad()
     def add_output_grad(self, name: str, grad: torch.Tensor, mask: torch.Tensor | None) -> None:
-        rows = _real_rows(self.layouts[name].output_rows(grad), mask)
+        rows = real_rows(self.layouts[name].output_rows(grad), mask)
         self.grad_sums[name] += rows.T @ rows
 
     @torch.no_grad()
     def add_inputs(self) -> None:
         """Add the inputs of a finished forward pass, each once for all the layers that share it."""
+        calls = Counter(name for entry in self.inputs.values() for name in entry.names)
+        self.repeated |= {name for name, count in calls.items() if count > 1}
         for entry in self.inputs.values():
-            rows = _real_rows(entry.layout.input_rows(entry.module, entry.tensor), entry.mask)
-            key = tuple(sorted(set(entry.names)))
+            rows = real_rows(entry.layout.input_rows(entry.module, entry.tensor), entry.mask)
+            key = tuple(dict.fromkeys(entry.names))
             product = rows.T @ rows
             self.input_sums[key] = self.input_sums.get(key, torch.zeros_like(product, dtype=torch.float64)) + product
             self.input_counts[key] = self.input_counts.get(key, 0) + len(rows)
@@ -147,6 +154,13 @@ class _Collector:
                 raise NumericalError(f"batch {index}: the gradient of {name!r} is not finite (NaN or infinity).")
             self.weight_grads[name] += self.layouts[name].as_matrix(weight.grad)
             weight.grad = None
+
+    def groups(self) -> tuple[Key, ...]:
+        """Return the groups of targets with the same input, in forward order, without targets called repeatedly."""
+        seen: list[Key] = next((keys for keys in gather_object([list(self.input_sums)]) if keys), [])
+        uses = Counter(name for key in seen for name in key)
+        single = [tuple(name for name in key if name not in self.repeated and uses[name] == 1) for key in seen]
+        return tuple(key for key in single if key)
 
     def reduce(self, accelerator: Accelerator) -> None:
         """Sum over processes; a process that never saw some grouping of inputs contributes zeros."""
@@ -254,4 +268,6 @@ def collect_statistics(
         raise DataError("no batch has a labelled unit: every label is -100.")
     digest = hashlib.sha256("".join(sorted(gather_object(digests))).encode()).hexdigest()
     layers = collector.layer_statistics(total_units)
-    return CalibrationStatistics(layers, float(totals[0]) / total_units, int(totals[2]), total_units, digest)
+    groups = collector.groups()
+    mean_loss, examples = float(totals[0]) / total_units, int(totals[2])
+    return CalibrationStatistics(layers, mean_loss, examples, total_units, digest, groups)

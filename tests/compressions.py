@@ -108,3 +108,8 @@ def check_same_state(state: Mapping[str, torch.Tensor], other: Mapping[str, torc
     for name, tensor in state.items():
         assert tensor.dtype == other[name].dtype, name
         assert torch.equal(tensor, other[name]), name
+
+
+def count_parameters(model: nn.Module) -> int:
+    """The numbers that a model stores as parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in set(model.parameters()))

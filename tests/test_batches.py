@@ -141,9 +141,11 @@ class TestMakeDataloader:
         loader = make_dataloader(EXAMPLE_KINDS[kind](wide), model, batch_size=BATCH_SIZE)
         check_same(loader, split_batch(batch, BATCH_SIZE))
 
-    def test_drops_a_column_of_nones(self, model, batch, examples):
+    def test_drops_a_column_of_nones(self, model, batch, examples, tokenizer):
         data = [{"token_type_ids": None, **example} for example in examples]
-        check_same(make_dataloader(data, model, batch_size=BATCH_SIZE), split_batch(batch, BATCH_SIZE))
+        for options in ({}, {"processing_class": tokenizer}):
+            loader = make_dataloader(data, model, batch_size=COUNT, **options)
+            check_same(loader, [batch])
 
     def test_takes_a_column_called_label(self, model, batch, examples):
         data = [{("label" if k == "labels" else k): v for k, v in example.items()} for example in examples]

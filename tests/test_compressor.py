@@ -13,7 +13,16 @@ import pytest
 import torch
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState, GradientState
-from compressions import BATCH_SIZE, COUNT, build, check_same_answers, check_same_state, compress, factorized_layers
+from compressions import (
+    BATCH_SIZE,
+    COUNT,
+    build,
+    check_same_answers,
+    check_same_state,
+    compress,
+    count_parameters,
+    factorized_layers,
+)
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import IGNORED, TINY_MODELS, as_examples, rows, split_batch
@@ -53,10 +62,6 @@ def run(model, data, evaluation=None, **options):
 
 def modules_of(model):
     return dict(model.named_modules(remove_duplicate=False))
-
-
-def count_parameters(model):
-    return sum(parameter.numel() for parameter in set(model.parameters()))
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -444,8 +449,8 @@ class TestReport:
         assert len(report.calibration["fingerprint"]) == 64
         assert report.versions["torch"] == torch.__version__
         assert report.versions["hf-lossless-lr"] == importlib.metadata.version("hf-lossless-lr")
-        stages = ("evaluate_dense", "statistics", "factorization", "selection", "replacement", "evaluate_compressed")
-        assert tuple(report.seconds) == stages
+        stages = ["evaluate_dense", "statistics", "factorization", "selection", "replacement", "evaluate_compressed"]
+        assert [stage for stage in report.seconds if stage in stages] == stages
         assert all(seconds > 0 for seconds in report.seconds.values())
 
     def test_predicts_what_the_layers_cost(self, case):

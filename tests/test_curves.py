@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 from tolerances import ROUNDING
 
-from hf_lossless_lr.curves import STORAGES, LossCurve, break_even_rank, choose_storage, factorized_parameters
+from hf_lossless_lr.curves import (
+    NEGLIGIBLE_SAVING,
+    STORAGES,
+    LossCurve,
+    break_even_rank,
+    choose_storage,
+    factorized_parameters,
+)
 
 SIZES = [1, 2, 3, 5, 8, 13]
 on_grid = pytest.mark.parametrize("shape", list(itertools.product(SIZES, SIZES)), ids=str)
@@ -55,7 +62,7 @@ def test_two_factor_break_even_is_the_condition_of_the_paper():
         assert rank < N * M / (N + M) <= rank + 1
 
 
-@pytest.mark.parametrize("shape", [(40, 60), (60, 40), (400, 15), (210, 200)], ids=str)
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40), (400, 15), (40, 1000), (210, 200)], ids=str)
 def test_auto_storage_counts_one_of_the_two_storages_and_compresses_at_every_rank(shape):
     assert break_even_rank(*shape, "auto") == min(shape) - 1
     for rank in range(1, min(shape)):
@@ -68,6 +75,36 @@ def test_auto_storage_counts_one_of_the_two_storages_and_compresses_at_every_ran
 def test_pivoted_storage_saves_the_square_of_the_rank():
     assert factorized_parameters(384, 1536, 192, "two-factor") == 192 * 1920
     assert factorized_parameters(384, 1536, 192, "pivoted") == 192 * 1920 - 192**2
+
+
+GRID = [(o, i) for o in (4, 40, 64, 384) for i in (4, 40, 384, 1000)]
+
+
+@on_storages
+def test_a_named_storage_is_kept(storage):
+    assert all(choose_storage(*shape, 1, storage) == storage for shape in GRID)
+
+
+@pytest.mark.parametrize("shape", GRID, ids=str)
+def test_auto_storage_never_makes_a_layer_larger_than_dense(shape):
+    for rank in range(1, min(shape)):
+        stored = factorized_parameters(*shape, rank, choose_storage(*shape, rank, "auto"))
+        assert stored < shape[0] * shape[1]
+
+
+@pytest.mark.parametrize("shape", GRID, ids=str)
+def test_auto_storage_is_at_most_a_negligible_share_above_the_smaller_one(shape):
+    for rank in range(1, min(shape)):
+        stored = factorized_parameters(*shape, rank, choose_storage(*shape, rank, "auto"))
+        smaller = min(factorized_parameters(*shape, rank, storage) for storage in STORAGES)
+        assert smaller >= (1 - NEGLIGIBLE_SAVING) * stored
+
+
+def test_auto_storage_drops_the_pivots_below_a_twentieth_of_both_sides():
+    # k² of k (N + M) numbers is 5 % at k = (N + M) / 20.
+    assert choose_storage(400, 600, 49, "auto") == "two-factor"
+    assert choose_storage(400, 600, 51, "auto") == "pivoted"
+    assert choose_storage(600, 400, 49, "auto") == "two-factor"
 
 
 @on_storages

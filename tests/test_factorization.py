@@ -10,7 +10,7 @@ import torch
 from tolerances import EXACT, FLOAT32, ROOT_OF_ROUNDING, ROUNDING
 
 from hf_lossless_lr.config import METRICS
-from hf_lossless_lr.curves import NEGLIGIBLE_SAVING, STORAGES, choose_storage, factorized_parameters
+from hf_lossless_lr.curves import STORAGES, choose_storage, factorized_parameters
 from hf_lossless_lr.errors import ConfigurationError, NumericalError
 from hf_lossless_lr.factorization import METRIC_SIDES, factorize, loss_curve
 from hf_lossless_lr.statistics import LayerStatistics
@@ -189,38 +189,6 @@ def test_truncate_of_a_weight_with_zeros_is_finite_and_exact(storage, metric, ze
         assert torch.isfinite(tensors.up).all()
         assert torch.isfinite(tensors.down).all()
         torch.testing.assert_close(rebuilt(tensors), factorization.weight(rank), rtol=0, atol=ROUNDING)
-
-
-# --- choose_storage -------------------------------------------------------------------------------------------------
-
-GRID = [(o, i) for o in (4, 40, 64, 384) for i in (4, 40, 384, 1000)]
-
-
-@on_storages
-def test_a_named_storage_is_kept(storage):
-    assert all(choose_storage(*shape, 1, storage) == storage for shape in GRID)
-
-
-@pytest.mark.parametrize("shape", GRID, ids=str)
-def test_auto_storage_never_makes_a_layer_larger_than_dense(shape):
-    for rank in range(1, min(shape)):
-        stored = factorized_parameters(*shape, rank, choose_storage(*shape, rank, "auto"))
-        assert stored < shape[0] * shape[1]
-
-
-@pytest.mark.parametrize("shape", GRID, ids=str)
-def test_auto_storage_is_at_most_a_negligible_share_above_the_smaller_one(shape):
-    for rank in range(1, min(shape)):
-        stored = factorized_parameters(*shape, rank, choose_storage(*shape, rank, "auto"))
-        smaller = min(factorized_parameters(*shape, rank, storage) for storage in STORAGES)
-        assert smaller >= (1 - NEGLIGIBLE_SAVING) * stored
-
-
-def test_auto_storage_drops_the_pivots_below_a_twentieth_of_both_sides():
-    # k² of k (N + M) numbers is 5 % at k = (N + M) / 20.
-    assert choose_storage(400, 600, 49, "auto") == "two-factor"
-    assert choose_storage(400, 600, 51, "auto") == "pivoted"
-    assert choose_storage(600, 400, 49, "auto") == "two-factor"
 
 
 # --- loss_curve -----------------------------------------------------------------------------------------------------

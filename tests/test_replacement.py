@@ -90,6 +90,22 @@ class TestReplacing:
         assert identities(model) == before
         assert new.training
 
+    def test_that_is_interrupted_halfway_leaves_the_model_untouched(self, bert, monkeypatch):
+        model, _ = bert
+        before = identities(model)
+        put = model.set_submodule
+
+        def interrupted(path, module):
+            if path == WIDE and module is second:
+                raise KeyboardInterrupt
+            put(path, module)
+
+        second = nn.Linear(32, 48)
+        monkeypatch.setattr(model, "set_submodule", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            replace_modules(model, {QUERY: nn.Linear(32, 32), WIDE: second})
+        assert identities(model) == before
+
 
 class TestSharedModules:
     @pytest.fixture

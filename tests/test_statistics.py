@@ -371,7 +371,7 @@ class TestSharedInputs:
         model, batch = llama()
         products = []
         monkeypatch.setattr(
-            "hf_lossless_lr.statistics._real_rows",
+            "hf_lossless_lr.statistics.real_rows",
             lambda rows, mask: products.append(rows.shape[-1]) or rows.flatten(0, -2).float(),
         )
         collect(model, [batch])

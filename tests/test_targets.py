@@ -206,6 +206,14 @@ class TestRefusal:
         with pytest.raises(TargetError, match="'lm_head' shares its weight with another module"):
             find_targets(TINY_MODELS[name]()[0], [pattern])
 
+    def test_of_a_weight_declared_as_tied_and_held_apart(self):
+        """As while a model is being loaded or is offloaded; saving it would still keep only one of the two."""
+        model, _ = llama()
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+        assert find_targets(model).skipped == {"lm_head": "tied"}
+        with pytest.raises(TargetError, match="'lm_head' shares its weight"):
+            find_targets(model, ["lm_head"])
+
     def test_of_a_weight_shared_without_a_declaration(self):
         model, _ = bert_sequence_classification()
         model.bert.encoder.layer[1].output.dense.weight = model.bert.encoder.layer[0].output.dense.weight

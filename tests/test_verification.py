@@ -77,7 +77,7 @@ class TestEvaluation:
         parts = [rows(batch, slice(0, 1)), rows(batch, slice(1, 8)), rows(batch, slice(8, COUNT))]
         for part in parts:  # cut each to its own longest text
             longest = int(part["attention_mask"].sum(1).max())
-            part.update({name: value[:, :longest] for name, value in part.items()})
+            part.update({name: value[:, :longest].contiguous() for name, value in part.items()})
         result = measure(model, parts)
         with torch.no_grad():
             naive = sum(model(**part).loss.item() for part in parts) / 3
