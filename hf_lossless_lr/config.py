@@ -144,6 +144,7 @@ class LosslessLowRankConfig(CompressionOptions, QuantizationConfigMixin):
 
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    __repr__ = QuantizationConfigMixin.__repr__
     quant_method: str = METHOD  # type: ignore[assignment]  # Transformers types it as its own closed enum
 
     def __post_init__(self) -> None:

@@ -20,6 +20,7 @@ IGNORE_INDEX = -100
 _SHIFTED = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) | set(
     modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
 )
+_SHIFTED -= {"XLNetLMHeadModel", "XLMWithLMHeadModel"}  # they compare each position with its own label
 
 
 def label_names(model: PreTrainedModel) -> list[str]:

@@ -30,11 +30,12 @@ class PaddingMasks:
 
     def start(self, batch: Mapping[str, Any]) -> None:
         """Take the masks of a batch, before its forward pass."""
-        self.main, self.encoder_output = _flat_mask(batch.get("attention_mask")), None
+        attention_mask = batch.get("attention_mask")
+        self.main, self.encoder_output = _boolean_mask(attention_mask), None
         if self.encoder is not None:
             labels = batch.get("labels")
-            default = labels != -100 if isinstance(labels, torch.Tensor) and labels.ndim == 2 else None
-            self.decoder = _flat_mask(batch.get("decoder_attention_mask", default))
+            default = labels != -100 if isinstance(labels, torch.Tensor) and labels.ndim == 2 else attention_mask
+            self.decoder = _boolean_mask(batch.get("decoder_attention_mask", default))
 
     def record_encoder_output(self, module: nn.Module, args: Any, output: Any) -> None:
         """Note the encoder's output: a forward hook for the encoder."""
@@ -45,12 +46,15 @@ class PaddingMasks:
         mask = self.main
         if self.encoder is not None and id(module) not in self.in_encoder and x is not self.encoder_output:
             mask = self.decoder
-        return mask if mask is not None and x.shape[:-1].numel() == mask.numel() else None
+        if mask is None:
+            return None
+        if x.shape[:-1] in (mask.shape, mask.flatten().shape):
+            return mask.flatten()
+        return mask.T.flatten() if x.shape[:-1] == mask.T.shape else None  # XLNet puts the tokens first
 
 
-def _flat_mask(mask: Any) -> torch.Tensor | None:
-    """Return a boolean mask over the flattened rows, or None where nothing is padding (or the mask is a 4-d one)."""
+def _boolean_mask(mask: Any) -> torch.Tensor | None:
+    """Return a mask of shape (sequences, tokens), or None where nothing is padding (or the mask is a 4-d one)."""
     if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 3):
         return None
-    flat = mask.bool().flatten()
-    return None if bool(flat.all()) else flat
+    return None if bool(mask.all()) else mask.bool().flatten(0, -2)  # the choices of an example are sequences

@@ -90,7 +90,14 @@ class Factorized(nn.Module):
             up: left factor, pivot columns, or coefficients of other outputs.  # shape: (out or out - rank, rank)
             permutation: order of the outputs or of the inputs, for pivoted storage.  # shape: (out,) or (in,)
             bias: bias of the dense layer, if it has one.  # shape: (out,)
+
+        Raises:
+            ConfigurationError: if the storage and the permutation do not go together.
         """
+        if (permutation is None) != (self.permutation is None):
+            raise ConfigurationError(
+                f"load_factors: a {self.storage} layer takes {'no' if self.permutation is None else 'a'} permutation."
+            )
         self.down.weight.copy_(down.reshape(self.down.weight.shape))
         self.up.weight.copy_(up.reshape(self.up.weight.shape))
         if self.permutation is not None and permutation is not None:

@@ -235,7 +235,14 @@ def test_a_layer_on_the_meta_device_holds_nothing(storage):
 def test_load_factors_refuses_other_shapes():
     layer = FactorizedLinear(6, 9, 3)
     with pytest.raises(RuntimeError, match="invalid for input of size"):
-        layer.load_factors(torch.ones(2, 6), torch.ones(6, 3))
+        layer.load_factors(torch.ones(2, 6), torch.ones(6, 3), torch.arange(6))
+
+
+@pytest.mark.parametrize(("storage", "given", "text"), [("pivoted", None, "a"), ("two-factor", torch.arange(6), "no")])
+def test_load_factors_wants_a_permutation_for_pivots_alone(storage, given, text):
+    layer = FactorizedLinear(6, 9, 3, storage=storage)
+    with pytest.raises(ConfigurationError, match=f"a {storage} layer takes {text} permutation"):
+        layer.load_factors(layer.down.weight, layer.up.weight, given)
 
 
 @on_storages
