@@ -93,7 +93,11 @@ TASKS: dict[str, Task] = {
         "AutoModelForSequenceClassification",
         "AutoTokenizer",
         _text_classification,
-        ("sentence|text|premise|question1|sentence1", "hypothesis|question2|sentence2|", "label|labels"),
+        (
+            "premise|question1|sentence1|question|sentence|text",
+            "hypothesis|question2|sentence2|sentence|",
+            "label|labels",
+        ),
         DataCollatorWithPadding,
     ),
     "token-classification": Task(
@@ -139,7 +143,7 @@ def choose_columns(task: Task, available: list[str], given: list[str] | None = N
     chosen = []
     for alternatives in task.columns:
         names = alternatives.split("|")
-        found = next((name for name in names if name in available), None)
+        found = next((name for name in names if name in available and name not in chosen), None)
         if found:
             chosen.append(found)
         elif "" not in names:

@@ -39,7 +39,7 @@ def calibrate_epsilon(
         model: the dense model; weights are restored after each measurement.
         targets: layers, by name.
         factorizations: their factorizations.
-        loader: calibration data; its first 64 examples are used.
+        loader: calibration data; its first 64 items (examples, or ready-made batches) are used.
         accelerator: made with `even_batches=False`.
         tolerance: accepted gap, in nats.
 

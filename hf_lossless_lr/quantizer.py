@@ -49,7 +49,7 @@ class LosslessLowRankQuantizer(HfQuantizer):
                 built[name] = layout_of(module).factorized(module, record.rank, record.storage)
             except (ConfigurationError, TargetError) as error:
                 raise CheckpointError(f"the manifest's record of {name!r} does not fit the model: {error}") from error
-        _check_files(built, kwargs.get("checkpoint_files"))
+        _check_files(built, kwargs.get("checkpoint_files"), unused=len(config.modules) - len(built))
         replace_modules(model, {path_of[name]: module for name, module in built.items()})
         return model
 
@@ -115,12 +115,12 @@ def _paths_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     if not paths:
         raise CheckpointError(
             f"none of the factorized modules of this checkpoint exists in {type(model).__name__}: "
-            f"{', '.join(list(names)[:3])}."
+            f"{', '.join(list(names)[:3]) or 'the manifest is empty'}."
         )
     return paths
 
 
-def _check_files(modules: Mapping[str, nn.Module], files: list[str] | None) -> None:
+def _check_files(modules: Mapping[str, nn.Module], files: list[str] | None, unused: int) -> None:
     """Refuse files whose tensors are not those of the factorized modules; stock loading would fill gaps at random.
 
     Transformers renames modules of some architectures when it saves them, so a module without a namesake in the files
@@ -129,6 +129,7 @@ def _check_files(modules: Mapping[str, nn.Module], files: list[str] | None) -> N
     Args:
         modules: manifest name to the empty factorized module.
         files: the checkpoint's files.
+        unused: number of records whose module this class does not have (a head).
 
     Raises:
         CheckpointError: if a tensor is missing, extra or of another shape.
@@ -139,17 +140,21 @@ def _check_files(modules: Mapping[str, nn.Module], files: list[str] | None) -> N
     expected = {
         name: {key: tuple(t.shape) for key, t in module.state_dict().items()} for name, module in modules.items()
     }
-    strangers = [shapes for name, shapes in stored.items() if name not in expected]
+    strangers = {name: shapes for name, shapes in stored.items() if name not in expected}
     for name, shapes in expected.items():
         if name in stored:
             _compare(name, shapes, stored[name])
-        elif shapes in strangers:
-            strangers.remove(shapes)
-        else:
+            continue
+        namesake = next((stranger for stranger, found in strangers.items() if found == shapes), None)
+        if namesake is None:
             raise CheckpointError(
                 f"the checkpoint has no tensors for {name!r} as its manifest describes it ({shapes}); it is "
                 "incomplete, or one of the two was edited."
             )
+        del strangers[namesake]
+    unlisted = [name for name, shapes in strangers.items() if shapes.get("weight") == (1,) and "up.weight" in shapes]
+    if len(unlisted) > unused:
+        raise CheckpointError(f"the checkpoint has factors of {unlisted[0]!r}, which its manifest does not list.")
 
 
 def _stored_modules(files: list[str]) -> dict[str, dict[str, tuple[int, ...]]]:

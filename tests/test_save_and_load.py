@@ -505,7 +505,7 @@ class TestRefusal:
 
     def test_of_factors_that_the_manifest_does_not_list_is_as_loud(self, folder):
         edit_config(folder, lambda config: config["modules"].pop(QUERY))
-        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        with pytest.raises(CheckpointError, match="which its manifest does not list"):
             AutoModelForSequenceClassification.from_pretrained(folder)
 
     def test_of_a_misspelt_field_suggests_the_right_one(self, folder):
