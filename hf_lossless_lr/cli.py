@@ -116,7 +116,7 @@ def compress(arguments: Any) -> None:
 def _load(auto_class: Any, name: str, **options: Any) -> Any:
     try:
         return auto_class.from_pretrained(name, **options)
-    except OSError as error:
+    except (OSError, ImportError) as error:
         raise ConfigurationError(f"cannot load {name!r} with {auto_class.__name__}: {error}") from error
 
 
