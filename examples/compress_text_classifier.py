@@ -27,6 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--metric", default="kronecker")
     parser.add_argument("--objective", default="budget", choices=["budget", "uniform"])
     parser.add_argument("--storage", default="auto", choices=["auto", "pivoted", "two-factor"])
+    parser.add_argument("--refit", action=argparse.BooleanOptionalAction, help="default: with the metric kronecker")
     parser.add_argument("--output", help="folder for the compressed checkpoint")
     parser.add_argument("--json", type=Path, help="file for the figures")
     return parser.parse_args()
@@ -56,6 +57,7 @@ def main() -> None:
         metric=arguments.metric,
         keep_ratio=arguments.keep_ratio,
         storage=arguments.storage,
+        refit=arguments.refit,
     )
     compressor = LowRankCompressor(config)
     model = compressor.compress(

@@ -69,25 +69,32 @@ def dataset_size(loader: DataLoader) -> int:
     return len(cast(Sized, loader.dataset))
 
 
-def split_holdout(loader: DataLoader, seed: int) -> tuple[DataLoader, DataLoader]:
+def split_holdout(
+    loader: DataLoader,
+    seed: int,
+    fraction: float = HOLDOUT_FRACTION,
+    shortage: str = "evaluation; pass eval_dataset, or more data",
+) -> tuple[DataLoader, DataLoader]:
     """Split a loader into disjoint calibration and held-out parts, deterministically.
 
     Args:
         loader: a loader from `make_dataloader`.
         seed: seed of the random choice.
+        fraction: share to hold out, rounded down, but one item at least.
+        shortage: what the held-out part is for, and what to do where there is too little; for the error.
 
     Returns:
-        Loaders of four fifths and of one fifth of the examples (or of the batches, where batches were given).
+        Loaders of the rest and of the held-out share of the examples (or batches, where batches were given).
 
     Raises:
         DataError: if there is too little to split.
     """
     count = dataset_size(loader)
-    held_out = int(count * HOLDOUT_FRACTION)
-    if held_out < 1:
+    held_out = max(int(count * fraction), 1)
+    if held_out >= count:
         raise DataError(
-            f"calib_dataset: {count} items are too few to hold some out for evaluation; pass eval_dataset, or more "
-            "data."
+            f"calib_dataset: {count} items (examples, or ready-made batches) are too few to hold some out for "
+            f"{shortage}."
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     parts = (sorted(order[held_out:]), sorted(order[:held_out]))

@@ -20,6 +20,8 @@ from .data import TASKS, choose_columns, load_split
 from .demo import run_demo
 from .errors import ConfigurationError, DataError
 
+NOTHING_COMPRESSED = 3  # exit code
+
 
 @dataclass
 class DataArguments:
@@ -41,6 +43,9 @@ class DataArguments:
     max_length: int = field(default=128, metadata={"help": "tokens an example is cut to (or blocks are cut into)"})
     dtype: str = field(
         default="float32", metadata={"help": "dtype to work in", "choices": ["float32", "bfloat16", "float16"]}
+    )
+    statistics: str | None = field(
+        default=None, metadata={"help": "file of calibration statistics: read if it exists, else written, to resume"}
     )
     json: str | None = field(default=None, metadata={"help": "also write the report to this file"})
 
@@ -70,11 +75,14 @@ def build_parser() -> HfArgumentParser:
     return parser
 
 
-def compress(arguments: Any) -> None:
+def compress(arguments: Any) -> int:
     """Run `hf-lossless-lr compress`.
 
     Args:
         arguments: the parsed arguments.
+
+    Returns:
+        Exit code.
 
     Raises:
         ConfigurationError: if the output exists already.
@@ -93,10 +101,22 @@ def compress(arguments: Any) -> None:
         split = arguments.eval_split or "validation"
         evaluation = _examples(arguments, processor, arguments.eval_data_files, split, calibrate=False)
     compressor = LowRankCompressor(config)
-    compressor.compress(model, calibration, eval_dataset=evaluation, data_collator=task.collator(processor))
+    compressor.calibrate(
+        model,
+        calibration,
+        eval_dataset=evaluation,
+        data_collator=task.collator(processor),
+        statistics_path=arguments.statistics,
+    )
+    compressor.compress_to()
     report = compressor.report
     if report is None:
         raise ConfigurationError("the compressor left no report")
+    if arguments.json:
+        Path(arguments.json).write_text(report.to_json(), encoding="utf-8")
+    if all(layer.rank is None for layer in report.layers.values()):
+        print(f"hf-lossless-lr: no model met objective {report.config['objective']}; nothing written", file=sys.stderr)
+        return NOTHING_COMPRESSED
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
     try:
@@ -107,10 +127,9 @@ def compress(arguments: Any) -> None:
         os.replace(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    if arguments.json:
-        Path(arguments.json).write_text(report.to_json(), encoding="utf-8")
     print(comparison_table(report_rows(report)))
     print(f"measured on {report.evaluation['examples']} held-out examples; written to {output}")
+    return 0
 
 
 def _load(auto_class: Any, name: str, **options: Any) -> Any:
@@ -137,14 +156,14 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments; default those of the process.
 
     Returns:
-        Exit code: 0 on success, 1 on an error that the message explains (2, from argparse, on wrong usage).
+        Exit code: 0 on success, 1 on an error that the message explains, 3 if nothing could be compressed within the
+        margins (2, from argparse, on wrong usage).
     """
     arguments = build_parser().parse_args(argv)
     try:
         if arguments.command == "compress":
-            compress(arguments)
-        else:
-            demo(arguments)
+            return compress(arguments)
+        demo(arguments)
     except LosslessLowRankError as error:
         print(f"hf-lossless-lr: error: {error}", file=sys.stderr)
         return 1

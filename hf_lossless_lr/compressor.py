@@ -2,42 +2,36 @@
 
 from __future__ import annotations
 
-import platform
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import fields
-from importlib.metadata import version
-from statistics import NormalDist
+from dataclasses import replace
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
-from torch import nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .batches import make_dataloader, split_holdout
-from .config import CompressionOptions, LosslessLowRankConfig
-from .curves import LossCurve, choose_storage
-from .errors import NumericalError, TargetError
-from .factorization import Factorization, factorize, loss_curve
-from .fingerprint import tensors_fingerprint
-from .layouts import layout_of, weight_matrix
-from .modules import is_factorized
+from .allocation import compression_path, second_order_cost
+from .budgets import Budget, budget_of
+from .calibration import Calibration, calibrate, on_device, split_data
+from .config import MEASURED_OBJECTIVES, LosslessLowRankConfig
+from .errors import ConfigurationError
 from .neighbourhood import calibrate_epsilon
 from .quantizer import mark_compressed, unmark_compressed
-from .rank_selection import Ranks, select_budget, select_compact, select_lossless, select_paper, select_uniform
+from .rank_selection import Ranks, select_budget, select_paper, select_uniform
 from .replacement import replace_modules
-from .report import CompressionReport, LayerReport, Measurement
-from .statistics import CalibrationStatistics, collect_statistics
-from .targets import TargetSelection, find_targets
+from .report import CompressionReport, Measurement
+from .reporting import make_report, visited_point
+from .search import lowest_loss, most_compressed
+from .targets import check_model, find_targets
+from .timing import timed
+from .trials import Trial, run_trial
 from .verification import evaluate
 
 logger = logging.get_logger(__name__)
+
+LOSSLESS_SHARES = (0.95, 0.9, 0.8, 0.7, 0.6)  # kept shares that the objective `lossless` measures
 
 
 class LowRankCompressor:
@@ -51,14 +45,23 @@ class LowRankCompressor:
         model.save_pretrained("compressed")
         ```
 
+    One calibration serves any ratio:
+        ```python
+        compressor.calibrate(model, calib_dataset, eval_dataset=held_out, processing_class=tokenizer)
+        for keep_ratio in (0.7, 0.5, 0.35):
+            compressor.compress_to(keep_ratio).save_pretrained(f"compressed-{keep_ratio}")
+        ```
+
     Attributes:
         config: the choices; never changed.
-        report: the `CompressionReport` of the last successful `compress`, or None.
+        report: the `CompressionReport` of the last successful compression, or None.
     """
 
     def __init__(self, config: LosslessLowRankConfig | None = None) -> None:
         self.config = config if config is not None else LosslessLowRankConfig()
         self.report: CompressionReport | None = None
+        self._calibration: Calibration | None = None
+        self._restore_dense = ExitStack()  # what turns the calibrated model back into the dense one
 
     def compress(
         self,
@@ -69,7 +72,7 @@ class LowRankCompressor:
         data_collator: Any = None,
         processing_class: Any = None,
     ) -> PreTrainedModel:
-        """Compress a model in place and return it.
+        """Compress a model in place and return it: `calibrate`, then `compress_to` the configured objective.
 
         Under `accelerate launch` or `torchrun` each process handles its share of the data, and all end with the same
         model. The work runs on the accelerator's device; the model ends on the device it came from. On any failure,
@@ -78,7 +81,8 @@ class LowRankCompressor:
         Args:
             model: a trained dense model with a task head, in floating point.
             calib_dataset: labelled examples (a `datasets.Dataset` or torch `Dataset`), a `DataLoader`, or a finite
-                iterable of batches. A few hundred to a few thousand examples.
+                iterable of batches. A few hundred to a few thousand examples. A share of them,
+                `config.selection_fraction`, is kept apart for choosing by measurement.
             eval_dataset: held-out data of the same kinds, for the losses in the report. Default: a fifth of
                 `calib_dataset`, which then takes no part in the calibration.
             data_collator: collator for examples; default as in `Trainer`.
@@ -93,216 +97,176 @@ class LowRankCompressor:
             DataError: if the data is empty, too small, unlabelled, or does not fit the model.
             NumericalError: if a loss, a gradient or a decomposition is not finite.
         """
+        self.calibrate(
+            model,
+            calib_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=data_collator,
+            processing_class=processing_class,
+        )
+        try:
+            return self.compress_to()
+        finally:
+            self.release()
+
+    def calibrate(
+        self,
+        model: PreTrainedModel,
+        calib_dataset: Any,
+        *,
+        eval_dataset: Any = None,
+        data_collator: Any = None,
+        processing_class: Any = None,
+        statistics_path: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Do once what every ratio shares: evaluate the dense model, collect statistics, factorize. See `compress`.
+
+        Args:
+            model: a trained dense model; unchanged.
+            calib_dataset: as in `compress`.
+            eval_dataset: as in `compress`.
+            data_collator: as in `compress`.
+            processing_class: as in `compress`.
+            statistics_path: a safetensors file for the statistics. If it exists it is read, which saves the pass over
+                the data; statistics of another model or of other data are an error. Else it is written.
+        """
         check_model(model)
         selection = find_targets(model, self.config.target_modules, self.config.ignore)
-        options = {"batch_size": self.config.batch_size, "processing_class": processing_class}
-        options["data_collator"] = data_collator
-        calibration = make_dataloader(calib_dataset, model, **options)
-        if eval_dataset is None:
-            calibration, evaluation = split_holdout(calibration, self.config.seed)
-        else:
-            evaluation = make_dataloader(eval_dataset, model, name="eval_dataset", **options)
-        accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(even_batches=False))
-        with _on_device(model, accelerator.device), ExitStack() as undo:
+        data = split_data(model, self.config, calib_dataset, eval_dataset, data_collator, processing_class)
+        with ExitStack() as undo:
             undo.callback(vars(model.config).update, dict(vars(model.config)))  # a loss may set config.problem_type
-            report = self._run(model, selection, calibration, evaluation, accelerator, undo)
-            undo.pop_all()  # success: the changes stay
-        self.report = report
+            calibration = calibrate(model, self.config, data, selection, statistics_path)
+        self._calibration, self._restore_dense = calibration, ExitStack()
+
+    def compress_to(self, keep_ratio: float | None = None) -> PreTrainedModel:
+        """Compress the calibrated model, in place of an earlier compression of it.
+
+        Args:
+            keep_ratio: parameters kept divided by original parameters of the targeted weights, in (0, 1]; default: the
+                configured objective.
+
+        Returns:
+            The model.
+
+        Raises:
+            ConfigurationError: if nothing was calibrated, or the size cannot be reached.
+        """
+        calibration = self._calibration
+        if calibration is None:
+            raise ConfigurationError("compress_to() needs a calibration: call calibrate(model, calib_dataset) first.")
+        config = self.config
+        if keep_ratio is not None:
+            objective = "uniform" if config.objective == "uniform" else "budget"
+            config = replace(config, objective=objective, keep_ratio=keep_ratio, epsilon=None)
+        model = calibration.model
+        self.restore()
+        dense = calibration.targets.values()
+        with on_device(model, calibration.accelerator.device, dense), ExitStack() as undo:
+            undo.callback(vars(model.config).update, dict(vars(model.config)))
+            trial, trials, epsilon = self._choose(calibration, config)
+            self._put(calibration, trial, config, undo)
+            with timed(calibration.seconds, "evaluate_compressed"):
+                after = evaluate(model, calibration.data.evaluation, calibration.accelerator, "Evaluating compressed")
+            measured = Measurement(after.loss, after.accuracy, model.num_parameters())
+            self.report = make_report(calibration, config, trial, trials, epsilon, measured)
+            self._restore_dense = undo.pop_all()  # success: the changes stay until the next ratio
         return model
 
-    def _run(
-        self,
-        model: PreTrainedModel,
-        selection: TargetSelection,
-        calibration: DataLoader,
-        evaluation: DataLoader,
-        accelerator: Accelerator,
-        undo: ExitStack,
-    ) -> CompressionReport:
-        """Run the stages; what changes the model registers its reversal in `undo`."""
-        seconds: dict[str, float] = {}
-        targets = selection.targets
-        fingerprint, dense_parameters = tensors_fingerprint(model.state_dict()), model.num_parameters()
-        with _timed(seconds, "evaluate_dense"):
-            before = evaluate(model, evaluation, accelerator, "Evaluating the dense model")
-        with _timed(seconds, "statistics"):
-            statistics = collect_statistics(model, targets, calibration, accelerator)
-        with _timed(seconds, "factorization"):
-            factorizations, curves = self._factorize(targets, statistics)
-        with _timed(seconds, "selection"):
-            epsilon = self._epsilon(model, targets, factorizations, calibration, accelerator)
-            ranks = self._select(curves, epsilon)
+    def restore(self) -> None:
+        """Make the calibrated model dense again, with its original layers."""
+        self._restore_dense.close()
+        self._restore_dense = ExitStack()
+
+    def release(self) -> None:
+        """Forget the calibration (statistics, factorizations, the dense layers); the compressed model stays."""
+        self._calibration, self._restore_dense = None, ExitStack()
+
+    def _choose(
+        self, calibration: Calibration, config: LosslessLowRankConfig
+    ) -> tuple[Trial, list[dict[str, Any]], dict[str, float] | None]:
+        """Return the chosen trial, a record of every point visited, and the paper's epsilon."""
+        visited: list[dict[str, Any]] = []
+
+        def visit(ranks: Ranks) -> Trial:
+            trial = run_trial(calibration, ranks, config)
+            visited.append(visited_point(calibration, trial, config))
+            return trial
+
+        curves, budget = calibration.curves, budget_of(calibration, config)
+        if config.objective in MEASURED_OBJECTIVES:
+            return self._search(calibration, config, budget, visit), visited, None
+        epsilon = None
+        if config.objective == "budget":
+            ranks = select_budget(curves, float(config.keep_ratio or 1), config.rank_multiple, *budget)
+        elif config.objective == "uniform":
+            ranks = select_uniform(curves, float(config.keep_ratio or 1), config.rank_multiple, *budget)
+        else:
+            epsilon = _epsilon(calibration, config)
+            ranks = select_paper(curves, epsilon, compact=config.objective == "paper-compact")
         if all(rank is None for rank in ranks.values()):
-            logger.warning("no rank meets objective=%r in any layer; the model stays dense.", self.config.objective)
-        with _timed(seconds, "replacement"):
-            storages = self._replace(model, targets, factorizations, ranks, undo)
-        with _timed(seconds, "evaluate_compressed"):
-            after = evaluate(model, evaluation, accelerator, "Evaluating the compressed model")
-        return CompressionReport(
-            model=type(model).__name__,
-            config={f.name: getattr(self.config, f.name) for f in fields(CompressionOptions)},
-            layers={
-                name: _layer_report(module, curves[name], ranks[name], storages.get(name))
-                for name, module in targets.items()
-            },
-            skipped=selection.skipped,
-            dense=Measurement(before.loss, before.accuracy, dense_parameters),
-            compressed=Measurement(after.loss, after.accuracy, model.num_parameters()),
-            calibration={
-                "examples": statistics.examples,
-                "units": statistics.units,
-                "loss": statistics.loss,
-                "fingerprint": statistics.data_fingerprint,
-            },
-            evaluation={"examples": after.examples, "units": after.units},
-            model_fingerprint=fingerprint,
-            epsilon=epsilon,
-            versions=_versions(),
-            seconds=seconds,
-        )
+            logger.warning("no rank meets objective=%r in any layer; the model stays dense.", config.objective)
+        return visit(ranks), visited, epsilon
 
-    def _factorize(
-        self, targets: Mapping[str, nn.Module], statistics: CalibrationStatistics
-    ) -> tuple[dict[str, Factorization], dict[str, LossCurve]]:
-        factorizations, curves = {}, {}
-        for name, module in logging.tqdm(targets.items(), desc="Factorizing"):
-            weight, stats = weight_matrix(module), statistics.layers[name]
-            try:
-                factorizations[name] = factorize(weight, stats, str(self.config.metric), self.config.damping)
-            except NumericalError as error:
-                raise NumericalError(f"{name!r}: {error}") from error
-            with_noise = self.config.objective.startswith("paper-")
-            curves[name] = loss_curve(weight, factorizations[name], stats, self.config.storage, with_noise)
-        return factorizations, curves
+    def _search(
+        self, calibration: Calibration, config: LosslessLowRankConfig, budget: Budget, visit: Callable[[Ranks], Trial]
+    ) -> Trial:
+        """Walk the path and measure; a margin that no point meets leaves the model dense."""
+        path = compression_path(calibration.curves, second_order_cost, config.rank_multiple, *budget)
+        kept = [path.kept_after(count) for count in range(len(path) + 1)]
+        costs = [path.predicted_cost_after(count) for count in range(len(path) + 1)]
 
-    def _epsilon(
-        self,
-        model: PreTrainedModel,
-        targets: Mapping[str, nn.Module],
-        factorizations: Mapping[str, Factorization],
-        calibration: DataLoader,
-        accelerator: Accelerator,
-    ) -> dict[str, float] | None:
-        """Return the noise bound of each layer for the paper's objectives."""
-        if not self.config.objective.startswith("paper-"):
-            return None
-        if self.config.epsilon is not None:
-            return dict.fromkeys(targets, self.config.epsilon)
-        tolerance = self.config.epsilon_tolerance
-        return calibrate_epsilon(model, targets, factorizations, calibration, accelerator, tolerance)
+        def measure(point: int) -> Trial:
+            return visit(path.ranks_after(point))
 
-    def _select(self, curves: Mapping[str, LossCurve], epsilon: Mapping[str, float] | None) -> Ranks:
-        config = self.config
-        z = NormalDist().inv_cdf(config.confidence)
-        match config.objective:
-            case "budget":
-                return select_budget(curves, float(config.keep_ratio or 1), config.rank_multiple)
-            case "uniform":
-                return select_uniform(curves, float(config.keep_ratio or 1), config.rank_multiple)
-            case "lossless":
-                return select_lossless(curves, z, config.rank_multiple)
-            case "compact":
-                return select_compact(curves, z, config.loss_margin, config.rank_multiple)
-            case _:
-                return select_paper(curves, epsilon or {}, compact=config.objective == "paper-compact")
+        if config.objective == "lossless":
+            found = lowest_loss(kept, measure, LOSSLESS_SHARES)
+        else:
+            found = most_compressed(
+                costs,
+                kept,
+                measure,
+                lambda trial: trial.passes(config.loss_margin, config.metric_margin),
+                config.loss_margin,
+            )
+        if not path.steps:
+            logger.warning("no rank meets objective=%r in any layer; the model stays dense.", config.objective)
+        elif found is None:
+            logger.warning(
+                "no compressed model met loss_margin=%s and metric_margin=%s on the selection split; the model stays "
+                "dense. Raise the margins, or give more calibration data.",
+                config.loss_margin,
+                config.metric_margin,
+            )
+        if found is None:
+            return Trial(path.ranks_after(0), {}, False, None, None)
+        return found[1]
 
-    def _replace(
-        self,
-        model: PreTrainedModel,
-        targets: Mapping[str, nn.Module],
-        factorizations: Mapping[str, Factorization],
-        ranks: Ranks,
-        undo: ExitStack,
-    ) -> dict[str, str]:
-        """Put the factorized layers in, record them in the model's config, and return the storage of each."""
-        storages: dict[str, str] = {}
-        new: dict[str, nn.Module] = {}
-        for name, rank in ranks.items():
-            if rank is None:
-                continue
-            module: Any = targets[name]
-            out_features, in_features = weight_matrix(module).shape
-            storages[name] = choose_storage(out_features, in_features, rank, self.config.storage)
-            layer = layout_of(module).factorized(module, rank, storages[name])
-            factors = factorizations[name].truncate(rank, storages[name], layer.pivots_inputs)
-            layer.load_factors(*factors, module.bias)
-            new[name] = layer
-        if not new:
-            return storages
-        replacement = replace_modules(model, new)
+    def _put(self, calibration: Calibration, trial: Trial, config: LosslessLowRankConfig, undo: ExitStack) -> None:
+        """Put the chosen layers in and record them in the model's config."""
+        if not trial.layers:
+            return
+        model = calibration.model
+        replacement = replace_modules(model, trial.layers)
         undo.callback(replacement.undo)
-        name_of = {id(module): name for name, module in targets.items()}
-        config = deepcopy(self.config)
-        config.modules = {
-            path: {"rank": ranks[name_of[id(old)]], "storage": storages[name_of[id(old)]]}
-            for path, old in replacement.originals.items()
-        }
+        name_of = {id(module): name for name, module in calibration.targets.items()}
+        config = deepcopy(config)
+        config.modules = {}
+        for path, old in replacement.originals.items():
+            layer = trial.layers[name_of[id(old)]]
+            config.modules[path] = {"rank": layer.rank, "storage": layer.storage}
         undo.callback(unmark_compressed, model)
         mark_compressed(model, config)
-        return storages
 
 
-def check_model(model: Any) -> None:
-    """Refuse what cannot be compressed, before any work.
-
-    Args:
-        model: what the user passed.
-
-    Raises:
-        TargetError: if it is no dense floating-point `PreTrainedModel` with its weights loaded.
-    """
-    if not isinstance(model, PreTrainedModel):
-        raise TargetError(
-            f"compress() takes a transformers PreTrainedModel, got {type(model).__name__}. Unwrap it first (for PEFT: "
-            "`merge_and_unload()`; for DDP: `.module`)."
-        )
-    name = type(model).__name__
-    existing = getattr(model.config, "quantization_config", None)
-    if isinstance(existing, LosslessLowRankConfig) or any(is_factorized(module) for module in model.modules()):
-        raise TargetError(
-            f"this {name} is already compressed. Call `model.dequantize()`, or start from the dense checkpoint."
-        )
-    if existing is not None or getattr(model, "is_quantized", False):
-        raise TargetError(f"this {name} is quantized. Compress it in floating point first and quantize the result.")
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise TargetError(f"this {name} is on the meta device and has no values. Load its weights first.")
-
-
-@contextmanager
-def _on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Move a model that lies on one device, and move it back."""
-    original = {parameter.device for parameter in model.parameters()}
-    if len(original) != 1 or original == {device} or getattr(model, "hf_device_map", None):
-        yield
-        return
-    model.to(device)
-    try:
-        yield
-    finally:
-        model.to(original.pop())
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[stage] = time.perf_counter() - start
-
-
-def _layer_report(module: nn.Module, curve: LossCurve, rank: int | None, storage: str | None) -> LayerReport:
-    return LayerReport(
-        layer_type=type(module).__name__,
-        out_features=curve.out_features,
-        in_features=curve.in_features,
-        rank=rank,
-        storage=storage,
-        dense_parameters=curve.dense_parameters,
-        parameters=curve.parameters(rank),
-        first_order=0.0 if rank is None else float(curve.first_order[rank]),
-        second_order=0.0 if rank is None else float(curve.second_order[rank]),
+def _epsilon(calibration: Calibration, config: LosslessLowRankConfig) -> dict[str, float]:
+    """Return the noise bound of each layer for the paper's objectives."""
+    if config.epsilon is not None:
+        return dict.fromkeys(calibration.targets, config.epsilon)
+    return calibrate_epsilon(
+        calibration.model,
+        calibration.targets,
+        calibration.factorizations,
+        calibration.data.calibration,
+        calibration.accelerator,
+        config.epsilon_tolerance,
     )
-
-
-def _versions() -> dict[str, str]:
-    packages = ("hf-lossless-lr", "torch", "transformers", "accelerate", "safetensors", "numpy", "scipy")
-    return {"python": platform.python_version(), **{package: version(package) for package in packages}}

@@ -19,8 +19,11 @@ from .errors import CheckpointError, ConfigurationError
 METHOD = "lossless_lr"
 FORMAT_VERSION = 1
 OBJECTIVES = ("budget", "uniform", "lossless", "compact", "paper-lossless", "paper-compact")
+BUDGETS = ("parameters", "flops", "latency")
+SCOPES = ("targeted", "model")
 METRICS = ("kronecker", "activation", "activation-diagonal", "fisher", "identity")
 DEFAULT_KEEP_RATIO = 0.5
+MEASURED_OBJECTIVES = ("lossless", "compact")
 
 
 def _option(default: Any, text: str, **metadata: Any) -> Any:
@@ -33,11 +36,13 @@ class CompressionOptions:
 
     Attributes:
         objective: what to aim for. `budget`: lowest predicted loss at `keep_ratio`. `uniform`: `keep_ratio` in each
-            layer. `lossless`: lowest upper confidence bound of the predicted loss among models that compress.
-            `compact`: smallest model whose upper confidence bound stays within `loss_margin`. `paper-lossless`,
-            `paper-compact`: Algorithms 1 and 2 of arXiv 2412.06867.
-        keep_ratio: parameters kept divided by original parameters of the targeted weights, in (0, 1]; for `budget` and
-            `uniform` only (default 0.5 there).
+            layer. `lossless`: lowest measured loss among models that compress. `compact`: the smallest model whose
+            measured loss and accuracy are not inferior, by upper confidence bounds within `loss_margin` and
+            `metric_margin`. `paper-lossless`, `paper-compact`: Algorithms 1 and 2 of arXiv 2412.06867.
+        keep_ratio: size kept divided by original size, in (0, 1]; for `budget` and `uniform` only (default 0.5 there).
+        budget: what the size counts: `parameters`, `flops` of a calibration batch, or its `latency`, measured on the
+            model's device.
+        scope: whether the size is that of the `targeted` weights or of the whole `model`.
         metric: metric of the factorization (default `kronecker`, and `identity` for the paper's objectives).
         target_modules: patterns of layers to factorize; None means every attention and MLP projection. A pattern is an
             exact name (or the end of one), `re:` and a regular expression, a glob, or a layer type such as `Linear`.
@@ -45,7 +50,12 @@ class CompressionOptions:
         damping: relative damping of the second moments, at least 0.
         storage: `pivoted`, `two-factor`, or `auto` (the smaller, unless what it saves is negligible).
         rank_multiple: ranks are rounded down to a multiple of this.
-        seed: seed of the split that holds out data when no evaluation set is given.
+        refit: whether to fit each layer's factors to the inputs that it gets in the compressed model. Default: with
+            the metric `kronecker`, except for the paper's objectives; no other metric has it.
+        selection_fraction: share of the calibration examples kept apart, to measure whether the refit helps and which
+            model to choose. Default: 1/2 for `lossless` and `compact`, which choose by measurement, 1/16 for other
+            objectives with a refit, else none.
+        seed: seed of the splits.
         batch_size: examples per forward pass.
         loss_margin: largest acceptable loss increase, in nats per labelled unit.
         metric_margin: largest acceptable drop of the task metric, as a fraction (0.01 is one point).
@@ -59,6 +69,8 @@ class CompressionOptions:
         None,
         f"share of the targeted parameters to keep, in (0, 1]; default {DEFAULT_KEEP_RATIO} for budget and uniform",
     )
+    budget: str = _option("parameters", "what keep_ratio counts", choices=BUDGETS)
+    scope: str = _option("targeted", "what keep_ratio is a share of: targeted weights or whole model", choices=SCOPES)
     metric: str | None = _option(None, "metric of the factorization; default kronecker", choices=METRICS)
     target_modules: list[str] | None = _option(
         None, "layers to factorize: names, re:regex, globs or types; default all attention and MLP projections"
@@ -67,10 +79,16 @@ class CompressionOptions:
     damping: float = _option(0.03, "relative damping of the second moments")
     storage: str = _option("auto", "how factors are stored", choices=("auto", *STORAGES))
     rank_multiple: int = _option(1, "round ranks down to a multiple of this")
+    refit: bool | None = _option(None, "fit factors to the inputs of the compressed model; default with kronecker")
+    selection_fraction: float | None = _option(
+        None,
+        "share of the calibration data kept apart to choose by measurement; default 1/16, or 1/2 for the "
+        "objectives lossless and compact",
+    )
     seed: int = _option(0, "seed of the held-out split")
     batch_size: int = _option(32, "examples per forward pass")
     loss_margin: float = _option(0.01, "largest acceptable loss increase in nats")
-    metric_margin: float = _option(0.005, "largest acceptable drop of the metric, as a fraction")
+    metric_margin: float = _option(0.01, "largest acceptable drop of the metric, as a fraction")
     confidence: float = _option(0.95, "confidence level of one-sided bounds")
     epsilon: float | None = _option(None, "elementwise noise bound of the paper's objectives; default: eq. 8")
     epsilon_tolerance: float = _option(1e-4, "gap in nats that eq. 8 of the paper accepts")
@@ -82,6 +100,8 @@ class CompressionOptions:
         if self.metric is None:
             self.metric = "identity" if paper else "kronecker"
         _choice("metric", self.metric, METRICS)
+        _choice("budget", self.budget, BUDGETS)
+        _choice("scope", self.scope, SCOPES)
         _choice("storage", self.storage, ("auto", *STORAGES))
         if self.objective in ("budget", "uniform"):
             self.keep_ratio = DEFAULT_KEEP_RATIO if self.keep_ratio is None else self.keep_ratio
@@ -103,9 +123,30 @@ class CompressionOptions:
                     f"epsilon={self.epsilon!r} contradicts objective={self.objective!r}: it is used by "
                     "'paper-lossless' and 'paper-compact' only."
                 )
+        self._resolve_refit(paper)
         self._check_numbers()
         self.target_modules = _patterns("target_modules", self.target_modules)
         self.ignore = _patterns("ignore", self.ignore)
+
+    def _resolve_refit(self, paper: bool) -> None:
+        if self.refit is not None and not isinstance(self.refit, bool):
+            raise ConfigurationError(f"refit: must be True, False or None, got {self.refit!r}.")
+        possible = self.metric == "kronecker" and not paper
+        if self.refit is None:
+            self.refit = possible
+        if self.refit and not possible:
+            raise ConfigurationError(
+                f"refit=True contradicts metric={self.metric!r}, objective={self.objective!r}: it needs "
+                "metric='kronecker' and none of the paper's objectives."
+            )
+        measured = self.objective in MEASURED_OBJECTIVES
+        if self.selection_fraction is None:
+            self.selection_fraction = 0.5 if measured else 0.0625 if self.refit else 0.0
+        _number("selection_fraction", self.selection_fraction, 0, 1, "[0, 1)", exclude_high=True)
+        if measured and not self.selection_fraction:
+            raise ConfigurationError(
+                f"selection_fraction=0 contradicts objective={self.objective!r}, which chooses by measurement."
+            )
 
     def _check_numbers(self) -> None:
         _number("damping", self.damping, 0, math.inf, "[0, inf)")

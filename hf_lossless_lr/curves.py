@@ -1,10 +1,11 @@
-"""Predicted loss and parameter count of one layer for all ranks: the only place with a cost formula.
+"""Predicted loss and size of one layer for all ranks: the only place with a cost formula.
 
 Arrays are numpy float64, indexed by the rank `k = 0 … m` with `m = min(out, in)`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,6 +72,23 @@ def break_even_rank(out_features: int, in_features: int, storage: str) -> int:
 
 
 @dataclass(frozen=True)
+class LayerSize:
+    """What a budget counts of one layer, for every rank: parameters, FLOPs or seconds.
+
+    Attributes:
+        by_rank: size of the factorized layer.  # shape: (m + 1,)
+        dense: size of the dense layer.
+    """
+
+    by_rank: np.ndarray
+    dense: float
+
+    def at(self, rank: int | None) -> float:
+        """Return the size at `rank`, or of the dense layer for None."""
+        return self.dense if rank is None else float(self.by_rank[rank])
+
+
+@dataclass(frozen=True)
 class LossCurve:
     """What replacing one layer by its rank-`k` form is predicted to cost, for every `k`.
 
@@ -113,6 +131,17 @@ class LossCurve:
             return self.dense_parameters
         return factorized_parameters(self.out_features, self.in_features, rank, self.storage)
 
+    @property
+    def size(self) -> LayerSize:
+        """Parameters of the weight at every rank, as a size."""
+        counts = [self.parameters(rank) for rank in range(min(self.out_features, self.in_features) + 1)]
+        return LayerSize(np.array(counts, dtype=np.float64), float(self.dense_parameters))
+
     def upper_bound(self, z: float) -> np.ndarray:
         """Return the upper confidence bound `first + second + z * standard_error` in nats.  # shape: (m + 1,)."""
         return self.first_order + self.second_order + z * self.standard_error
+
+
+def parameter_sizes(curves: Mapping[str, LossCurve]) -> dict[str, LayerSize]:
+    """Return the parameters of every layer: the sizes of a budget in parameters."""
+    return {name: curve.size for name, curve in curves.items()}

@@ -106,6 +106,29 @@ def correct_predictions(model: PreTrainedModel, batch: Mapping[str, Any], output
     return int(((logits.argmax(-1) == target) & (target != IGNORE_INDEX)).sum())
 
 
+def predictions(model: PreTrainedModel, batch: Mapping[str, Any], outputs: Any) -> list[torch.Tensor]:
+    """Return the log-probabilities behind each labelled unit, one tensor for each question that the head answers.
+
+    Args:
+        model: the model.
+        batch: keyword arguments of its forward.
+        outputs: what the forward returned.
+
+    Returns:
+        Tensors in float32 (two for question answering, one for other classifying heads, none where the head does not
+        classify).  # shape: (units, classes)
+    """
+    if "start_positions" in batch and hasattr(outputs, "start_logits"):
+        return [outputs.start_logits.float().log_softmax(-1), outputs.end_logits.float().log_softmax(-1)]
+    if correct_predictions(model, batch, outputs) is None:
+        return []
+    labels, logits = batch["labels"], outputs.logits
+    target = _target(model, labels)
+    if target.shape != labels.shape:
+        logits = logits[..., :-1, :]
+    return [logits[target != IGNORE_INDEX].float().log_softmax(-1)]
+
+
 def forward_loss(model: PreTrainedModel, batch: Mapping[str, Any], index: int) -> tuple[torch.Tensor, Any, int]:
     """Run a batch and return its mean loss in float32, the outputs, and the labelled units behind the loss.
 

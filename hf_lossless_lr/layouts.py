@@ -6,6 +6,7 @@ are, and builds the factorized or the dense counterpart.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +27,9 @@ class Layout(Protocol):
     def input_rows(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """Return the layer input with the matrix' columns as last dimension.  # shape: (..., in)."""
 
+    def random_input(self, module: nn.Module, rows: int) -> torch.Tensor:
+        """Return an input that is at least `rows` rows, and hardly more, on the module's device and in its dtype."""
+
     def output_rows(self, y: torch.Tensor) -> torch.Tensor:
         """Return a layer output, or its gradient, with the matrix' rows as last dimension.  # shape: (..., out)."""
 
@@ -42,6 +46,10 @@ class _LinearLayout:
 
     def input_rows(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return x
+
+    def random_input(self, module: Any, rows: int) -> torch.Tensor:
+        weight = module.weight
+        return torch.randn(rows, self.as_matrix(weight).shape[1], device=weight.device, dtype=weight.dtype)
 
     def output_rows(self, y: torch.Tensor) -> torch.Tensor:
         return y
@@ -86,6 +94,14 @@ class _Conv2dLayout:
             x, module.kernel_size, dilation=module.dilation, padding=module.padding, stride=module.stride
         )
         return patches.transpose(1, 2)
+
+    def random_input(self, module: Any, rows: int) -> torch.Tensor:
+        height = math.isqrt(rows)  # of the output of one image, as square as the rows allow
+        outputs = (height, -(-rows // height))
+        geometry = zip(outputs, module.kernel_size, module.stride, module.padding, module.dilation, strict=True)
+        sides = [max(1, (n - 1) * step + spread * (k - 1) + 1 - 2 * pad) for n, k, step, pad, spread in geometry]
+        weight = module.weight
+        return torch.randn(1, module.in_channels, *sides, device=weight.device, dtype=weight.dtype)
 
     def output_rows(self, y: torch.Tensor) -> torch.Tensor:
         return y.flatten(2).transpose(1, 2)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import nn
@@ -56,3 +57,13 @@ def replace_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> 
         replacement.undo()
         raise
     return replacement
+
+
+@contextmanager
+def in_place(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put layers into a model for the time of the body."""
+    replacement = replace_modules(model, layers)
+    try:
+        yield
+    finally:
+        replacement.undo()

@@ -64,6 +64,8 @@ class CompressionReport:
         model: class name of the model.
         config: the configuration, without the manifest.
         layers: targeted layer to what became of it.
+        refitted: whether the factors were refitted to the shifted inputs (and that helped).
+        trials: every point measured on the way, with predicted and measured loss increase.
         skipped: layer that could have been factorized to the reason it was not a target.
         dense: the dense model on held-out data.
         compressed: the compressed model on the same data.
@@ -79,6 +81,8 @@ class CompressionReport:
     config: dict[str, Any]
     layers: dict[str, LayerReport]
     skipped: dict[str, str]
+    refitted: bool
+    trials: list[dict[str, Any]]
     dense: Measurement
     compressed: Measurement
     calibration: dict[str, Any]

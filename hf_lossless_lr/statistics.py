@@ -159,7 +159,8 @@ class _Collector:
         """Return the groups of targets with the same input, in forward order, without targets called repeatedly."""
         seen: list[Key] = next((keys for keys in gather_object([list(self.input_sums)]) if keys), [])
         uses = Counter(name for key in seen for name in key)
-        single = [tuple(name for name in key if name not in self.repeated and uses[name] == 1) for key in seen]
+        repeated = set(gather_object(sorted(self.repeated)))  # an idle process has seen none
+        single = [tuple(name for name in key if name not in repeated and uses[name] == 1) for key in seen]
         return tuple(key for key in single if key)
 
     def reduce(self, accelerator: Accelerator) -> None:
@@ -214,6 +215,16 @@ def _differentiating_only(model: nn.Module, targets: Mapping[str, nn.Module]) ->
             parameter.grad = grad
 
 
+def data_fingerprint(loader: DataLoader, accelerator: Accelerator) -> str:
+    """Return the fingerprint that `collect_statistics` gives to the same data, without running the model."""
+    return _combined([tensors_fingerprint(batch) for batch in accelerator.prepare(loader)])
+
+
+def _combined(digests: list[str]) -> str:
+    """Return one digest of all processes' batches, whatever their order."""
+    return hashlib.sha256("".join(sorted(gather_object(digests))).encode()).hexdigest()
+
+
 def collect_statistics(
     model: PreTrainedModel, targets: Mapping[str, nn.Module], loader: DataLoader, accelerator: Accelerator
 ) -> CalibrationStatistics:
@@ -266,7 +277,7 @@ def collect_statistics(
     total_units = int(totals[1])
     if total_units == 0:
         raise DataError("no batch has a labelled unit: every label is -100.")
-    digest = hashlib.sha256("".join(sorted(gather_object(digests))).encode()).hexdigest()
+    digest = _combined(digests)
     layers = collector.layer_statistics(total_units)
     groups = collector.groups()
     mean_loss, examples = float(totals[0]) / total_units, int(totals[2])

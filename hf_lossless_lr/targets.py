@@ -12,10 +12,12 @@ import fnmatch
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from .config import LosslessLowRankConfig
 from .errors import TargetError
 from .layouts import LAYOUTS
 from .modules import is_factorized
@@ -193,3 +195,29 @@ def _nothing_left(model: PreTrainedModel, skipped: dict[str, str]) -> str:
         f"no layer of {name} is left to factorize; skipped: {listed}{' …' if len(skipped) > 5 else ''}. Name layers "
         "in `target_modules`, for instance target_modules=['Conv2d'] for a convolutional network."
     )
+
+
+def check_model(model: Any) -> None:
+    """Refuse what cannot be compressed, before any work.
+
+    Args:
+        model: what the user passed.
+
+    Raises:
+        TargetError: if it is no dense floating-point `PreTrainedModel` with its weights loaded.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TargetError(
+            f"compress() takes a transformers PreTrainedModel, got {type(model).__name__}. Unwrap it first (for PEFT: "
+            "`merge_and_unload()`; for DDP: `.module`)."
+        )
+    name = type(model).__name__
+    existing = getattr(model.config, "quantization_config", None)
+    if isinstance(existing, LosslessLowRankConfig) or any(is_factorized(module) for module in model.modules()):
+        raise TargetError(
+            f"this {name} is already compressed. Call `model.dequantize()`, or start from the dense checkpoint."
+        )
+    if existing is not None or getattr(model, "is_quantized", False):
+        raise TargetError(f"this {name} is quantized. Compress it in floating point first and quantize the result.")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise TargetError(f"this {name} is on the meta device and has no values. Load its weights first.")

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_lossless_lr import CompressionReport, LosslessLowRankConfig, LowRankCompressor
+from hf_lossless_lr.config import MEASURED_OBJECTIVES
 from hf_lossless_lr.modules import is_factorized
 
 COUNT = 12  # examples of each tiny model
@@ -54,9 +55,15 @@ def default_options(model: PreTrainedModel) -> dict[str, Any]:
 def compress(
     model: PreTrainedModel, batch: Mapping[str, torch.Tensor], **options: Any
 ) -> tuple[PreTrainedModel, CompressionReport]:
-    """Compress a model in place on batches of four; evaluate on the same examples."""
-    compressor = LowRankCompressor(LosslessLowRankConfig(**default_options(model), **options))
-    model = compressor.compress(model, split_batch(dict(batch), BATCH_SIZE), eval_dataset=[batch])
+    """Compress a model in place on batches of four; evaluate on the same examples.
+
+    No refit, so that all batches take part, unless the options ask for it. An objective that chooses by measurement
+    gets batches of one, as half of them are its selection split.
+    """
+    config = LosslessLowRankConfig(**default_options(model) | {"refit": False} | options)
+    size = 1 if config.objective in MEASURED_OBJECTIVES else BATCH_SIZE
+    compressor = LowRankCompressor(config)
+    model = compressor.compress(model, split_batch(dict(batch), size), eval_dataset=[batch])
     return model, compressor.report
 
 

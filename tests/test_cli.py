@@ -90,7 +90,7 @@ class TestCompress:
         assert factorized_layers(model)
         assert model.num_parameters() == report.compressed.parameters
         assert report.keep_ratio <= 0.5
-        assert report.calibration["examples"] == COUNT
+        assert report.calibration["examples"] == COUNT - COUNT // 16  # the rest measures whether the refit helps
         tokenizer = AutoTokenizer.from_pretrained(out)
         rows = text_rows(9, 100)
         encoded = tokenizer([row["sentence"] for row in rows], padding=True, return_tensors="pt")
@@ -124,6 +124,8 @@ class TestCompress:
             "damping": 0.1,
             "storage": "two-factor",
             "rank_multiple": 2,
+            "refit": False,
+            "selection_fraction": 0.25,
             "seed": 3,
             "batch_size": 5,
             "loss_margin": 0.5,
@@ -141,12 +143,15 @@ class TestCompress:
         config = LosslessLowRankConfig(**options)
         assert report.config == {f.name: getattr(config, f.name) for f in fields(CompressionOptions)}
         assert all(options[name] != getattr(LosslessLowRankConfig(), name) for name in options)
+        assert report.calibration["examples"] == COUNT - COUNT // 4
+        assert len(report.trials) == 1
+        assert not report.refitted
         assert len(report.layers) == 5
 
     def test_holds_out_a_fifth_without_evaluation_data(self, command, tmp_path, capsys):
         assert main(changed(command, eval_data_files=None)) == 0
         report = CompressionReport.from_json((tmp_path / "out" / "compression_report.json").read_text())
-        assert (report.calibration["examples"], report.evaluation["examples"]) == (16, 4)
+        assert (report.calibration["examples"], report.evaluation["examples"]) == (15, 4)  # and 1 to select on
         assert "measured on 4 held-out examples" in capsys.readouterr().out
 
     def test_reads_the_splits_of_a_folder(self, place, tmp_path):
@@ -158,7 +163,7 @@ class TestCompress:
         arguments += ["--eval_split", "test", "--eval_examples", "10", "--calibration_examples", "11"]
         assert main([*arguments, "--output", str(tmp_path / "deep" / "out")]) == 0
         report = CompressionReport.from_json((tmp_path / "deep" / "out" / "compression_report.json").read_text())
-        assert (report.calibration["examples"], report.evaluation["examples"]) == (11, 10)
+        assert (report.calibration["examples"], report.evaluation["examples"]) == (10, 10)  # and 1 to select on
 
     def test_writes_the_report_to_a_second_place(self, command, tmp_path):
         assert main([*command, "--json", str(tmp_path / "report.json")]) == 0
@@ -218,8 +223,9 @@ class TestTasks:
         model = str(tmp_path / "model")
         assert main(["compress", model, "--task", task, *arguments, "--output", str(tmp_path / "out")]) == 0
         report = CompressionReport.from_json((tmp_path / "out" / "compression_report.json").read_text())
-        assert report.calibration["examples"] + report.evaluation["examples"] == examples
+        rest = examples - examples // 5
         assert report.evaluation["examples"] == examples // 5
+        assert report.calibration["examples"] == rest - max(rest // 16, 1)  # and a sixteenth to select on
         assert report.keep_ratio <= 0.5
         again = getattr(transformers, TASKS[task].auto_model).from_pretrained(tmp_path / "out")
         assert factorized_layers(again).keys() == {name for name, layer in report.layers.items() if layer.rank}

@@ -40,7 +40,7 @@ from hf_lossless_lr import (
     NumericalError,
     TargetError,
 )
-from hf_lossless_lr import compressor as compressor_module
+from hf_lossless_lr import calibration as calibration_module
 from hf_lossless_lr.config import METRICS, OBJECTIVES, CompressionOptions
 from hf_lossless_lr.fingerprint import tensors_fingerprint
 from hf_lossless_lr.modules import is_factorized
@@ -54,8 +54,8 @@ def bert():
 
 
 def run(model, data, evaluation=None, **options):
-    """Compress on any data, and return the report."""
-    compressor = LowRankCompressor(LosslessLowRankConfig(batch_size=BATCH_SIZE, **options))
+    """Compress on any data, without a refit, and return the report."""
+    compressor = LowRankCompressor(LosslessLowRankConfig(**{"batch_size": BATCH_SIZE, "refit": False} | options))
     assert compressor.compress(model, data, eval_dataset=evaluation) is model
     return compressor.report
 
@@ -136,7 +136,7 @@ class TestData:
             seen.append(len(items))
             return collate(items)
 
-        compressor = LowRankCompressor(LosslessLowRankConfig(batch_size=5))
+        compressor = LowRankCompressor(LosslessLowRankConfig(batch_size=5, refit=False))
         compressor.compress(model, as_examples(batch), eval_dataset=as_examples(batch), data_collator=spy)
         assert set(seen) == {5, 2}
 
@@ -145,14 +145,14 @@ class TestData:
         examples, seen = as_examples(batch), {}
 
         def spy(name):
-            original = getattr(compressor_module, name)
+            original = getattr(calibration_module, name)
 
             def spied(model, *arguments, **options):
                 data = next(argument for argument in arguments if isinstance(argument, DataLoader))
                 seen[name] = [row.tolist() for part in data for row in part["input_ids"]]
                 return original(model, *arguments, **options)
 
-            monkeypatch.setattr(f"hf_lossless_lr.compressor.{name}", spied)
+            monkeypatch.setattr(f"hf_lossless_lr.calibration.{name}", spied)
 
         spy("evaluate")
         spy("collect_statistics")
@@ -205,7 +205,7 @@ class TestCompressing:
 
     def test_leaves_its_configuration_alone(self):
         model, batch = bert()
-        config = LosslessLowRankConfig(keep_ratio=0.4)
+        config = LosslessLowRankConfig(keep_ratio=0.4, refit=False)
         before = config.to_dict()
         LowRankCompressor(config).compress(model, [batch], eval_dataset=[batch])
         assert config.to_dict() == before
@@ -248,8 +248,9 @@ class TestCompressing:
     )
     def test_works_for_every_objective_and_metric(self, objective, metric):
         paper = objective.startswith("paper-")
+        extra = {"epsilon": 1.0} if paper else {"loss_margin": 10.0, "metric_margin": 1.0}
         model, batch = bert()
-        _, report = compress(model, batch, objective=objective, metric=metric, **({"epsilon": 1.0} if paper else {}))
+        _, report = compress(model, batch, objective=objective, metric=metric, **extra)
         assert (report.config["objective"], report.config["metric"]) == (objective, metric)
         assert report.keep_ratio < 1
         assert report.compressed.parameters == count_parameters(model) < report.dense.parameters
@@ -265,9 +266,11 @@ class TestCompressing:
 
     def test_with_a_larger_margin_gives_a_smaller_model(self):
         sizes = []
-        for margin in (1e-3, 0.1, 1e6):
+        for margin in (1e-3, 0.3, 1e6):
             model, batch = bert()
-            report = compress(model, batch, objective="compact", loss_margin=margin, storage="pivoted")[1]
+            report = compress(
+                model, batch, objective="compact", loss_margin=margin, metric_margin=1.0, storage="pivoted"
+            )[1]
             sizes.append(report.compressed.parameters)
         assert sizes[0] > sizes[1] > sizes[2]
         assert {layer.rank for layer in report.layers.values()} == {1}
@@ -356,7 +359,12 @@ class TestWhenNothingQualifies:
         before = Snapshot(model)
         _, report = compress(model, batch, **NOTHING_QUALIFIES[case])
         before.check(model)
-        assert said == [f"no rank meets objective={case!r} in any layer; the model stays dense."]
+        assert said == [
+            "no compressed model met loss_margin=0.0 and metric_margin=0.01 on the selection split; the model stays "
+            "dense. Raise the margins, or give more calibration data."
+            if case == "compact"
+            else f"no rank meets objective={case!r} in any layer; the model stays dense."
+        ]
         assert report.keep_ratio == report.model_keep_ratio == 1.0
         assert report.predicted_loss_increase == 0.0
         assert report.dense == report.compressed
@@ -393,7 +401,7 @@ class TestReport:
             "parameters": count_parameters(model),
             "weights": {path: module.weight.shape for path, module in modules_of(model).items() if is_dense(module)},
         }
-        compressor = LowRankCompressor(LosslessLowRankConfig(keep_ratio=0.4, batch_size=4))
+        compressor = LowRankCompressor(LosslessLowRankConfig(keep_ratio=0.4, batch_size=4, refit=False))
         assert compressor.report is None
         compressor.compress(model, as_examples(batch), eval_dataset=as_examples(held_out))
         return model, batch, held_out, facts, compressor.report
@@ -436,7 +444,7 @@ class TestReport:
         _, batch, _, facts, report = case
         assert report.model == "BertForSequenceClassification"
         assert report.config == {
-            f.name: getattr(LosslessLowRankConfig(keep_ratio=0.4, batch_size=4), f.name)
+            f.name: getattr(LosslessLowRankConfig(keep_ratio=0.4, batch_size=4, refit=False), f.name)
             for f in fields(CompressionOptions)
         }
         assert report.model_fingerprint == facts["fingerprint"]
@@ -449,8 +457,8 @@ class TestReport:
         assert len(report.calibration["fingerprint"]) == 64
         assert report.versions["torch"] == torch.__version__
         assert report.versions["hf-lossless-lr"] == importlib.metadata.version("hf-lossless-lr")
-        stages = ["evaluate_dense", "statistics", "factorization", "selection", "replacement", "evaluate_compressed"]
-        assert [stage for stage in report.seconds if stage in stages] == stages
+        stages = ["evaluate_dense", "statistics", "factorization", "replacement", "evaluate_compressed"]
+        assert list(report.seconds) == stages
         assert all(seconds > 0 for seconds in report.seconds.values())
 
     def test_predicts_what_the_layers_cost(self, case):
@@ -466,7 +474,7 @@ class TestReport:
 
     def test_is_that_of_the_last_success(self, case):
         _, batch, *_ = case
-        compressor = LowRankCompressor()
+        compressor = LowRankCompressor(LosslessLowRankConfig(refit=False))
         model = bert()[0]
         compressor.compress(model, [batch], eval_dataset=[batch])
         report = compressor.report
@@ -532,18 +540,26 @@ def fail_in(monkeypatch, target, call, error):
     return calls
 
 
+# Three batches to evaluate on, two to calibrate on, and one as selection split.
 STAGES = {  # what fails, and at which call
     "evaluation of the dense model": ("hf_lossless_lr.verification.forward_loss", 2),
+    "dense model on the selection split": ("hf_lossless_lr.verification.forward_loss", 4),
     "statistics, forward": ("hf_lossless_lr.statistics.forward_loss", 2),
     "statistics, backward": ("torch.Tensor.backward", 2),
-    "factorization": ("hf_lossless_lr.compressor.factorize", 3),
-    "prediction": ("hf_lossless_lr.compressor.loss_curve", 3),
-    "selection": ("hf_lossless_lr.compressor.select_budget", 1),
+    "factorization": ("hf_lossless_lr.calibration.factorize", 3),
+    "prediction": ("hf_lossless_lr.calibration.loss_curve", 3),
+    "choice of the ranks": ("hf_lossless_lr.compressor.select_budget", 1),
     "building a layer": ("hf_lossless_lr.modules.FactorizedLinear.load_factors", 3),
     "the third replacement": ("torch.nn.Module.set_submodule", 3),
+    "divergence before the refit": ("hf_lossless_lr.verification.forward_loss", 6),
+    "refit, forward": ("hf_lossless_lr.refit.forward_loss", 3),
+    "refit, third layer": ("hf_lossless_lr.refit._solve", 3),
+    "divergence after the refit": ("hf_lossless_lr.verification.forward_loss", 8),
+    "the trial on the selection split": ("hf_lossless_lr.verification.forward_loss", 9),
+    "putting the chosen layers in": ("hf_lossless_lr.compressor.replace_modules", 1),
     "marking": ("hf_lossless_lr.compressor.mark_compressed", 1),
-    "evaluation of the compressed model": ("hf_lossless_lr.verification.forward_loss", 5),
-    "the report": ("hf_lossless_lr.compressor.CompressionReport", 1),
+    "evaluation of the compressed model": ("hf_lossless_lr.verification.forward_loss", 11),
+    "the report": ("hf_lossless_lr.reporting.CompressionReport", 1),
 }
 ERRORS = {
     "RuntimeError": RuntimeError("broken on purpose"),
@@ -602,7 +618,7 @@ class TestFailure:
     def test_names_the_layer_that_cannot_be_factorized(self, used, monkeypatch):
         model, batch = used
         error = NumericalError("not finite")
-        fail_in(monkeypatch, "hf_lossless_lr.compressor.factorize", 1, error)
+        fail_in(monkeypatch, "hf_lossless_lr.calibration.factorize", 1, error)
         with pytest.raises(NumericalError, match=f"'{LAYER}': not finite") as caught:
             compress(model, batch)
         assert caught.value.__cause__ is error
@@ -744,7 +760,7 @@ class TestRefusal:
         before = Snapshot(model) if hasattr(model, "config") and not hasattr(model, "peft_config") else None
         evaluation = [calibration[0]] if case in ("every label ignored", "no loss", "no labels") else [batch]
         with pytest.raises(error, match=text):
-            LowRankCompressor().compress(model, calibration, eval_dataset=evaluation)
+            LowRankCompressor(LosslessLowRankConfig(refit=False)).compress(model, calibration, eval_dataset=evaluation)
         if before is not None:
             before.check(model)
 
@@ -761,8 +777,19 @@ class TestRefusal:
 
     def test_of_one_batch_to_split_asks_for_an_evaluation_set(self):
         model, batch = bert()
-        with pytest.raises(DataError, match="1 items are too few to hold some out for evaluation; pass eval_dataset"):
+        with pytest.raises(
+            DataError, match=r"1 items \(.*\) are too few to hold some out for evaluation; pass eval_d"
+        ):
             LowRankCompressor().compress(model, [batch])
+
+    @pytest.mark.parametrize(("objective", "way_out"), [("budget", ", or selection_fraction=0"), ("compact", "")])
+    def test_of_one_batch_to_select_on_says_what_to_do(self, objective, way_out):
+        model, batch = bert()
+        text = rf"too few to hold some out for choosing by measurement; pass more \(and smaller\) items{way_out}\.$"
+        with pytest.raises(DataError, match=text):
+            LowRankCompressor(LosslessLowRankConfig(objective=objective)).compress(
+                model, [batch], eval_dataset=[batch]
+            )
 
     @pytest.mark.parametrize("keep_ratio", [0, -0.5, 1.01])
     def test_of_a_share_that_is_none(self, keep_ratio):

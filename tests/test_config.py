@@ -10,6 +10,7 @@ from transformers import BertConfig, HfArgumentParser
 from hf_lossless_lr.config import (
     DEFAULT_KEEP_RATIO,
     FORMAT_VERSION,
+    MEASURED_OBJECTIVES,
     METHOD,
     METRICS,
     OBJECTIVES,
@@ -36,12 +37,15 @@ def full_config():
     return LosslessLowRankConfig(
         objective="uniform",
         keep_ratio=0.25,
+        budget="flops",
+        scope="model",
         metric="activation",
         target_modules=["q_proj", "re:.*fc\\d"],
         ignore=["lm_head"],
         damping=0.1,
         storage="two-factor",
         rank_multiple=8,
+        selection_fraction=0.25,
         seed=3,
         batch_size=4,
         loss_margin=0.5,
@@ -61,6 +65,7 @@ OUT_OF_RANGE = {
     "metric_margin": ("a number in [0, 1]", [-0.01, 1.01, NAN, INF, None, "x", True]),
     "confidence": ("a number in (0.5, 1)", [0.5, 1, 1.0, 0.4, 95, NAN, None, "0.95"]),
     "epsilon_tolerance": ("a number in (0, inf)", [0, -1.0, NAN, INF, None, "x"]),
+    "selection_fraction": ("a number in [0, 1)", [-0.1, 1, 1.0, NAN, INF, "0.5", True]),
     "rank_multiple": ("an integer of at least 1", [0, -8, 8.0, "8", True, None]),
     "batch_size": ("an integer of at least 1", [0, -1, 2.5, "32", True, None]),
     "seed": ("an integer of at least 0", [-1, 0.0, "0", False, None]),
@@ -72,6 +77,7 @@ IN_RANGE = {
     "metric_margin": [0, 0.005, 1],
     "confidence": [0.501, 0.95, 0.999],
     "epsilon_tolerance": [1e-12, 1],
+    "selection_fraction": [0, 0.0, 0.125, 0.99],
     "rank_multiple": [1, 64],
     "batch_size": [1, 512],
     "seed": [0, 12345],
@@ -189,6 +195,68 @@ def test_the_objectives_of_the_paper_take_an_epsilon(objective):
 def test_an_epsilon_out_of_range_is_an_error(value):
     with pytest.raises(ConfigurationError, match=re.escape(f"epsilon: must be a number in (0, inf), got {value!r}.")):
         LosslessLowRankConfig(objective="paper-compact", epsilon=value)
+
+
+@both_classes
+@pytest.mark.parametrize(
+    ("options", "refit", "fraction"),
+    [
+        ({}, True, 1 / 16),
+        ({"objective": "uniform"}, True, 1 / 16),
+        ({"objective": "lossless"}, True, 0.5),
+        ({"objective": "compact"}, True, 0.5),
+        ({"objective": "compact", "metric": "activation"}, False, 0.5),
+        ({"objective": "lossless", "refit": False}, False, 0.5),
+        ({"metric": "activation"}, False, 0.0),
+        ({"metric": "identity", "objective": "uniform"}, False, 0.0),
+        ({"objective": "paper-lossless"}, False, 0.0),
+        ({"objective": "paper-compact", "metric": "identity"}, False, 0.0),
+        ({"refit": False}, False, 0.0),
+        ({"refit": True}, True, 1 / 16),
+        ({"refit": False, "selection_fraction": 0.3}, False, 0.3),
+        ({"selection_fraction": 0}, True, 0),
+        ({"objective": "compact", "selection_fraction": 0.2}, True, 0.2),
+        ({"objective": "paper-lossless", "selection_fraction": 0.2}, False, 0.2),
+    ],
+)
+def test_refit_and_selection_follow_metric_and_objective_unless_chosen(cls, options, refit, fraction):
+    config = cls(**options)
+    assert config.refit is refit
+    assert config.selection_fraction == fraction
+
+
+@both_classes
+@pytest.mark.parametrize(
+    "options",
+    [{"metric": m} for m in METRICS if m != "kronecker"]
+    + [{"objective": o} for o in PAPER]
+    + [{"objective": "compact", "metric": "fisher"}],
+)
+def test_a_refit_without_its_metric_or_for_the_paper_is_an_error(cls, options):
+    metric = options.get("metric", "identity" if options.get("objective") in PAPER else "kronecker")
+    text = (
+        f"refit=True contradicts metric={metric!r}, objective={options.get('objective', 'budget')!r}: it needs "
+        "metric='kronecker' and none of the paper's objectives."
+    )
+    with pytest.raises(ConfigurationError, match="^" + re.escape(text)):
+        cls(refit=True, **options)
+
+
+@both_classes
+@pytest.mark.parametrize("objective", MEASURED_OBJECTIVES)
+@pytest.mark.parametrize("fraction", [0, 0.0])
+def test_an_objective_that_measures_without_a_selection_split_is_an_error(cls, objective, fraction):
+    text = f"selection_fraction=0 contradicts objective={objective!r}, which chooses by measurement."
+    with pytest.raises(ConfigurationError, match="^" + re.escape(text)):
+        cls(objective=objective, selection_fraction=fraction)
+
+
+@pytest.mark.parametrize("value", ["yes", 1, 0, 2.5])
+def test_a_refit_that_is_neither_true_nor_false_is_an_error(value):
+    with pytest.raises(
+        ConfigurationError, match="^" + re.escape(f"refit: must be True, False or None, got {value!r}.")
+    ):
+        LosslessLowRankConfig(refit=value)
 
 
 def test_an_error_of_the_configuration_is_a_value_error():

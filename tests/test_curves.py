@@ -10,10 +10,12 @@ from tolerances import ROUNDING
 from hf_lossless_lr.curves import (
     NEGLIGIBLE_SAVING,
     STORAGES,
+    LayerSize,
     LossCurve,
     break_even_rank,
     choose_storage,
     factorized_parameters,
+    parameter_sizes,
 )
 
 SIZES = [1, 2, 3, 5, 8, 13]
@@ -113,6 +115,20 @@ def test_a_curve_counts_as_the_functions_do(storage):
     assert layer.dense_parameters == layer.parameters(None) == 35
     assert layer.break_even_rank == break_even_rank(7, 5, storage)
     assert [layer.parameters(k) for k in range(6)] == [factorized_parameters(7, 5, k, storage) for k in range(6)]
+
+
+@pytest.mark.parametrize("storage", [*STORAGES, "auto"])
+def test_the_default_size_of_a_layer_is_its_parameters_at_every_rank(storage):
+    for shape in [(7, 5), (60, 900)]:
+        layer = curve(*shape, storage)
+        size = parameter_sizes({"a": layer})["a"]
+        assert size.by_rank.tolist() == [layer.parameters(k) for k in range(min(shape) + 1)]
+        assert size.dense == size.at(None) == shape[0] * shape[1]
+
+
+def test_a_size_is_looked_up_by_rank_and_dense_is_none():
+    size = LayerSize(np.array([0.0, 1.5, 4.0]), 3.0)
+    assert (size.at(1), size.at(2), size.at(None)) == (1.5, 4.0, 3.0)
 
 
 @pytest.mark.parametrize("units", [1, 7, 1000])

@@ -10,7 +10,14 @@ import torch
 from tolerances import EXACT, ITERATIVE, ROOT_OF_ROUNDING, ROUNDING
 
 from hf_lossless_lr.errors import NumericalError
-from hf_lossless_lr.linalg import MetricFactors, damped, metric_svd, pivoted_form, quadratic_tails
+from hf_lossless_lr.linalg import (
+    MetricFactors,
+    damped,
+    metric_svd,
+    pivoted_form,
+    quadratic_tails,
+    shifted_weight,
+)
 
 SHAPES = [(5, 9), (7, 7), (9, 5), (1, 4), (4, 1), (1, 1)]
 SEEDS = [0, 1]
@@ -470,3 +477,116 @@ def test_pivoted_form_needs_a_row_that_is_no_pivot(rank):
 def test_a_bound_that_swaps_could_chase_for_ever_is_an_error(bound):
     with pytest.raises(NumericalError, match=f"the bound of the coefficients must be above 1, got {bound}"):
         pivoted_form(random(0, 4, 2), random(1, 2, 3), bound)
+
+
+# --- shifted_weight -------------------------------------------------------------------------------------------------
+
+ROWS = ["many", "dead", "few", "one"]
+
+on_rows = pytest.mark.parametrize("kind", ROWS)
+
+
+def shifted_rows(kind, size, seed):
+    """Rows before and after a shift that moves, mixes and disturbs them."""
+    count = {"many": 4 * size, "dead": 4 * size, "few": max(1, size // 2), "one": 1}[kind]
+    before = random(seed + 70, count, size) + 0.5
+    after = before @ (torch.eye(size).double() + 0.3 * random(seed + 71, size, size)) + 0.2
+    after += 0.3 * random(seed + 72, count, size)
+    if kind == "dead":  # every third feature is never active
+        alive = torch.arange(size) % 3 != 1
+        before, after = before * alive, after * alive
+    return before, after
+
+
+def fitted(weight, before, after, ridge):
+    """`shifted_weight` as it is used: from products per row."""
+    return shifted_weight(weight, before.T @ after / len(before), after.T @ after / len(before), ridge)
+
+
+@on_rows
+@on_shapes
+@pytest.mark.parametrize("ridge", [1e-3, 0.1])
+def test_shifted_weight_is_the_ridge_regression_of_the_outputs(kind, shape, ridge):
+    weight, (before, after) = random(20, *shape), shifted_rows(kind, shape[1], 20)
+    level = np.sqrt(ridge * float(after.square().sum()) / shape[1])
+    design = np.vstack([after.numpy(), level * np.eye(shape[1])])
+    outputs = np.vstack([(before @ weight.T).numpy(), level * weight.T.numpy()])
+    expected = np.linalg.lstsq(design, outputs, rcond=None)[0].T
+    np.testing.assert_allclose(fitted(weight, before, after, ridge), expected, rtol=0, atol=10 * ROUNDING)
+
+
+@on_shapes
+def test_shifted_weight_undoes_a_linear_shift(shape):
+    """Closed form: where `X' = M X`, the outputs `W X` are those of `W M⁻¹`."""
+    weight, before = random(21, *shape), random(22, 4 * shape[1], shape[1])
+    shift = torch.eye(shape[1]).double() + 0.5 * random(23, shape[1], shape[1]).triu(1)
+    found = fitted(weight, before, before @ shift.T, 1e-13)
+    torch.testing.assert_close(found, weight @ torch.linalg.inv(shift), rtol=0, atol=ROUNDING)
+
+
+@on_rows
+@on_shapes
+def test_shifted_weight_of_inputs_that_did_not_shift_is_the_weight(kind, shape):
+    weight, (before, _) = random(24, *shape), shifted_rows(kind, shape[1], 24)
+    torch.testing.assert_close(fitted(weight, before, before, 1e-2), weight, rtol=0, atol=ROUNDING)
+
+
+@on_shapes
+def test_shifted_weight_without_any_signal_is_the_weight(shape):
+    weight, zero = random(25, *shape), torch.zeros(shape[1], shape[1])
+    assert torch.equal(shifted_weight(weight.float(), zero, zero, 1e-2), weight.float().double())
+
+
+@pytest.mark.parametrize("kind", ["dead", "few", "one"])
+@on_shapes
+def test_shifted_weight_is_the_weight_where_the_inputs_say_nothing(kind, shape):
+    weight, (before, after) = random(26, *shape), shifted_rows(kind, shape[1], 26)
+    silent = torch.from_numpy(scipy.linalg.null_space(after.numpy()))  # shape: (in, directions)
+    assert silent.shape[1] > 0 or shape[1] == 1
+    found = fitted(weight, before, after, 1e-2)
+    torch.testing.assert_close(found @ silent, weight @ silent, rtol=0, atol=ROUNDING)
+    assert (found - weight).abs().max() > 1e-3  # elsewhere it moves
+
+
+@on_rows
+@on_shapes
+@pytest.mark.parametrize("ridge", [1e-6, 1e-2, 10.0])
+def test_shifted_weight_is_never_worse_than_the_weight_on_its_inputs(kind, shape, ridge):
+    weight, (before, after) = random(27, *shape), shifted_rows(kind, shape[1], 27)
+    outputs = before @ weight.T
+    errors = [(outputs - after @ W.T).square().sum() for W in (fitted(weight, before, after, ridge), weight)]
+    assert errors[0] < errors[1]
+
+
+def test_the_ridge_leads_from_the_best_fit_to_the_weight():
+    weight, (before, after) = random(28, 5, 7), shifted_rows("many", 7, 28)
+    found = [fitted(weight, before, after, ridge) for ridge in (1e-9, 1e-3, 1e-1, 10.0, 1e9)]
+    errors = [float((before @ weight.T - after @ W.T).square().sum()) for W in found]
+    distances = [float((W - weight).norm()) for W in found]
+    assert errors == sorted(errors)
+    assert distances == sorted(distances, reverse=True)
+    assert distances[-1] < ROOT_OF_ROUNDING
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e6])
+def test_the_ridge_is_relative_to_the_scale_of_the_inputs(scale):
+    weight, (before, after) = random(29, 5, 7), shifted_rows("few", 7, 29)
+    found = fitted(weight, scale * before, scale * after, 1e-2)
+    torch.testing.assert_close(found, fitted(weight, before, after, 1e-2), rtol=0, atol=ROUNDING)
+
+
+def test_shifted_weight_of_narrow_dtypes_is_computed_in_float64():
+    (before, after), weight = shifted_rows("many", 6, 30), random(30, 4, 6).bfloat16()
+    cross, gram = (before.T @ after).float(), (after.T @ after).float()
+    found = shifted_weight(weight, cross, gram, 1e-2)
+    assert found.dtype == torch.float64
+    assert torch.equal(found, shifted_weight(weight.double(), cross.double(), gram.double(), 1e-2))
+
+
+def test_arguments_of_shifted_weight_are_not_changed():
+    before, after = shifted_rows("many", 6, 31)
+    arguments = (random(31, 4, 6), before.T @ after, after.T @ after)
+    copies = [tensor.clone() for tensor in arguments]
+    found = shifted_weight(*arguments, 1e-2)
+    found.zero_()
+    assert all(torch.equal(*pair) for pair in zip(arguments, copies, strict=True))

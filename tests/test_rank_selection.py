@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from tolerances import ROUNDING, TIE
 
-from hf_lossless_lr.curves import STORAGES, LossCurve, factorized_parameters
+from hf_lossless_lr.curves import STORAGES, LayerSize, LossCurve, factorized_parameters, parameter_sizes
 from hf_lossless_lr.errors import ConfigurationError
 from hf_lossless_lr.rank_selection import (
     allowed_ranks,
     compression_path,
     kept_parameters,
+    kept_size,
     second_order_cost,
     select_budget,
     select_compact,
@@ -343,6 +344,254 @@ def test_a_layer_that_cannot_reach_its_share_is_an_error_that_says_what_to_do():
     )
     with pytest.raises(ConfigurationError, match=re.escape(text)):
         select_uniform({"large": make_curve(20, 20), "small": make_curve(4, 4)}, 0.3)
+
+
+# --- budgets in other sizes -----------------------------------------------------------------------------------------
+
+SIZE_KINDS = ["parameters", "flops", "latency"]
+FIXED = [0.0, 37.0]
+on_size_kinds = pytest.mark.parametrize("sized", SIZE_KINDS)
+on_monotone_kinds = pytest.mark.parametrize("kind", ["convex", "falling"])
+
+
+def make_sizes(sized, curves, seed):
+    """Whole numbers, so that sums are exact. Latency: flat in places, rising or not, at high ranks above dense."""
+    rng = np.random.default_rng(2000 + seed)
+    sizes = {}
+    for name, curve in curves.items():
+        m = min(curve.out_features, curve.in_features)
+        counts = [factorized_parameters(curve.out_features, curve.in_features, k, curve.storage) for k in range(m + 1)]
+        scale = {"parameters": 1, "flops": 2 * int(rng.integers(1, 60))}.get(sized)
+        if scale is not None:
+            sizes[name] = LayerSize(scale * np.array(counts, dtype=float), float(scale * curve.dense_parameters))
+        else:
+            sizes[name] = LayerSize(rng.integers(2, 14, size=m + 1).astype(float), float(rng.integers(3, 14)))
+    return sizes
+
+
+def sized_candidates(curve, size, multiple=1):
+    """Dense, and each rank that stores less and is smaller, by counting."""
+    ranks = [k for k, _, _ in candidates(curve, multiple)[1:]]
+    smaller = [k for k in ranks if size.by_rank[k] < size.dense]
+    return [(None, size.dense, 0.0), *((k, size.by_rank[k], float(curve.second_order[k])) for k in smaller)]
+
+
+def sized_choices(curves, sizes, multiple=1):
+    return [sized_candidates(curve, sizes[name], multiple) for name, curve in curves.items()]
+
+
+def size_of(sizes, ranks):
+    """Kept size, written out."""
+    return sum(sizes[n].dense if rank is None else sizes[n].by_rank[rank] for n, rank in ranks.items())
+
+
+@on_monotone_kinds
+@on_size_kinds
+@on_multiples
+@on_seeds
+def test_allowed_ranks_are_those_whose_size_no_higher_rank_and_not_dense_undercuts(kind, sized, multiple, seed):
+    curves = make_curves(seed, kind)
+    for name, size in make_sizes(sized, curves, seed).items():
+        counts = {k: n for k, n, _ in sized_candidates(curves[name], size, multiple)[1:]}
+        expected = [k for k in counts if all(counts[other] > counts[k] for other in counts if other > k)]
+        assert allowed_ranks(curves[name], multiple, size) == expected
+
+
+def test_a_rank_that_stores_more_than_dense_is_not_allowed_however_fast_it_is():
+    curve = make_curve(6, 6, storage="two-factor")  # ranks 1 and 2 compress
+    assert allowed_ranks(curve, 1, LayerSize(np.arange(7.0), 100.0)) == [1, 2]
+
+
+@on_monotone_kinds
+@on_size_kinds
+@on_multiples
+@on_seeds
+def test_each_point_of_the_path_is_the_best_answer_to_its_multiplier_in_each_size(kind, sized, multiple, seed):
+    curves = make_curves(seed, kind)
+    sizes = make_sizes(sized, curves, seed)
+    path = compression_path(curves, second_order_cost, multiple, sizes)
+    slopes = [step.cost / step.saved for step in path.steps]
+    for multiplier in np.logspace(-5, 2, 40):
+        best = {
+            name: min(sized_candidates(curve, sizes[name], multiple), key=lambda c: c[2] + multiplier * c[1])[0]
+            for name, curve in curves.items()
+        }
+        assert path.ranks_after(sum(slope < multiplier for slope in slopes)) == best
+
+
+@on_monotone_kinds
+@on_size_kinds
+@on_seeds
+def test_in_each_size_the_path_is_nested_and_gets_smaller_with_each_step(kind, sized, seed):
+    curves = make_curves(seed, kind)
+    sizes = make_sizes(sized, curves, seed)
+    path = compression_path(curves, second_order_cost, 1, sizes)
+    points = [path.ranks_after(count) for count in range(len(path) + 1)]
+    for before, after, step in zip(points, points[1:], path.steps, strict=False):
+        assert [name for name in curves if before[name] != after[name]] == [step.layer]
+        assert before[step.layer] is None or after[step.layer] < before[step.layer]
+        assert size_of(sizes, before) - size_of(sizes, after) == step.saved > 0
+
+
+@on_size_kinds
+@on_seeds
+@pytest.mark.parametrize("fixed", FIXED)
+def test_the_path_knows_the_kept_ratio_and_the_predicted_cost_of_each_point(sized, seed, fixed):
+    curves = make_curves(seed)
+    sizes = make_sizes(sized, curves, seed)
+    path = compression_path(curves, second_order_cost, 1, sizes, fixed)
+    dense = size_of(sizes, dict.fromkeys(curves)) + fixed
+    assert len(path) == len(path.steps)
+    for count in range(len(path) + 1):
+        ranks = path.ranks_after(count)
+        assert path.kept_after(count) == pytest.approx((size_of(sizes, ranks) + fixed) / dense, rel=ROUNDING)
+        assert path.predicted_cost_after(count) == pytest.approx(cost_of(curves, ranks), rel=ROUNDING, abs=TIE)
+        assert kept_size(sizes, ranks) == size_of(sizes, ranks)
+
+
+@on_monotone_kinds
+@on_size_kinds
+@on_seeds
+@pytest.mark.parametrize("fixed", FIXED)
+def test_in_each_size_the_budget_is_met_at_the_exhaustive_optimum_up_to_one_step(kind, sized, seed, fixed):
+    """Up to the last step's share of cost for what it saves beyond the budget; and an error where nothing fits."""
+    curves = make_curves(seed, kind)
+    sizes = make_sizes(sized, curves, seed)
+    total = size_of(sizes, dict.fromkeys(curves)) + fixed
+    path = compression_path(curves, second_order_cost, 1, sizes)
+    for ratio in RATIOS:
+        budget = ratio * total - fixed
+        combinations = itertools.product(*sized_choices(curves, sizes))
+        costs = [sum(c[2] for c in chosen) for chosen in combinations if sum(c[1] for c in chosen) <= budget]
+        if not costs:
+            with pytest.raises(ConfigurationError, match=f"keep_ratio={ratio} cannot be reached"):
+                select_budget(curves, ratio, 1, sizes, fixed)
+            continue
+        ranks = select_budget(curves, ratio, 1, sizes, fixed)
+        assert (size_of(sizes, ranks) + fixed) / total <= ratio
+        kept, gap = total - fixed, 0.0
+        for step in path.steps:
+            if kept <= budget:
+                break
+            kept -= step.saved
+            gap = step.cost * (budget - kept) / step.saved
+        assert min(costs) - TIE <= cost_of(curves, ranks) <= min(costs) + gap + TIE
+
+
+@on_storages
+@on_seeds
+def test_parameters_are_the_default_size(storage, seed):
+    curves = make_curves(seed, storage=storage)
+    sizes = parameter_sizes(curves)
+    assert compression_path(curves, second_order_cost) == compression_path(curves, second_order_cost, 1, sizes)
+    assert select_budget(curves, 0.75) == select_budget(curves, 0.75, 1, sizes)
+    assert select_uniform(curves, 0.9) == select_uniform(curves, 0.9, 1, sizes)
+    assert select_lossless(curves, 1.0) == select_lossless(curves, 1.0, 1, sizes)
+    assert select_compact(curves, 1.0, 0.5) == select_compact(curves, 1.0, 0.5, 1, sizes)
+
+
+@on_seeds
+@pytest.mark.parametrize("unit", [2.0**-20, 2.0**20], ids=["small", "large"])
+def test_the_unit_of_size_does_not_matter(seed, unit):
+    curves = make_curves(seed)
+    sizes = {n: LayerSize(unit * size.by_rank, unit * size.dense) for n, size in parameter_sizes(curves).items()}
+    for ratio in [0.6, 0.8]:
+        assert select_budget(curves, ratio, 1, sizes) == select_budget(curves, ratio)
+
+
+def test_a_budget_compresses_the_layer_that_weighs_more_in_its_size():
+    curves = {"often": make_curve(8, 8), "seldom": make_curve(8, 8)}
+    busy, idle = (LayerSize(rows * curves["often"].size.by_rank, rows * 64.0) for rows in (100, 1))
+    assert select_budget(curves, 0.7, 1, {"often": busy, "seldom": idle})["seldom"] is None
+    assert select_budget(curves, 0.7, 1, {"often": idle, "seldom": busy})["often"] is None
+
+
+@pytest.mark.parametrize("select", [select_budget, select_uniform])
+def test_the_whole_model_keeps_the_ratio_together_with_what_is_fixed(select):
+    # 64 numbers targeted and 36 fixed: three quarters of 100 leave 39 to the layer. Pivoted ranks 3 and 4: 39 and 48.
+    curves = {"a": make_curve(8, 8)}
+    assert select(curves, 0.75, 1, None, 36.0) == {"a": 3}
+    assert select(curves, 0.74, 1, None, 36.0) == {"a": 2}
+    assert select(curves, 0.75) == {"a": 4}
+    assert select(curves, 1.0, 1, None, 36.0) == {"a": None}
+
+
+def test_a_ratio_of_the_whole_model_that_what_is_fixed_forbids_is_an_error():
+    curves = {"a": make_curve(4, 4)}  # rank 1 pivoted: 7 of 16
+    text = (
+        "keep_ratio=0.9 cannot be reached: with rank_multiple=1 the smallest model keeps 0.9100 of the whole model's "
+        "parameters (0.8400 lies outside the targeted layers)."
+    )
+    with pytest.raises(ConfigurationError, match=re.escape(text)):
+        select_budget(curves, 0.9, fixed=84.0)
+    with pytest.raises(ConfigurationError, match=re.escape("keeps 0.9100 of the whole model's size (0.84")):
+        select_budget(curves, 0.5, 1, parameter_sizes(curves), 84.0)
+    with pytest.raises(ConfigurationError, match=re.escape("keeps 0.4375 of the targeted size.")):
+        select_budget(curves, 0.4, 1, parameter_sizes(curves))
+    with pytest.raises(ConfigurationError, match=re.escape("keep_ratio=0.9 cannot be reached in 'a' (4 x 4)")):
+        select_uniform(curves, 0.9, fixed=84.0)
+
+
+@on_size_kinds
+@on_seeds
+@pytest.mark.parametrize("fixed", FIXED)
+def test_the_ratio_that_the_error_names_can_be_reached(sized, seed, fixed):
+    curves = make_curves(seed)
+    sizes = make_sizes(sized, curves, seed)
+    with pytest.raises(ConfigurationError, match="cannot be reached") as error:
+        select_budget(curves, 1e-6, 1, sizes, fixed)
+    named = float(re.search(r"keeps ([\d.]+) of", str(error.value))[1])
+    kept = size_of(sizes, select_budget(curves, named, 1, sizes, fixed)) + fixed
+    assert kept / (size_of(sizes, dict.fromkeys(curves)) + fixed) == pytest.approx(named, abs=1e-4)
+
+
+@on_size_kinds
+@on_seeds
+def test_uniform_takes_the_largest_rank_within_the_share_of_each_layers_size(sized, seed):
+    curves = make_curves(seed)
+    sizes = make_sizes(sized, curves, seed)
+    for ratio in RATIOS:
+        fitting = {
+            name: [k for k, n, _ in sized_candidates(curve, sizes[name])[1:] if n <= ratio * sizes[name].dense]
+            for name, curve in curves.items()
+        }
+        if all(fitting.values()):
+            assert select_uniform(curves, ratio, 1, sizes) == {name: max(ranks) for name, ranks in fitting.items()}
+        else:
+            with pytest.raises(ConfigurationError, match=f"keep_ratio={ratio} cannot be reached in 'layer"):
+                select_uniform(curves, ratio, 1, sizes)
+
+
+def test_a_layer_that_is_nowhere_faster_stays_dense():
+    curves = {"slow": make_curve(6, 6, units=500, gain=50.0), "fast": make_curve(6, 6, 1, units=500, gain=50.0)}
+    faster, slower = LayerSize(np.arange(7.0), 6.0), LayerSize(np.arange(7.0) + 6, 6.0)
+    sizes = {"slow": slower, "fast": faster}
+    found = [
+        select_budget(curves, 0.9, 1, sizes),
+        select_lossless(curves, 0.0, 1, sizes),
+        select_compact(curves, 0.0, 1e9, 1, sizes),
+    ]
+    assert all(ranks["slow"] is None and ranks["fast"] is not None for ranks in found)
+    sizes["fast"] = slower
+    nothing = dict.fromkeys(curves)
+    assert select_lossless(curves, 0.0, 1, sizes) == select_compact(curves, 0.0, 1e9, 1, sizes) == nothing
+    with pytest.raises(ConfigurationError, match=r"the smallest model keeps 1\.0000 of the targeted size"):
+        select_budget(curves, 0.9, 1, sizes)
+
+
+def test_of_ranks_that_are_equally_fast_the_highest_is_taken():
+    size = LayerSize(np.array([1, 2, 2, 2, 3, 3, 9, 9, 9.0]), 6.0)
+    assert allowed_ranks(make_curve(8, 8), 1, size) == [3, 5]
+    assert select_budget({"a": make_curve(8, 8)}, 0.4, 1, {"a": size}) == {"a": 3}
+
+
+def test_a_layer_without_a_size_is_an_error():
+    curves = make_curves(0)
+    sizes = parameter_sizes(curves)
+    del sizes["layer1"]
+    for select in (select_budget, select_uniform, select_lossless):
+        with pytest.raises(ConfigurationError, match="sizes: there is none for the layer 'layer1'; give one for each"):
+            select(curves, 0.5, 1, sizes)
 
 
 # --- lossless and compact -------------------------------------------------------------------------------------------

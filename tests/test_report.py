@@ -22,6 +22,8 @@ def report():
         config={"objective": "budget", "keep_ratio": 0.5, "target_modules": None, "ignore": ["a", "é"]},
         layers={"one": FACTORIZED, "two": DENSE, "three": replace(FACTORIZED, second_order=0.125)},
         skipped={"classifier": "task head"},
+        refitted=True,
+        trials=[{"keep_ratio": 0.5, "loss_increase": 0.01, "passes": False}],
         dense=Measurement(0.1 + 0.2, 0.75, 1000),
         compressed=Measurement(1e-9, None, 930),
         calibration={"examples": 12, "units": 30, "loss": 0.4, "fingerprint": "00" * 32},

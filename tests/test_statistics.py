@@ -397,6 +397,93 @@ class TestSharedInputs:
         assert layers["albert.encoder.albert_layer_groups.0.albert_layers.0.ffn"].tokens == 3 * tokens
 
 
+class TestGroups:
+    """Layers of the same input, in the order of the forward pass."""
+
+    def test_of_llama_share_query_key_value_and_gate_up(self):
+        model, batch = llama()
+        assert collect(model, split_batch(batch, 2)).groups == tuple(
+            tuple(f"model.layers.{layer}.{part}_proj" for part in parts)
+            for layer in (0, 1)
+            for parts in (
+                ("self_attn.q", "self_attn.k", "self_attn.v"),
+                ("self_attn.o",),
+                ("mlp.gate", "mlp.up"),
+                ("mlp.down",),
+            )
+        )
+
+    def test_of_an_encoder_decoder_keep_both_stacks_and_the_shared_encoder_output_apart(self):
+        model, batch = t5_equal_lengths()
+        groups = collect(model, [batch]).groups
+        across = tuple(f"decoder.block.{block}.layer.1.EncDecAttention.{p}" for block in (0, 1) for p in "kv")
+        assert across in groups
+        order = [group[0] for group in groups]
+        assert order.index(across[0]) > order.index("encoder.block.1.layer.1.DenseReluDense.wo")
+        assert order.index("decoder.block.0.layer.1.EncDecAttention.q") < order.index(across[0])
+        assert order.index(across[0]) < order.index("decoder.block.0.layer.1.EncDecAttention.o")
+
+    @pytest.mark.parametrize("name", [name for name in TINY_MODELS if name != "albert"])
+    def test_have_each_target_once(self, name):
+        model, batch = TINY_MODELS[name]()
+        groups = collect(model, split_batch(batch, 2)).groups
+        assert sorted(layer for group in groups for layer in group) == sorted(targets_of(model))
+        if name == "resnet":
+            assert {len(group) for group in groups} == {1}
+
+    def test_leave_out_layers_that_are_called_several_times_in_a_pass(self):
+        model, batch = albert()
+        assert collect(model, split_batch(batch, 2)).groups == (("albert.encoder.embedding_hidden_mapping_in",),)
+
+    def test_leave_out_a_layer_that_is_called_several_times_in_one_batch_alone(self):
+        model, batch = bert_sequence_classification()
+        attention, calls = model.bert.encoder.layer[0].attention.self, []
+
+        def call_again_in_the_second_batch(module, args, output):
+            calls.append(1)
+            if len(calls) == 2:
+                attention.value(args[0].clone())
+
+        attention.key.register_forward_hook(call_again_in_the_second_batch)
+        groups = collect(model, split_batch(batch, 2)).groups
+        prefix = "bert.encoder.layer.0.attention.self."
+        assert groups[0] == (prefix + "query", prefix + "key")
+        assert prefix + "value" not in {name for group in groups for name in group}
+
+    def test_leave_out_layers_that_share_their_input_in_some_batches_only(self):
+        model, batch = bert_sequence_classification()
+        calls = []
+
+        def copy_in_the_second_batch(module, args):
+            calls.append(1)
+            return (args[0].clone(),) if len(calls) == 2 else args
+
+        attention = model.bert.encoder.layer[0].attention.self
+        attention.key.register_forward_pre_hook(copy_in_the_second_batch)
+        groups = collect(model, split_batch(batch, 2)).groups
+        assert groups[0] == ("bert.encoder.layer.0.attention.output.dense",)
+        assert len({name for group in groups for name in group}) == len(targets_of(model)) - 3
+
+    def test_have_a_layer_that_the_first_batch_skips(self):
+        model, batch = bert_sequence_classification()
+        layer, calls = model.bert.encoder.layer[0], []
+        plain = layer.forward
+
+        def skip_in_the_first_batch(x, *args, **kwargs):
+            calls.append(1)
+            return x if len(calls) == 1 else plain(x, *args, **kwargs)
+
+        layer.forward = skip_in_the_first_batch
+        groups = collect(model, split_batch(batch, 2)).groups
+        assert sorted(name for group in groups for name in group) == sorted(targets_of(model))
+
+    def test_are_of_the_targets_alone(self):
+        model, batch = llama()
+        names = ["model.layers.1.mlp.up_proj", "model.layers.0.self_attn.v_proj", "model.layers.0.self_attn.q_proj"]
+        groups = collect(model, [batch], {name: model.get_submodule(name) for name in names}).groups
+        assert groups == ((names[2], names[1]), (names[0],))
+
+
 class Snapshot:
     """Everything about a model that collecting must leave alone."""
 
@@ -596,6 +683,7 @@ LAUNCHED = {
     "uneven batches": (llama, 10, 4),  # two batches, and the ragged one
     "an idle process": (t5, 7, 16),  # one batch
     "shared layers": (albert, 9, 2),
+    "shared layers and an idle process": (albert, 4, 16),
     "convolutions": (TINY_MODELS["resnet"], 5, 1),
 }
 
@@ -623,6 +711,7 @@ def collect_in_one_of_several_processes(folder: str) -> None:
             statistics.loss,
             statistics.data_fingerprint,
             {name: [layer.tokens, layer.units] for name, layer in statistics.layers.items()},
+            statistics.groups,
         ]
         for name, layer in statistics.layers.items():
             for field in ("weight_grad", "input_covariance", "grad_covariance"):
@@ -651,7 +740,7 @@ class TestTwoProcesses:
     def test_give_what_one_process_gives(self, case, launched):
         expected = collect_case(case)
         for tensors, facts in launched:
-            examples, units, loss, fingerprint, counts = facts[case]
+            examples, units, loss, fingerprint, counts, _ = facts[case]
             assert (examples, units, fingerprint) == (expected.examples, expected.units, expected.data_fingerprint)
             assert loss == pytest.approx(expected.loss, rel=ROUNDING)
             assert counts == {name: [layer.tokens, layer.units] for name, layer in expected.layers.items()}
@@ -659,6 +748,12 @@ class TestTwoProcesses:
                 for field in ("weight_grad", "input_covariance", "grad_covariance"):
                     what = f"{case}/{name}/{field}"
                     check_close(tensors[what], getattr(layer, field), ROUNDING, what)
+
+    @pytest.mark.parametrize("case", LAUNCHED)
+    def test_have_the_groups_of_one_process(self, case, launched):
+        expected = [list(group) for group in collect_case(case).groups]
+        assert len(expected) > 0
+        assert [facts[case][-1] for _, facts in launched] == [expected, expected]
 
     def test_have_the_same_result_to_the_last_bit(self, launched):
         (tensors, facts), (others, other_facts) = launched

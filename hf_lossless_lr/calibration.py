@@ -1,0 +1,225 @@
+"""Calibration: everything about a model and its data that is computed once and serves every compression ratio."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .batches import make_dataloader, split_holdout
+from .config import MEASURED_OBJECTIVES, LosslessLowRankConfig
+from .curves import LossCurve
+from .errors import CheckpointError, NumericalError
+from .factorization import Factorization, factorize, loss_curve
+from .fingerprint import tensors_fingerprint
+from .layouts import weight_matrix
+from .statistics import CalibrationStatistics, collect_statistics, data_fingerprint
+from .statistics_io import load_statistics, save_statistics
+from .targets import TargetSelection
+from .timing import timed
+from .verification import Evaluation, evaluate
+
+
+@dataclass(frozen=True)
+class DataSplits:
+    """Disjoint parts of the data.
+
+    Attributes:
+        calibration: for the statistics and the refit.
+        selection: for choosing by measurement (is the refit kept, which point of the path); None where nothing is.
+        evaluation: for the figures in the report.
+    """
+
+    calibration: DataLoader
+    selection: DataLoader | None
+    evaluation: DataLoader
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A dense model with its statistics, factorizations and curves.
+
+    Attributes:
+        model: the model; its targets are in `selection`.
+        selection: which layers are targeted, and why others are not.
+        data: the loaders.
+        accelerator: the processes and the device.
+        statistics: calibration statistics.
+        factorizations: nested factors of each target.
+        curves: predicted loss of each target.
+        dense_evaluation: the dense model on the evaluation data.
+        dense_selection: the dense model on the selection data.
+        dense_parameters: parameters of the dense model.
+        model_fingerprint: SHA-256 of the dense model's state dict.
+        seconds: time of each stage.
+    """
+
+    model: PreTrainedModel
+    selection: TargetSelection
+    data: DataSplits
+    accelerator: Accelerator
+    statistics: CalibrationStatistics
+    factorizations: dict[str, Factorization]
+    curves: dict[str, LossCurve]
+    dense_evaluation: Evaluation
+    dense_selection: Evaluation | None
+    dense_parameters: int
+    model_fingerprint: str
+    seconds: dict[str, float]
+
+    @property
+    def targets(self) -> dict[str, nn.Module]:
+        """The dense layers to factorize, by name."""
+        return self.selection.targets
+
+
+def split_data(
+    model: PreTrainedModel,
+    config: LosslessLowRankConfig,
+    calib_dataset: Any,
+    eval_dataset: Any,
+    data_collator: Any,
+    processing_class: Any,
+) -> DataSplits:
+    """Make the loaders: a fifth is held out where no evaluation set is given, then the selection split if used.
+
+    Args:
+        model: the model.
+        config: for batch size, seed and `selection_fraction`.
+        calib_dataset: what the user passed.
+        eval_dataset: what the user passed, or None.
+        data_collator: collator for examples.
+        processing_class: tokenizer or processor.
+
+    Returns:
+        The loaders.
+    """
+    options = {"batch_size": config.batch_size, "processing_class": processing_class, "data_collator": data_collator}
+    calibration = make_dataloader(calib_dataset, model, **options)
+    if eval_dataset is None:
+        calibration, evaluation = split_holdout(calibration, config.seed)
+    else:
+        evaluation = make_dataloader(eval_dataset, model, name="eval_dataset", **options)
+    selection = None
+    if config.selection_fraction:
+        shortage = "choosing by measurement; pass more (and smaller) items"
+        if config.objective not in MEASURED_OBJECTIVES:
+            shortage += ", or selection_fraction=0"
+        calibration, selection = split_holdout(calibration, config.seed + 1, config.selection_fraction, shortage)
+    return DataSplits(calibration, selection, evaluation)
+
+
+def calibrate(
+    model: PreTrainedModel,
+    config: LosslessLowRankConfig,
+    data: DataSplits,
+    selection: TargetSelection,
+    statistics_path: str | os.PathLike[str] | None = None,
+) -> Calibration:
+    """Evaluate the dense model, collect statistics and factorize every target.
+
+    Args:
+        model: the dense model; left as it was.
+        config: the choices.
+        data: the loaders.
+        selection: the targets.
+        statistics_path: file of statistics: read if it exists, else written.
+
+    Returns:
+        The calibration.
+
+    Raises:
+        CheckpointError: if the statistics file belongs to another model or to other data.
+        NumericalError: if a loss, a gradient or a decomposition is not finite.
+    """
+    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(even_batches=False))
+    seconds: dict[str, float] = {}
+    with on_device(model, accelerator.device):
+        fingerprint = tensors_fingerprint(model.state_dict())
+        with timed(seconds, "evaluate_dense"):
+            dense_evaluation = evaluate(model, data.evaluation, accelerator, "Evaluating the dense model")
+            dense_selection = None
+            if data.selection is not None:
+                dense_selection = evaluate(model, data.selection, accelerator, None)
+        with timed(seconds, "statistics"):
+            statistics = _statistics(model, selection, data, accelerator, fingerprint, statistics_path)
+        with timed(seconds, "factorization"):
+            factorizations, curves = _factorize(config, selection.targets, statistics)
+    return Calibration(
+        model=model,
+        selection=selection,
+        data=data,
+        accelerator=accelerator,
+        statistics=statistics,
+        factorizations=factorizations,
+        curves=curves,
+        dense_evaluation=dense_evaluation,
+        dense_selection=dense_selection,
+        dense_parameters=model.num_parameters(),
+        model_fingerprint=fingerprint,
+        seconds=seconds,
+    )
+
+
+def _statistics(
+    model: PreTrainedModel,
+    selection: TargetSelection,
+    data: DataSplits,
+    accelerator: Accelerator,
+    fingerprint: str,
+    path: str | os.PathLike[str] | None,
+) -> CalibrationStatistics:
+    if path is not None and Path(path).exists():
+        statistics = load_statistics(path, fingerprint, accelerator.device)
+        if statistics.data_fingerprint != data_fingerprint(data.calibration, accelerator):
+            raise CheckpointError(f"{path}: these statistics belong to other calibration data. Calibrate again.")
+        missing = [name for name in selection.targets if name not in statistics.layers]
+        if missing:
+            raise CheckpointError(f"{path}: these statistics do not cover {missing[0]!r}. Calibrate again.")
+        return statistics
+    statistics = collect_statistics(model, selection.targets, data.calibration, accelerator)
+    if path is not None and accelerator.is_main_process:
+        save_statistics(statistics, path, fingerprint)
+    return statistics
+
+
+def _factorize(
+    config: LosslessLowRankConfig, targets: Mapping[str, nn.Module], statistics: CalibrationStatistics
+) -> tuple[dict[str, Factorization], dict[str, LossCurve]]:
+    factorizations, curves = {}, {}
+    with_noise = config.objective.startswith("paper-")
+    for name, module in logging.tqdm(targets.items(), desc="Factorizing"):
+        weight, stats = weight_matrix(module), statistics.layers[name]
+        try:
+            factorizations[name] = factorize(weight, stats, str(config.metric), config.damping)
+        except NumericalError as error:
+            raise NumericalError(f"{name!r}: {error}") from error
+        curves[name] = loss_curve(weight, factorizations[name], stats, config.storage, with_noise)
+    return factorizations, curves
+
+
+@contextmanager
+def on_device(model: nn.Module, device: torch.device, also: Iterable[nn.Module] = ()) -> Iterator[None]:
+    """Move a model that lies on one device, and move it back, with layers that may have left it meanwhile."""
+    original = {parameter.device for parameter in model.parameters()}
+    if len(original) != 1 or original == {device} or getattr(model, "hf_device_map", None):
+        yield
+        return
+    model.to(device)
+    try:
+        yield
+    finally:
+        home = original.pop()
+        for module in (model, *also):
+            module.to(home)

@@ -1,0 +1,202 @@
+r"""Refit: fit each layer to the inputs that it really receives once everything before it is compressed.
+
+With `X` the dense model's inputs to a layer and `X'` those of the compressed model, the layer that best
+reproduces the dense outputs from the shifted inputs is
+
+$$T = W\,(X X'^\top + λI)\,(X' X'^\top + λI)^{-1},$$
+
+which is then factorized at the layer's rank in the metric `(X'X'ᵀ, B)`. Layers are taken in the order of the
+forward pass; layers that share their input (q, k, v; gate, up) are one group.
+
+Every batch is sent through the dense and through the compressed model once, and *pauses* where a group receives its
+input, until the group is refitted. So the cost is two forward passes and the products, for any architecture, and the
+memory is that of one point of the forward pass over all batches. The pauses are greenlets: the model's own forward
+runs as it is, nothing is re-implemented or run twice.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import greenlet
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .factorization import Factorization
+from .heads import forward_loss
+from .layouts import layout_of, weight_matrix
+from .linalg import damped, metric_svd, shifted_weight
+from .masks import PaddingMasks
+from .replacement import replace_modules
+from .statistics import CalibrationStatistics, real_rows
+
+Group = tuple[str, ...]
+
+RIDGE = 0.1  # relative ridge towards the weight; 0.01 and 0.001 overfit 1,024 examples where little is compressed
+
+
+class _Stream(greenlet.greenlet):
+    """One batch on its way through the model."""
+
+    def __init__(self, model: PreTrainedModel, batch: Mapping[str, Any], index: int) -> None:
+        super().__init__(lambda: forward_loss(model, batch, index))
+        self.gr_context = contextvars.copy_context()
+        self.masks = PaddingMasks(model)
+        self.masks.start(batch)
+        self.group: Group | None = None
+        self.passed: set[Group] = set()
+        self.rows: torch.Tensor | None = None
+
+    def advance(self, group: Group, finished: set[Group]) -> bool:
+        """Go on until the input of `group` is there; a group that is finished already is passed."""
+        while not self.dead and (self.group is None or self.group in finished):
+            self.switch()
+        return not self.dead and self.group == group
+
+
+@dataclass(frozen=True)
+class RefitTarget:
+    """A layer to refit.
+
+    Attributes:
+        dense: the dense layer.
+        factorized: the layer that replaces it, with factors loaded; changed in place.
+        grad_covariance: B of the layer.  # shape: (out, out)
+    """
+
+    dense: nn.Module
+    factorized: Any
+    grad_covariance: torch.Tensor
+
+
+def refit_groups(statistics: CalibrationStatistics, targets: Mapping[str, RefitTarget]) -> list[Group]:
+    """Return the groups of layers that can be refitted, in the order of the forward pass.
+
+    A layer that is called several times in a pass (ALBERT's) has no one input to fit; it is left as it is.
+    """
+    groups = (tuple(name for name in group if name in targets) for group in statistics.groups)
+    return [group for group in groups if group]
+
+
+@torch.no_grad()
+def refit(
+    model: PreTrainedModel,
+    targets: Mapping[str, RefitTarget],
+    groups: Sequence[Group],
+    loader: DataLoader,
+    accelerator: Accelerator,
+    damping: float,
+) -> None:
+    """Refit the factorized layers to their shifted inputs, in the order of the forward pass.
+
+    Args:
+        model: the dense model; it is dense again afterwards.
+        targets: layers, by name; the factors in `factorized` are replaced.
+        groups: from `refit_groups`.
+        loader: calibration data.
+        accelerator: made with `even_batches=False`.
+        damping: relative damping of the metric.
+    """
+    factorized = {name: target.factorized for name, target in targets.items()}
+    with _pauses(model, targets, groups):
+        batches = list(enumerate(accelerator.prepare(loader)))
+        dense = [_Stream(model, batch, index) for index, batch in batches]
+        compressed = [_Stream(model, batch, index) for index, batch in batches]
+        finished: set[Group] = set()
+        try:
+            for group in logging.tqdm(groups, desc="Refitting", disable=not accelerator.is_main_process):
+                arrived = [stream.advance(group, finished) for stream in dense]
+                replacement = replace_modules(model, factorized)
+                try:
+                    arrived = [s.advance(group, finished) and a for s, a in zip(compressed, arrived, strict=True)]
+                finally:
+                    replacement.undo()
+                pairs = [(d, c) for d, c, a in zip(dense, compressed, arrived, strict=True) if a]
+                products = _products(targets[group[0]].dense, pairs, accelerator)
+                finished.add(group)
+                if products is not None:
+                    for name in group:
+                        _solve(targets[name], *products, damping)
+        finally:
+            for stream in dense + compressed:
+                stream.throw(greenlet.GreenletExit)
+
+
+def _products(
+    layer: nn.Module, pairs: list[tuple[_Stream, _Stream]], accelerator: Accelerator
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return `X X'ᵀ` and `X' X'ᵀ` per row, over all processes; None if there are no rows, or they do not pair.
+
+    A layer behind a router may receive other rows in the compressed model than in the dense one.
+    """
+    size = weight_matrix(layer).shape[1]
+    cross = weight_matrix(layer).new_zeros((size, size), dtype=torch.float64)
+    gram, counts = torch.zeros_like(cross), torch.zeros(2, dtype=torch.float64, device=cross.device)
+    for dense, compressed in pairs:
+        if dense.rows is None or compressed.rows is None or dense.rows.shape != compressed.rows.shape:
+            counts[1] += 1
+            continue
+        cross += dense.rows.T @ compressed.rows
+        gram += compressed.rows.T @ compressed.rows
+        counts[0] += len(dense.rows)
+    cross, gram, counts = (accelerator.reduce(total, "sum") for total in (cross, gram, counts))
+    rows, unpaired = counts.tolist()
+    return None if rows == 0 or unpaired else (cross / rows, gram / rows)
+
+
+def _solve(target: RefitTarget, cross: torch.Tensor, gram: torch.Tensor, damping: float) -> None:
+    weight = shifted_weight(weight_matrix(target.dense), cross, gram, RIDGE)
+    factors = metric_svd(weight, damped(gram, damping), damped(target.grad_covariance, damping))
+    layer = target.factorized
+    layer.load_factors(*Factorization(factors).truncate(layer.rank, layer.storage, layer.pivots_inputs))
+
+
+@contextmanager
+def _pauses(model: PreTrainedModel, targets: Mapping[str, RefitTarget], groups: Sequence[Group]) -> Iterator[None]:
+    """Evaluation mode, and hooks that pause a stream at the first layer of each group; undone afterwards."""
+    main = greenlet.getcurrent()
+
+    def pause_at(group: Group, dense: nn.Module) -> Any:
+        layout = layout_of(dense)
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            stream = greenlet.getcurrent()
+            if isinstance(stream, _Stream) and group not in stream.passed:
+                stream.passed.add(group)
+                stream.group = group
+                stream.rows = real_rows(layout.input_rows(dense, args[0]), stream.masks.of(dense, args[0]))
+                main.switch()
+                stream.rows = None
+
+        return hook
+
+    def encoder_hook(module: nn.Module, args: Any, output: Any) -> None:
+        stream = greenlet.getcurrent()
+        if isinstance(stream, _Stream):
+            stream.masks.record_encoder_output(module, args, output)
+
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    handles = []
+    for group in groups:
+        for name in group:
+            for module in (targets[name].dense, targets[name].factorized):
+                handles.append(module.register_forward_pre_hook(pause_at(group, targets[name].dense)))
+    encoder = PaddingMasks(model).encoder
+    if encoder is not None:
+        handles.append(encoder.register_forward_hook(encoder_hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, was in training.items():
+            module.training = was

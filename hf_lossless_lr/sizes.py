@@ -1,0 +1,211 @@
+"""What a budget counts besides parameters: FLOPs, and the latency measured on the device of the model.
+
+A layer's *rows* are what its matrix is applied to: tokens for a linear layer, output positions for a convolution.
+A matrix of `n` stored numbers takes `2 n` FLOPs a row.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from .curves import LayerSize, LossCurve, choose_storage
+from .errors import TargetError
+from .layouts import layout_of, weight_matrix
+
+GRID = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # ranks whose latency is measured, as shares of the largest one
+REPEATS = 7
+RUN_SECONDS = 2e-3  # a run calls a fast layer repeatedly, for about this long
+MAX_CALLS = 100
+
+Timer = Callable[[nn.Module, torch.Tensor, int], float]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's mode as it was afterwards."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, was in training.items():
+            module.training = was
+
+
+class ForwardFlops(NamedTuple):
+    """FLOPs of a forward pass as it is executed, padding included.
+
+    Attributes:
+        rows: rows of each target per example.
+        fixed: FLOPs per example of everything outside the targets.
+    """
+
+    rows: dict[str, float]
+    fixed: float
+
+
+def forward_flops(
+    model: nn.Module, targets: Mapping[str, nn.Module], batch: Mapping[str, Any], examples: int
+) -> ForwardFlops:
+    """Count the FLOPs of one forward pass: matrix products, convolutions and attention, as PyTorch's counter does.
+
+    Args:
+        model: the dense model.
+        targets: its targeted layers, by name.
+        batch: keyword arguments of its forward, on its device.
+        examples: examples in the batch.
+
+    Returns:
+        The counts.
+
+    Raises:
+        TargetError: if a target takes no part in the forward pass.
+    """
+    counter = FlopCounterMode(display=False)
+    with _evaluating(model), sdpa_kernel(SDPBackend.MATH), counter:  # fused attention on a CPU would not be counted
+        model(**batch)
+    by_module = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    flops = {name: by_module.get(f"{type(model).__name__}.{name}", 0) for name in targets}
+    rows = {name: count / (2 * weight_matrix(targets[name]).numel() * examples) for name, count in flops.items()}
+    for name, count in rows.items():
+        if count == 0:
+            raise TargetError(f"{name!r} was never called in the forward pass; add it to `ignore`.")
+    return ForwardFlops(rows, (counter.get_total_flops() - sum(flops.values())) / examples)
+
+
+def flop_sizes(curves: Mapping[str, LossCurve], rows: Mapping[str, float]) -> dict[str, LayerSize]:
+    """Return FLOPs per example: `2 · stored numbers · rows`, at every rank.
+
+    Args:
+        curves: a loss curve for each layer.
+        rows: rows of each layer per example.
+
+    Returns:
+        The sizes.
+    """
+    sizes = {}
+    for name, curve in curves.items():
+        flops = 2 * rows[name]
+        sizes[name] = LayerSize(flops * curve.size.by_rank, flops * curve.dense_parameters)
+    return sizes
+
+
+def run_seconds(layer: nn.Module, x: torch.Tensor, calls: int) -> float:
+    """Return the seconds of one call, as the mean over `calls` successive ones."""
+    return _seconds(partial(layer, x), x.device, calls)
+
+
+def _seconds(call: Callable[[], Any], device: torch.device, calls: int) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    _synchronize(device)
+    return (time.perf_counter() - start) / calls
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def forward_seconds(model: nn.Module, batch: Mapping[str, Any], repeats: int = REPEATS) -> float:
+    """Return the median seconds of a forward pass, after a first one that does not count.
+
+    Less the dense latencies of the targeted layers, it is the fixed part of a latency budget for the whole model.
+
+    Args:
+        model: the model.
+        batch: keyword arguments of its forward, on its device.
+        repeats: how many passes are measured.
+
+    Returns:
+        Seconds per batch.
+    """
+    device = next(model.parameters()).device
+    with _evaluating(model):
+        runs = [_seconds(partial(model, **batch), device, 1) for _ in range(repeats + 1)]
+    return float(np.median(runs[1:]))
+
+
+def latency_sizes(
+    targets: Mapping[str, nn.Module],
+    curves: Mapping[str, LossCurve],
+    rows_per_batch: Mapping[str, int],
+    rank_multiple: int = 1,
+    repeats: int = REPEATS,
+    timer: Timer = run_seconds,
+) -> dict[str, LayerSize]:
+    """Measure the seconds per batch of each layer, dense and factorized, on its device and in its dtype.
+
+    A handful of ranks is measured, in turns with the dense layer, and the median of the runs taken. In between, the
+    latency is interpolated; it never falls with the rank, and is nowhere below what was measured at that rank or a
+    lower one. Layers alike in type, geometry, storage, rows, dtype and device are measured once.
+
+    Measurements differ from process to process: measure in one of them and broadcast the result. With a
+    `rank_multiple` that suits the device (8 or more on a GPU), only its multiples are measured.
+
+    Args:
+        targets: the dense layers, on the device to measure.
+        curves: a loss curve for each layer.
+        rows_per_batch: rows of each layer in a batch, at least 1.
+        rank_multiple: multiple that ranks are restricted to.
+        repeats: runs of each layer.
+        timer: seconds of one call of a layer, given the layer, its input and how many calls to average over.
+
+    Returns:
+        The sizes; infinite at ranks that do not compress, which are not measured.
+    """
+    measured: dict[tuple[Any, ...], LayerSize] = {}
+    sizes = {}
+    for name, curve in curves.items():
+        module: Any = targets[name]
+        # The representation of a module holds its sizes, its geometry and whether it has a bias.
+        key = (repr(module), rows_per_batch[name], module.weight.dtype, module.weight.device, curve.storage)
+        if key not in measured:
+            measured[key] = _measure(module, curve, rows_per_batch[name], rank_multiple, repeats, timer)
+        sizes[name] = measured[key]
+    return sizes
+
+
+def _measured_ranks(curve: LossCurve, multiple: int) -> list[int]:
+    """Return the lowest and the highest rank, some between them, and both sides of a change of the storage."""
+    ranks = range(multiple, curve.break_even_rank + 1, multiple)
+    shape = (curve.out_features, curve.in_features)
+    storages = [choose_storage(*shape, rank, curve.storage) for rank in ranks]
+    chosen = {max(round(share * len(ranks)), 1) - 1 for share in GRID} | {0} if ranks else set()
+    for index, (here, there) in enumerate(pairwise(storages)):
+        if here != there:
+            chosen |= {index, index + 1}
+    return [ranks[index] for index in sorted(chosen)]
+
+
+@torch.no_grad()
+def _measure(module: Any, curve: LossCurve, rows: int, multiple: int, repeats: int, timer: Timer) -> LayerSize:
+    ranks, layout, device = _measured_ranks(curve, multiple), layout_of(module), module.weight.device
+    storages = [choose_storage(curve.out_features, curve.in_features, rank, curve.storage) for rank in ranks]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        x = layout.random_input(module, rows)
+        factorized = [layout.factorized(module, rank, storage) for rank, storage in zip(ranks, storages, strict=True)]
+    layers = [module, *factorized]
+    for layer in layers:  # warm-up
+        timer(layer, x, 1)
+    calls = int(np.clip(RUN_SECONDS / timer(module, x, 1), 1, MAX_CALLS))
+    seconds = [[timer(layer, x, calls) for layer in layers] for _ in range(repeats)]
+    dense, *by_rank = np.median(seconds, axis=0)
+    every = np.arange(min(curve.out_features, curve.in_features) + 1)
+    if not ranks:
+        return LayerSize(np.full(len(every), np.inf), float(dense))
+    return LayerSize(np.interp(every, ranks, np.maximum.accumulate(by_rank), right=np.inf), float(dense))

@@ -1,0 +1,252 @@
+"""One calibration for many ratios: each result is that of a fresh run, and saved statistics resume."""
+
+import pytest
+import torch
+from compressions import build, check_same_state, factorized_layers
+from tiny_models import TINY_MODELS, as_examples, split_batch
+from torch import nn
+
+from hf_lossless_lr import CheckpointError, ConfigurationError, LosslessLowRankConfig, LowRankCompressor
+from hf_lossless_lr import calibration as calibration_module
+from hf_lossless_lr.calibration import on_device, split_data
+
+NAME = "bert-sequence-classification"
+LAYER = "bert.encoder.layer.0.attention.self.query"
+
+
+def calibrated(path=None, examples=None, model=None, **options):
+    """A compressor after `calibrate`, and its model."""
+    dense, batch = build(NAME)
+    model = dense if model is None else model
+    batches = split_batch(batch, 4) if examples is None else examples
+    compressor = LowRankCompressor(LosslessLowRankConfig(**options))
+    compressor.calibrate(model, batches, eval_dataset=[batch], statistics_path=path)
+    return compressor, model
+
+
+def fresh(**options):
+    model, batch = build(NAME)
+    compressor = LowRankCompressor(LosslessLowRankConfig(**options))
+    compressor.compress(model, split_batch(batch, 4), eval_dataset=[batch])
+    return model, compressor.report
+
+
+def check_same_model(model, other):
+    check_same_state(model.state_dict(), other.state_dict())
+    assert model.config.to_dict() == other.config.to_dict()
+    assert factorized_layers(model).keys() == factorized_layers(other).keys()
+
+
+def facts(report):
+    return report.to_dict() | {"seconds": None}
+
+
+class TestManyRatios:
+    @pytest.mark.parametrize(
+        "options", [{}, {"refit": False}, {"objective": "uniform", "metric": "activation"}], ids=str
+    )
+    def test_of_one_calibration_are_those_of_fresh_runs_bit_for_bit(self, options):
+        compressor, model = calibrated(**options)
+        for ratio in (0.5, 0.8, 0.5):
+            assert compressor.compress_to(ratio) is model
+            other, report = fresh(**options, keep_ratio=ratio)
+            check_same_model(model, other)
+            assert facts(compressor.report) == facts(report)
+
+    def test_do_not_calibrate_again(self, monkeypatch):
+        compressor, _ = calibrated()
+        monkeypatch.setattr(calibration_module, "collect_statistics", lambda *_: pytest.fail("a second pass"))
+        monkeypatch.setattr(calibration_module, "factorize", lambda *_: pytest.fail("a second factorization"))
+        reports = []
+        for ratio in (0.7, 0.4):
+            compressor.compress_to(ratio)
+            reports.append(compressor.report)
+        assert 0.6 < reports[0].keep_ratio <= 0.7
+        assert 0.3 < reports[1].keep_ratio <= 0.4
+
+    def test_without_a_ratio_are_those_of_the_configuration(self):
+        compressor, model = calibrated(keep_ratio=0.6)
+        compressor.compress_to(0.3)
+        compressor.compress_to()
+        check_same_model(model, fresh(keep_ratio=0.6)[0])
+
+    def test_leave_the_model_dense_before_the_first_and_after_a_restore(self):
+        dense = build(NAME)[0]
+        compressor, model = calibrated()
+        modules = dict(model.named_modules())
+        for _ in range(2):
+            check_same_model(model, dense)
+            compressor.compress_to(0.5)
+            compressor.restore()
+            assert all(module is modules[name] for name, module in model.named_modules())
+        check_same_model(model, dense)
+
+    @pytest.mark.parametrize(
+        "target",
+        [
+            "hf_lossless_lr.compressor.select_budget",
+            "hf_lossless_lr.trials.refit",
+            "hf_lossless_lr.compressor.mark_compressed",
+            "hf_lossless_lr.compressor.evaluate",
+        ],
+    )
+    def test_that_fail_leave_a_dense_model_that_can_be_compressed(self, target, monkeypatch):
+        compressor, model = calibrated()
+        compressor.compress_to(0.5)
+        report = compressor.report
+
+        def fail(*_, **__):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(target, fail)
+            with pytest.raises(KeyboardInterrupt):
+                compressor.compress_to(0.8)
+        assert compressor.report is report
+        check_same_model(model, build(NAME)[0])
+        compressor.compress_to(0.8)
+        check_same_model(model, fresh(keep_ratio=0.8)[0])
+
+    def test_need_a_calibration(self):
+        compressor = LowRankCompressor()
+        with pytest.raises(ConfigurationError, match=r"compress_to\(\) needs a calibration: call calibrate"):
+            compressor.compress_to(0.5)
+        compressor, model = calibrated()
+        compressor.compress_to(0.5)
+        compressor.release()
+        assert factorized_layers(model)
+        with pytest.raises(ConfigurationError, match="needs a calibration"):
+            compressor.compress_to(0.5)
+
+    @pytest.mark.parametrize("ratio", [0, 1.5])
+    def test_out_of_range_leave_the_earlier_model(self, ratio):
+        compressor, model = calibrated()
+        compressor.compress_to(0.5)
+        with pytest.raises(ConfigurationError, match="keep_ratio: must be a number in"):
+            compressor.compress_to(ratio)
+        check_same_model(model, fresh(keep_ratio=0.5)[0])
+
+
+class TestStatisticsFile:
+    @pytest.fixture
+    def path(self, tmp_path):
+        calibrated(tmp_path / "statistics.safetensors")
+        return tmp_path / "statistics.safetensors"
+
+    def test_gives_the_same_model_without_a_second_pass(self, path, monkeypatch):
+        with monkeypatch.context() as patch:
+            patch.setattr(calibration_module, "collect_statistics", lambda *_: pytest.fail("a second pass"))
+            compressor, model = calibrated(path)
+        compressor.compress_to(0.5)
+        other, report = fresh(keep_ratio=0.5)
+        check_same_model(model, other)
+        assert facts(compressor.report) == facts(report)
+
+    def test_of_another_model_is_refused(self, path):
+        model = build(NAME)[0]
+        with torch.no_grad():
+            model.classifier.bias[0] += 1
+        with pytest.raises(CheckpointError, match="these statistics belong to another model"):
+            calibrated(path, model=model)
+
+    def test_of_other_data_is_refused(self, path):
+        other = TINY_MODELS[NAME](12, seed=5)[1]
+        with pytest.raises(CheckpointError, match="these statistics belong to other calibration data"):
+            calibrated(path, split_batch(other, 4))
+
+    def test_of_another_split_is_refused(self, path):
+        with pytest.raises(CheckpointError, match="these statistics belong to other calibration data"):
+            calibrated(path, refit=False)
+
+    def test_of_fewer_layers_is_refused(self, tmp_path):
+        calibrated(tmp_path / "few", target_modules=["query"], ignore=[LAYER])
+        with pytest.raises(CheckpointError, match=f"these statistics do not cover '{LAYER}'"):
+            calibrated(tmp_path / "few", target_modules=["query"])
+
+
+def split(examples, evaluation=None, **options):
+    """The examples in each part of the data, as numbers."""
+    model, batch = TINY_MODELS[NAME](examples)
+    everything = as_examples(batch)
+    data = split_data(model, LosslessLowRankConfig(**options), everything, evaluation, None, None)
+    rows = [example["input_ids"] for example in everything]
+    loaders = (data.calibration, data.selection, data.evaluation)
+    return [
+        None if loader is None else [rows.index(row.tolist()) for part in loader for row in part["input_ids"]]
+        for loader in loaders
+    ]
+
+
+class TestSplits:
+    @pytest.mark.parametrize(
+        ("options", "sizes"),
+        [
+            ({"selection_fraction": 0.25}, (24, 8, 8)),
+            ({"objective": "compact"}, (16, 16, 8)),
+            ({"refit": False}, (32, 0, 8)),
+        ],
+    )
+    def test_are_disjoint_and_hold_everything(self, options, sizes):
+        parts = split(40, **options)
+        assert tuple(len(part or []) for part in parts) == sizes
+        assert sorted(number for part in parts for number in part or []) == list(range(40))
+        assert (parts[1] is None) == (sizes[1] == 0)
+
+    def test_take_the_selection_from_the_calibration_alone(self):
+        evaluation = as_examples(TINY_MODELS[NAME](9, seed=1)[1])
+        model, batch = TINY_MODELS[NAME](40)
+        config = LosslessLowRankConfig(selection_fraction=0.5)
+        data = split_data(model, config, as_examples(batch), evaluation, None, None)
+        assert [len(loader.dataset) for loader in (data.calibration, data.selection, data.evaluation)] == [20, 20, 9]
+
+    def test_depend_on_the_seed(self):
+        assert split(40, seed=1) == split(40, seed=1) != split(40, seed=2)
+
+
+class TestOnDevice:
+    @pytest.fixture
+    def moves(self, monkeypatch):
+        moves = []
+        monkeypatch.setattr(nn.Module, "to", lambda module, device: moves.append((module, device)))
+        return moves
+
+    CPU, OTHER = torch.device("cpu"), torch.device("cuda", 3)
+
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_moves_there_and_back_with_the_layers_that_left(self, moves, fails):
+        model, layer = nn.Linear(2, 2), nn.Linear(2, 2)
+        try:
+            with on_device(model, self.OTHER, [layer]):
+                assert moves == [(model, self.OTHER)]
+                if fails:
+                    raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            pass
+        assert moves[1:] == [(model, self.CPU), (layer, self.CPU)]
+
+    def test_moves_nothing_that_is_there(self, moves):
+        with on_device(nn.Linear(2, 2), self.CPU, [nn.Linear(2, 2)]):
+            pass
+        assert moves == []
+
+    def test_moves_nothing_that_is_spread_over_devices(self, moves):
+        mapped = nn.Linear(2, 2)
+        mapped.hf_device_map = {"": 0}
+        with torch.device("meta"):
+            part = nn.Linear(2, 2)
+        for model in (mapped, nn.Sequential(nn.Linear(2, 2), part)):
+            with on_device(model, self.OTHER):
+                pass
+        assert moves == []
+
+    def test_takes_the_replaced_layers_back_from_the_device_after_a_compression(self, monkeypatch):
+        compressor, model = calibrated()
+        targets = dict(compressor._calibration.targets)
+        accelerator = compressor._calibration.accelerator
+        moves, to = [], nn.Module.to
+        monkeypatch.setattr(type(accelerator), "device", property(lambda _: torch.device("cpu", 0)))
+        monkeypatch.setattr(nn.Module, "to", lambda m, *a, **k: (moves.append((m, a)), to(m, *a, **k))[1])
+        compressor.compress_to(0.5)
+        back = {id(module) for module, arguments in moves if arguments == (torch.device("cpu"),)}
+        assert {id(module) for module in targets.values()} <= back
+        assert id(model) in back
