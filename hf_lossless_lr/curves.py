@@ -137,10 +137,6 @@ class LossCurve:
         counts = [self.parameters(rank) for rank in range(min(self.out_features, self.in_features) + 1)]
         return LayerSize(np.array(counts, dtype=np.float64), float(self.dense_parameters))
 
-    def upper_bound(self, z: float) -> np.ndarray:
-        """Return the upper confidence bound `first + second + z * standard_error` in nats.  # shape: (m + 1,)."""
-        return self.first_order + self.second_order + z * self.standard_error
-
 
 def parameter_sizes(curves: Mapping[str, LossCurve]) -> dict[str, LayerSize]:
     """Return the parameters of every layer: the sizes of a budget in parameters."""

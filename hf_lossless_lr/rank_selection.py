@@ -110,68 +110,6 @@ def select_uniform(
     return ranks
 
 
-def select_lossless(curves: Curves, z: float, rank_multiple: int = 1, sizes: Sizes | None = None) -> Ranks:
-    """Choose for each layer the compressing rank with the lowest upper confidence bound of the predicted loss.
-
-    A layer whose bound is above 0 at every rank stays dense, unless all do: then the cheapest step of the path is
-    taken, since the result has to be smaller than the dense model.
-
-    Args:
-        curves: a loss curve for each layer.
-        z: quantile of the bound `first + second + z * standard_error`.
-        rank_multiple: multiple that ranks are restricted to.
-        sizes: what has to become smaller; default the parameters.
-
-    Returns:
-        The ranks.
-
-    Raises:
-        ConfigurationError: if a layer has no size.
-    """
-    sizes = sizes_of(curves, sizes)
-    ranks: Ranks = {}
-    for name, curve in curves.items():
-        bounds = curve.upper_bound(z)
-        best = min(allowed_ranks(curve, rank_multiple, sizes[name]), key=lambda k: (bounds[k], k), default=None)
-        ranks[name] = best if best is not None and bounds[best] < 0 else None
-    if all(rank is None for rank in ranks.values()):
-        ranks = compression_path(curves, lambda curve: curve.upper_bound(z), rank_multiple, sizes).ranks_after(1)
-    return ranks
-
-
-def select_compact(
-    curves: Curves, z: float, loss_margin: float, rank_multiple: int = 1, sizes: Sizes | None = None
-) -> Ranks:
-    """Choose the smallest model of the path whose predicted loss increase stays within a margin.
-
-    The bound of the sum is `Σ (first + second) + z * sqrt(Σ standard_error²)`: layers err independently.
-
-    Args:
-        curves: a loss curve for each layer.
-        z: quantile of the bound.
-        loss_margin: largest acceptable loss increase in nats.
-        rank_multiple: multiple that ranks are restricted to.
-        sizes: what has to become smaller; default the parameters.
-
-    Returns:
-        The ranks; all None if no step fits.
-
-    Raises:
-        ConfigurationError: if a layer has no size.
-    """
-    path = compression_path(curves, second_order_cost, rank_multiple, sizes)
-    ranks: Ranks = dict.fromkeys(path.layers)
-    means, variances = dict.fromkeys(ranks, 0.0), dict.fromkeys(ranks, 0.0)
-    accepted = 0
-    for count, step in enumerate(path.steps, start=1):
-        curve = curves[step.layer]
-        means[step.layer] = float(curve.first_order[step.rank] + curve.second_order[step.rank])
-        variances[step.layer] = float(curve.standard_error[step.rank] ** 2)
-        if sum(means.values()) + z * sum(variances.values()) ** 0.5 <= loss_margin:
-            accepted = count
-    return path.ranks_after(accepted)
-
-
 def select_paper(curves: Curves, epsilon: Mapping[str, float], compact: bool) -> Ranks:
     """Apply Algorithm 1 (lossless) or 2 (compact) of arXiv 2412.06867 to each layer.
 

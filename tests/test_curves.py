@@ -1,7 +1,6 @@
 """Parameter counts and the terms of a loss curve, against counting and closed forms."""
 
 import itertools
-from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -144,13 +143,6 @@ def test_standard_error_halves_with_four_times_the_units():
 
 def test_standard_error_without_units_is_finite():
     assert np.isfinite(curve(units=0).standard_error).all()
-
-
-@pytest.mark.parametrize("z", [0.0, NormalDist().inv_cdf(0.95), -1.0])
-def test_upper_bound_is_both_terms_and_z_standard_errors(z):
-    layer = LossCurve(2, 2, "pivoted", np.array([-1.0, 0.5, 0.0]), np.array([8.0, 2.0, 0.0]), 4)
-    # standard errors: sqrt(2 * 8 / 4) = 2, sqrt(2 * 2 / 4) = 1, 0
-    np.testing.assert_allclose(layer.upper_bound(z), [7 + 2 * z, 2.5 + z, 0], rtol=ROUNDING)
 
 
 def test_a_curve_cannot_be_changed():

@@ -16,8 +16,6 @@ from hf_lossless_lr.rank_selection import (
     kept_size,
     second_order_cost,
     select_budget,
-    select_compact,
-    select_lossless,
     select_paper,
     select_uniform,
 )
@@ -486,8 +484,6 @@ def test_parameters_are_the_default_size(storage, seed):
     assert compression_path(curves, second_order_cost) == compression_path(curves, second_order_cost, 1, sizes)
     assert select_budget(curves, 0.75) == select_budget(curves, 0.75, 1, sizes)
     assert select_uniform(curves, 0.9) == select_uniform(curves, 0.9, 1, sizes)
-    assert select_lossless(curves, 1.0) == select_lossless(curves, 1.0, 1, sizes)
-    assert select_compact(curves, 1.0, 0.5) == select_compact(curves, 1.0, 0.5, 1, sizes)
 
 
 @on_seeds
@@ -566,15 +562,10 @@ def test_a_layer_that_is_nowhere_faster_stays_dense():
     curves = {"slow": make_curve(6, 6, units=500, gain=50.0), "fast": make_curve(6, 6, 1, units=500, gain=50.0)}
     faster, slower = LayerSize(np.arange(7.0), 6.0), LayerSize(np.arange(7.0) + 6, 6.0)
     sizes = {"slow": slower, "fast": faster}
-    found = [
-        select_budget(curves, 0.9, 1, sizes),
-        select_lossless(curves, 0.0, 1, sizes),
-        select_compact(curves, 0.0, 1e9, 1, sizes),
-    ]
-    assert all(ranks["slow"] is None and ranks["fast"] is not None for ranks in found)
+    ranks = select_budget(curves, 0.9, 1, sizes)
+    assert ranks["slow"] is None
+    assert ranks["fast"] is not None
     sizes["fast"] = slower
-    nothing = dict.fromkeys(curves)
-    assert select_lossless(curves, 0.0, 1, sizes) == select_compact(curves, 0.0, 1e9, 1, sizes) == nothing
     with pytest.raises(ConfigurationError, match=r"the smallest model keeps 1\.0000 of the targeted size"):
         select_budget(curves, 0.9, 1, sizes)
 
@@ -589,92 +580,9 @@ def test_a_layer_without_a_size_is_an_error():
     curves = make_curves(0)
     sizes = parameter_sizes(curves)
     del sizes["layer1"]
-    for select in (select_budget, select_uniform, select_lossless):
+    for select in (select_budget, select_uniform):
         with pytest.raises(ConfigurationError, match="sizes: there is none for the layer 'layer1'; give one for each"):
             select(curves, 0.5, 1, sizes)
-
-
-# --- lossless and compact -------------------------------------------------------------------------------------------
-
-
-@on_kinds
-@on_storages
-@on_multiples
-@on_seeds
-@pytest.mark.parametrize("z", [0.0, 1.645])
-def test_lossless_takes_the_lowest_upper_bound_below_zero_of_each_layer(kind, storage, multiple, seed, z):
-    curves = make_curves(seed, kind, storage, units=500, gain=8.0)  # strong slopes: some bounds are below zero
-    expected = {}
-    for name, c in curves.items():
-        best, lowest = None, 0.0
-        for rank, _, _ in candidates(c, multiple)[1:]:
-            bound = c.first_order[rank] + c.second_order[rank] + z * (2 * c.second_order[rank] / 500) ** 0.5
-            if bound < lowest:
-                best, lowest = rank, bound
-        expected[name] = best
-    if any(expected.values()):
-        assert select_lossless(curves, z, multiple) == expected
-
-
-def test_lossless_leaves_a_layer_dense_whose_gain_is_within_its_error():
-    second = np.array([1.0, 0.02, 0.02, 0.0])
-    gain = np.array([0.0, -0.03, -0.025, 0.0])
-    unsure = LossCurve(3, 3, "pivoted", gain, second, 400)  # bounds at 1.645: .0064 and .0114
-    sure = LossCurve(3, 3, "pivoted", 2 * gain, second, 400)  # -.0236 and -.0136
-    assert select_lossless({"unsure": unsure, "sure": sure}, 1.645) == {"unsure": None, "sure": 1}
-    assert select_lossless({"unsure": unsure, "sure": sure}, 0.0) == {"unsure": 1, "sure": 1}
-
-
-@on_multiples
-@on_seeds
-def test_lossless_still_compresses_where_no_gain_is_sure(multiple, seed):
-    """Then by the one step that costs least for each parameter saved, in terms of the bound."""
-    curves = make_curves(seed, gain=0.0)
-    slopes = {
-        (name, rank): c.upper_bound(1.645)[rank] / (c.dense_parameters - count)
-        for name, c in curves.items()
-        for rank, count, _ in candidates(c, multiple)[1:]
-    }
-    layer, rank = min(slopes, key=slopes.get)
-    assert select_lossless(curves, 1.645, multiple) == {**dict.fromkeys(curves), layer: rank}
-
-
-def compact_bound(curves, ranks, z):
-    """The bound of the sum, written out."""
-    mean = variance = 0.0
-    for name, rank in ranks.items():
-        if rank is not None:
-            mean += curves[name].first_order[rank] + curves[name].second_order[rank]
-            variance += 2 * curves[name].second_order[rank] / curves[name].units
-    return mean + z * variance**0.5
-
-
-@on_kinds
-@on_multiples
-@on_seeds
-@pytest.mark.parametrize("z", [0.0, 1.645])
-def test_compact_is_the_smallest_model_of_the_path_within_the_margin(kind, multiple, seed, z):
-    curves = make_curves(seed, kind)
-    path = compression_path(curves, second_order_cost, multiple)
-    points = [path.ranks_after(count) for count in range(len(path.steps) + 1)]
-    for margin in [0.0, 0.05, 0.5, 2.0, 8.0, 1e9]:
-        accepted = [point for point in points if compact_bound(curves, point, z) <= margin]
-        smallest = min(accepted, key=lambda point: kept_parameters(curves, point))
-        found = select_compact(curves, z, margin, multiple)
-        assert found == smallest
-        assert compact_bound(curves, found, z) <= margin
-
-
-def test_compact_leaves_everything_dense_where_no_step_fits():
-    curves = make_curves(0, gain=0.0)
-    assert select_compact(curves, 1.645, 0.0) == dict.fromkeys(curves)
-
-
-def test_compact_adds_variances_and_not_standard_errors():
-    # Each layer: second order .02, standard error sqrt(.04 / 4) = .1. Together .04 + sqrt(.02) = .181, not .04 + .2.
-    layer = LossCurve(2, 2, "pivoted", np.zeros(3), np.array([1.0, 0.02, 0.0]), 4)
-    assert select_compact({"a": layer, "b": layer}, 1.0, 0.19) == {"a": 1, "b": 1}
-    assert select_compact({"a": layer, "b": layer}, 1.0, 0.18) == {"a": 1, "b": None}
 
 
 # --- the paper's algorithms -----------------------------------------------------------------------------------------
@@ -745,8 +653,6 @@ def test_paper_objectives_need_the_noise():
 SELECTIONS = {
     "budget": lambda curves: select_budget(curves, 0.6),
     "uniform": lambda curves: select_uniform(curves, 0.6),
-    "lossless": lambda curves: select_lossless(curves, 1.645),
-    "compact": lambda curves: select_compact(curves, 1.645, 1.0),
     "paper-lossless": lambda curves: select_paper(curves, dict.fromkeys(curves, 0.5), compact=False),
     "paper-compact": lambda curves: select_paper(curves, dict.fromkeys(curves, 0.5), compact=True),
 }
@@ -763,9 +669,8 @@ def test_the_same_curves_give_the_same_ranks_in_any_order_of_layers(select, seed
         assert select({name: curves[name] for name in names}) == ranks
 
 
-@pytest.mark.parametrize("select", [SELECTIONS["budget"], SELECTIONS["compact"]], ids=["budget", "compact"])
-def test_ties_are_broken_by_the_order_of_the_layers(select):
+def test_ties_are_broken_by_the_order_of_the_layers():
     """Identical layers: the first ones are compressed at least as much, whatever their names."""
     for names in (["a", "b", "c"], ["c", "b", "a"]):
-        ranks = list(select(dict.fromkeys(names, make_curve(6, 6, kind="convex"))).values())
+        ranks = list(SELECTIONS["budget"](dict.fromkeys(names, make_curve(6, 6, kind="convex"))).values())
         assert ranks == sorted(ranks, key=lambda rank: 7 if rank is None else rank)

@@ -37,9 +37,9 @@ DAMPING = 0.03
 LAUNCH_SECONDS = 120
 
 # Largest deviation of a weight, relative to its largest entry.
-DOUBLE = 1e-8  # all in double precision, through the solution of a system whose condition is at most size / ridge
+DOUBLE = 1e-10  # all in double precision, through the solution of a system whose condition is at most size / ridge
 PARTLY_SINGLE = 1e-4  # as above, for models whose own code rounds to float32 (norms, rotary embeddings, softmax)
-SINGLE = 5e-3  # products in float32
+SINGLE = 1e-4  # products in float32
 
 MODELS = {**TINY_MODELS, "t5-equal-lengths": t5_equal_lengths}
 ROUNDS_TO_SINGLE = ("llama", "t5", "t5-equal-lengths")

@@ -1,0 +1,79 @@
+"""Time each stage of a compression against plain passes over the same calibration data, in one run.
+
+    python examples/benchmark_time.py --model MODEL --data FOLDER --json FILE
+
+FOLDER holds `calibration.jsonl` with `{"sentence": ..., "label": ...}` lines.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
+
+from hf_lossless_lr import LosslessLowRankConfig
+from hf_lossless_lr.batches import make_dataloader
+from hf_lossless_lr.calibration import DataSplits, calibrate
+from hf_lossless_lr.rank_selection import select_budget
+from hf_lossless_lr.targets import find_targets
+from hf_lossless_lr.trials import run_trial
+
+
+def plain_pass(model, loader, backward: bool) -> float:
+    start = time.perf_counter()
+    with torch.set_grad_enabled(backward):
+        for batch in loader:
+            loss = model(**batch).loss
+            if backward:
+                loss.backward()
+                model.zero_grad(set_to_none=True)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--examples", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    model = AutoModelForSequenceClassification.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    data = Dataset.from_json(str(arguments.data / "calibration.jsonl")).select(range(arguments.examples))
+    data = data.map(lambda x: tokenizer(x["sentence"], truncation=True, max_length=128), batched=True)
+    loader = make_dataloader(data, model, batch_size=32, processing_class=tokenizer)
+    config, selection = LosslessLowRankConfig(keep_ratio=0.5), find_targets(model)
+    plain_pass(model, loader, backward=True)  # warm-up
+    times: dict[str, list[float]] = {name: [] for name in ("forward", "forward+backward", "statistics", "refit")}
+    for _ in range(arguments.repeats):
+        times["forward"].append(plain_pass(model, loader, backward=False))
+        times["forward+backward"].append(plain_pass(model, loader, backward=True))
+        calibration = calibrate(model, config, DataSplits(loader, None, loader), selection)
+        run_trial(calibration, select_budget(calibration.curves, 0.5), config)
+        for name in ("statistics", "refit"):
+            times[name].append(calibration.seconds[name])
+    seconds = {name: median(taken) for name, taken in times.items()}
+    ratios = {
+        "statistics / forward+backward": seconds["statistics"] / seconds["forward+backward"],
+        "refit / forward": seconds["refit"] / seconds["forward"],
+        "(statistics + refit) / forward+backward": (seconds["statistics"] + seconds["refit"])
+        / seconds["forward+backward"],
+    }
+    seconds["factorization"] = calibration.seconds["factorization"]
+    for name, value in {**seconds, **ratios}.items():
+        print(f"{name:42}{value:8.2f}")
+    if arguments.json:
+        arguments.json.write_text(
+            json.dumps({"seconds": seconds, "ratios": ratios}, indent=2) + "\n", encoding="utf-8"
+        )
+
+
+if __name__ == "__main__":
+    main()
