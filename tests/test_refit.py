@@ -653,6 +653,7 @@ LAUNCHED = {
     "an idle process": ("t5", 5, 16),
     "convolutions": ("resnet", 5, 1),
     "shared layers": ("albert", 7, 2),
+    "shared layers and an idle process": ("albert", 4, 16),
     "routes": (("abcd", "acd", "acbd", "abcd", "bcd"), 0, 0),
 }
 
