@@ -35,6 +35,7 @@ from .heads import forward_loss
 from .layouts import layout_of, weight_matrix
 from .linalg import damped, metric_svd, shifted_weight
 from .masks import PaddingMasks
+from .modes import evaluating
 from .replacement import replace_modules
 from .statistics import CalibrationStatistics, real_rows
 
@@ -106,7 +107,7 @@ def refit(
         damping: relative damping of the metric.
     """
     factorized = {name: target.factorized for name, target in targets.items()}
-    with _pauses(model, targets, groups):
+    with evaluating(model), _pauses(model, targets, groups):
         batches = list(enumerate(accelerator.prepare(loader)))
         dense = [_Stream(model, batch, index) for index, batch in batches]
         compressed = [_Stream(model, batch, index) for index, batch in batches]
@@ -161,7 +162,7 @@ def _solve(target: RefitTarget, cross: torch.Tensor, gram: torch.Tensor, damping
 
 @contextmanager
 def _pauses(model: PreTrainedModel, targets: Mapping[str, RefitTarget], groups: Sequence[Group]) -> Iterator[None]:
-    """Evaluation mode, and hooks that pause a stream at the first layer of each group; undone afterwards."""
+    """Hooks that pause a stream at the first layer of each group; undone afterwards."""
     main = greenlet.getcurrent()
 
     def pause_at(group: Group, dense: nn.Module) -> Any:
@@ -183,8 +184,6 @@ def _pauses(model: PreTrainedModel, targets: Mapping[str, RefitTarget], groups: 
         if isinstance(stream, _Stream):
             stream.masks.record_encoder_output(module, args, output)
 
-    training = {module: module.training for module in model.modules()}
-    model.eval()
     handles = []
     for group in groups:
         for name in group:
@@ -198,5 +197,3 @@ def _pauses(model: PreTrainedModel, targets: Mapping[str, RefitTarget], groups: 
     finally:
         for handle in handles:
             handle.remove()
-        for module, was in training.items():
-            module.training = was

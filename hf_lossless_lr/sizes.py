@@ -7,8 +7,7 @@ A matrix of `n` stored numbers takes `2 n` FLOPs a row.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .curves import LayerSize, LossCurve, choose_storage
 from .errors import TargetError
 from .layouts import layout_of, weight_matrix
+from .modes import evaluating
 
 GRID = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # ranks whose latency is measured, as shares of the largest one
 REPEATS = 7
@@ -29,19 +29,6 @@ RUN_SECONDS = 2e-3  # a run calls a fast layer repeatedly, for about this long
 MAX_CALLS = 100
 
 Timer = Callable[[nn.Module, torch.Tensor, int], float]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's mode as it was afterwards."""
-    training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, was in training.items():
-            module.training = was
 
 
 class ForwardFlops(NamedTuple):
@@ -74,7 +61,7 @@ def forward_flops(
         TargetError: if a target takes no part in the forward pass.
     """
     counter = FlopCounterMode(display=False)
-    with _evaluating(model), sdpa_kernel(SDPBackend.MATH), counter:  # fused attention on a CPU would not be counted
+    with evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:  # it cannot see fused attention
         model(**batch)
     by_module = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
     flops = {name: by_module.get(f"{type(model).__name__}.{name}", 0) for name in targets}
@@ -135,7 +122,7 @@ def forward_seconds(model: nn.Module, batch: Mapping[str, Any], repeats: int = R
         Seconds per batch.
     """
     device = next(model.parameters()).device
-    with _evaluating(model):
+    with evaluating(model), torch.no_grad():
         runs = [_seconds(partial(model, **batch), device, 1) for _ in range(repeats + 1)]
     return float(np.median(runs[1:]))
 

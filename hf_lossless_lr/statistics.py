@@ -33,6 +33,7 @@ from .fingerprint import tensors_fingerprint
 from .heads import batch_examples, forward_loss
 from .layouts import Layout, layout_of, weight_matrix
 from .masks import PaddingMasks
+from .modes import evaluating
 
 Key = tuple[str, ...]
 
@@ -198,18 +199,15 @@ class _Collector:
 @contextmanager
 def _differentiating_only(model: nn.Module, targets: Mapping[str, nn.Module]) -> Iterator[None]:
     """Evaluation mode, gradients for the target weights alone; everything as it was afterwards."""
-    training = {module: module.training for module in model.modules()}
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     weights = {id(module.weight) for module in targets.values()}
     try:
-        model.eval()
         for parameter, _, _ in parameters:
             parameter.grad = None
             parameter.requires_grad_(id(parameter) in weights)
-        yield
+        with evaluating(model):
+            yield
     finally:
-        for module, was in training.items():
-            module.training = was
         for parameter, requires_grad, grad in parameters:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad

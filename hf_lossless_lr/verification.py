@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from .errors import DataError
 from .heads import batch_examples, correct_predictions, forward_loss, predictions
+from .modes import evaluating
 from .replacement import in_place
 
 
@@ -67,23 +68,14 @@ def evaluate(
     """
     outcomes: list[BatchOutcome] = []
     examples = 0
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        hidden = description is None or not accelerator.is_main_process
-        batches = logging.tqdm(accelerator.prepare(loader), desc=description, disable=hidden)
-        with torch.no_grad():
-            for index, batch in enumerate(batches):
-                loss, outputs, units = forward_loss(model, batch, index)
-                outcomes.append(
-                    BatchOutcome(
-                        loss.item() * units if units else 0.0, units, correct_predictions(model, batch, outputs)
-                    )
-                )
-                examples += batch_examples(batch)
-    finally:
-        for module, was in training.items():
-            module.training = was
+    hidden = description is None or not accelerator.is_main_process
+    batches = logging.tqdm(accelerator.prepare(loader), desc=description, disable=hidden)
+    with evaluating(model), torch.no_grad():
+        for index, batch in enumerate(batches):
+            loss, outputs, units = forward_loss(model, batch, index)
+            right = correct_predictions(model, batch, outputs)
+            outcomes.append(BatchOutcome(loss.item() * units if units else 0.0, units, right))
+            examples += batch_examples(batch)
     outcomes, counts = gather_object(outcomes), gather_object([examples])
     total = sum(outcome.units for outcome in outcomes)
     if total == 0:
@@ -110,20 +102,14 @@ def mean_divergence(
         `Σ p_dense log(p_dense / p_compressed)` averaged over labelled units; None where the head does not classify.
     """
     totals = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            for index, batch in enumerate(accelerator.prepare(loader)):
-                dense = predictions(model, batch, forward_loss(model, batch, index)[1])
-                with in_place(model, layers):
-                    compressed = predictions(model, batch, forward_loss(model, batch, index)[1])
-                for p, q in zip(dense, compressed, strict=True):
-                    totals[0] += (p.exp() * (p - q)).sum()
-                    totals[1] += len(p)
-    finally:
-        for module, was in training.items():
-            module.training = was
+    with evaluating(model), torch.no_grad():
+        for index, batch in enumerate(accelerator.prepare(loader)):
+            dense = predictions(model, batch, forward_loss(model, batch, index)[1])
+            with in_place(model, layers):
+                compressed = predictions(model, batch, forward_loss(model, batch, index)[1])
+            for p, q in zip(dense, compressed, strict=True):
+                totals[0] += (p.exp() * (p - q)).sum()
+                totals[1] += len(p)
     total, units = accelerator.reduce(totals, "sum").tolist()
     return total / units if units else None
 

@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE_DIR.rglob("*.py"))
 # A module imports only from strictly lower levels. Every file (or subpackage) of the package is listed here.
 _NAMES_BY_LEVEL = {
     0: "errors",
-    1: "linalg curves report heads masks fingerprint timing",
+    1: "linalg curves report heads masks fingerprint timing modes",
     2: "modules batches allocation",
     3: "config layouts",
     4: "targets replacement statistics rank_selection",
