@@ -16,8 +16,7 @@ from datasets.exceptions import DatasetsError
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, default_data_collator
 
 from .errors import DataError
-
-IGNORE_INDEX = -100
+from .heads import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

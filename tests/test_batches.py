@@ -3,9 +3,10 @@
 import datasets
 import pytest
 import torch
+from example_data import ListDataset, StreamDataset, collate
 from tiny_models import IGNORED, as_examples, bert_sequence_classification, split_batch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, TensorDataset
 from transformers import BatchEncoding, DataCollatorForTokenClassification, PreTrainedTokenizerFast
 
 from hf_lossless_lr.batches import HOLDOUT_FRACTION, MIN_EXAMPLES, make_dataloader, split_holdout
@@ -35,29 +36,6 @@ def tokenizer():
     inner = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1}, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]")
-
-
-class ListDataset(Dataset):
-    def __init__(self, items):
-        self.items = items
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        return self.items[index]
-
-
-class StreamDataset(IterableDataset):
-    def __init__(self, items):
-        self.items = items
-
-    def __iter__(self):
-        return iter(self.items)
-
-
-def collate(items):
-    return {name: torch.tensor([item[name] for item in items]) for name in items[0]}
 
 
 def cut(examples):

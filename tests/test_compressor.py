@@ -23,12 +23,13 @@ from compressions import (
     count_parameters,
     factorized_layers,
 )
+from example_data import ListDataset, StreamDataset, collate
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import IGNORED, TINY_MODELS, as_examples, rows, split_batch
 from tolerances import FLOAT32
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import BertForSequenceClassification, BitsAndBytesConfig
 
 from hf_lossless_lr import (
@@ -65,29 +66,6 @@ def modules_of(model):
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
-
-
-class ListDataset(Dataset):
-    def __init__(self, items):
-        self.items = items
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        return self.items[index]
-
-
-class StreamDataset(IterableDataset):
-    def __init__(self, items):
-        self.items = items
-
-    def __iter__(self):
-        return iter(self.items)
-
-
-def collate(items):
-    return {name: torch.tensor([item[name] for item in items]) for name in items[0]}
 
 
 def loader(data, **options):
