@@ -51,22 +51,23 @@ def main() -> None:
     loader = make_dataloader(data, model, batch_size=32, processing_class=tokenizer)
     config, selection = LosslessLowRankConfig(keep_ratio=0.5), find_targets(model)
     plain_pass(model, loader, backward=True)  # warm-up
-    times: dict[str, list[float]] = {name: [] for name in ("forward", "forward+backward", "statistics", "refit")}
+    measured = ("statistics", "factorization", "refit", "refit_forward", "refit_products", "refit_solves")
+    times: dict[str, list[float]] = {name: [] for name in ("forward", "forward+backward", *measured)}
     for _ in range(arguments.repeats):
         times["forward"].append(plain_pass(model, loader, backward=False))
         times["forward+backward"].append(plain_pass(model, loader, backward=True))
         calibration = calibrate(model, config, DataSplits(loader, None, loader), selection)
         run_trial(calibration, select_budget(calibration.curves, 0.5), config)
-        for name in ("statistics", "refit"):
+        for name in measured:
             times[name].append(calibration.seconds[name])
     seconds = {name: median(taken) for name, taken in times.items()}
     ratios = {
         "statistics / forward+backward": seconds["statistics"] / seconds["forward+backward"],
+        "refit without its solves / forward": (seconds["refit"] - seconds["refit_solves"]) / seconds["forward"],
         "refit / forward": seconds["refit"] / seconds["forward"],
         "(statistics + refit) / forward+backward": (seconds["statistics"] + seconds["refit"])
         / seconds["forward+backward"],
     }
-    seconds["factorization"] = calibration.seconds["factorization"]
     for name, value in {**seconds, **ratios}.items():
         print(f"{name:42}{value:8.2f}")
     if arguments.json:

@@ -1,6 +1,7 @@
-"""Compress a text classifier and report loss, accuracy and size before and after.
+"""Compress a text classifier, report loss, accuracy and size before and after, and state a verdict.
 
     python examples/compress_text_classifier.py --model MODEL --data FOLDER --keep-ratio 0.5 --output DIR --json FILE
+    python examples/compress_text_classifier.py --model MODEL --data FOLDER --objective compact
 
 FOLDER holds `calibration.jsonl` and `validation.jsonl`, one `{"sentence": ..., "label": ...}` a line (the schema of
 glue/sst2). Without --data, glue/sst2 comes from the hub.
@@ -16,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
 from hf_lossless_lr.console import comparison_table, report_rows
+from hf_lossless_lr.verdict import verdict_sentence
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -23,9 +25,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="distilbert/distilbert-base-uncased-finetuned-sst-2-english")
     parser.add_argument("--data", type=Path, help="folder with calibration.jsonl and validation.jsonl")
     parser.add_argument("--calibration-examples", type=int, default=1024)
-    parser.add_argument("--keep-ratio", type=float, default=0.5)
+    parser.add_argument("--keep-ratio", type=float, help="for budget and uniform; default 0.5")
     parser.add_argument("--metric", default="kronecker")
-    parser.add_argument("--objective", default="budget", choices=["budget", "uniform"])
+    parser.add_argument("--objective", default="budget", choices=["budget", "uniform", "compact", "lossless"])
     parser.add_argument("--storage", default="auto", choices=["auto", "pivoted", "two-factor"])
     parser.add_argument("--refit", action=argparse.BooleanOptionalAction, help="default: with the metric kronecker")
     parser.add_argument("--output", help="folder for the compressed checkpoint")
@@ -68,15 +70,15 @@ def main() -> None:
     )
     report = compressor.report
     print(comparison_table(report_rows(report)))
+    print(f"{len(report.trials)} point(s) measured")
+    print(verdict_sentence(report))
     if arguments.output:
         model.save_pretrained(arguments.output)
         tokenizer.save_pretrained(arguments.output)
-        report.save(arguments.output)
     if arguments.json:
-        figures = {
-            name: value for name, value in report.to_dict().items() if name in ("dense", "compressed", "seconds")
-        }
-        figures |= {"keep_ratio": report.keep_ratio, "metric": config.metric, "objective": config.objective}
+        names = ("dense", "compressed", "seconds", "keep_ratio", "refitted", "trials", "verdict", "certificate")
+        figures = {name: value for name, value in report.to_dict().items() if name in names}
+        figures |= {"metric": config.metric, "objective": config.objective}
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 

@@ -13,9 +13,12 @@ Example:
     ```
 """
 
+from .certificate import certify, certify_together
+from .comparison import verify
 from .compressor import LowRankCompressor
 from .config import LosslessLowRankConfig
 from .errors import (
+    CertificateError,
     CheckpointError,
     ConfigurationError,
     DataError,
@@ -25,12 +28,15 @@ from .errors import (
     TargetError,
 )
 from .modules import FactorizedConv2d, FactorizedLinear
+from .outcomes import PairedOutcomes, paired_outcomes
 from .quantizer import dequantize
-from .report import CompressionReport
+from .report import Certificate, CompressionReport
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Certificate",
+    "CertificateError",
     "CheckpointError",
     "CompressionReport",
     "ConfigurationError",
@@ -42,6 +48,11 @@ __all__ = [
     "LowRankCompressor",
     "NumericalError",
     "NumericalWarning",
+    "PairedOutcomes",
     "TargetError",
+    "certify",
+    "certify_together",
     "dequantize",
+    "paired_outcomes",
+    "verify",
 ]

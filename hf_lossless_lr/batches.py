@@ -15,7 +15,6 @@ from .errors import DataError
 from .heads import batch_examples, label_names
 
 MIN_EXAMPLES = 8
-HOLDOUT_FRACTION = 0.2
 
 
 def make_dataloader(
@@ -69,36 +68,9 @@ def dataset_size(loader: DataLoader) -> int:
     return len(cast(Sized, loader.dataset))
 
 
-def split_holdout(
-    loader: DataLoader,
-    seed: int,
-    fraction: float = HOLDOUT_FRACTION,
-    shortage: str = "evaluation; pass eval_dataset, or more data",
-) -> tuple[DataLoader, DataLoader]:
-    """Split a loader into disjoint calibration and held-out parts, deterministically.
-
-    Args:
-        loader: a loader from `make_dataloader`.
-        seed: seed of the random choice.
-        fraction: share to hold out, rounded down, but one item at least.
-        shortage: what the held-out part is for, and what to do where there is too little; for the error.
-
-    Returns:
-        Loaders of the rest and of the held-out share of the examples (or batches, where batches were given).
-
-    Raises:
-        DataError: if there is too little to split.
-    """
-    count = dataset_size(loader)
-    held_out = max(int(count * fraction), 1)
-    if held_out >= count:
-        raise DataError(
-            f"calib_dataset: {count} items (examples, or ready-made batches) are too few to hold some out for "
-            f"{shortage}."
-        )
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    parts = (sorted(order[held_out:]), sorted(order[:held_out]))
-    return subset(loader, parts[0]), subset(loader, parts[1])
+def ready_batches(loader: DataLoader) -> bool:
+    """Return whether the items behind a loader from `make_dataloader` are ready-made batches rather than examples."""
+    return loader.collate_fn is _single
 
 
 def subset(loader: DataLoader, indices: Sequence[int]) -> DataLoader:
@@ -171,7 +143,7 @@ def _batches_loader(batches: list[Any], name: str) -> DataLoader:
 
 def _check_size(loader: DataLoader, name: str) -> None:
     count = dataset_size(loader)
-    if count and loader.collate_fn is _single:
+    if count and ready_batches(loader):
         count = sum(batch_examples(batch) for batch in loader)
     if count == 0:
         raise DataError(f"{name}: is empty.")

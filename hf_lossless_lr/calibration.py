@@ -17,18 +17,20 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .batches import make_dataloader, split_holdout
+from .batches import make_dataloader, subset
 from .config import MEASURED_OBJECTIVES, LosslessLowRankConfig
 from .curves import LossCurve
 from .errors import CheckpointError, NumericalError
 from .factorization import Factorization, factorize, loss_curve
 from .fingerprint import tensors_fingerprint
+from .heads import forward_loss
 from .layouts import weight_matrix
+from .modes import evaluating
+from .splits import combined_digest, item_digests, split_holdout, without
 from .statistics import CalibrationStatistics, collect_statistics, data_fingerprint
 from .statistics_io import load_statistics, save_statistics
 from .targets import TargetSelection
 from .timing import timed
-from .verification import Evaluation, evaluate
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,14 @@ class DataSplits:
     Attributes:
         calibration: for the statistics and the refit.
         selection: for choosing by measurement (is the refit kept, which point of the path); None where nothing is.
-        evaluation: for the figures in the report.
+        evaluation: for the certificate; read once a compressed model, and for nothing else.
+        fingerprints: SHA-256 of the examples of each part, whatever their order.
     """
 
     calibration: DataLoader
     selection: DataLoader | None
     evaluation: DataLoader
+    fingerprints: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,6 @@ class Calibration:
         statistics: calibration statistics.
         factorizations: nested factors of each target.
         curves: predicted loss of each target.
-        dense_evaluation: the dense model on the evaluation data.
-        dense_selection: the dense model on the selection data.
         dense_parameters: parameters of the dense model.
         model_fingerprint: SHA-256 of the dense model's state dict.
         seconds: time of each stage.
@@ -72,8 +74,6 @@ class Calibration:
     statistics: CalibrationStatistics
     factorizations: dict[str, Factorization]
     curves: dict[str, LossCurve]
-    dense_evaluation: Evaluation
-    dense_selection: Evaluation | None
     dense_parameters: int
     model_fingerprint: str
     seconds: dict[str, float]
@@ -92,7 +92,7 @@ def split_data(
     data_collator: Any,
     processing_class: Any,
 ) -> DataSplits:
-    """Make the loaders: a fifth is held out where no evaluation set is given, then the selection split if used.
+    """Make disjoint loaders: a fifth is held out where no evaluation set is given, then the selection split if used.
 
     Args:
         model: the model.
@@ -107,17 +107,27 @@ def split_data(
     """
     options = {"batch_size": config.batch_size, "processing_class": processing_class, "data_collator": data_collator}
     calibration = make_dataloader(calib_dataset, model, **options)
+    digests = item_digests(calibration, model)
     if eval_dataset is None:
-        calibration, evaluation = split_holdout(calibration, config.seed)
+        kept, held_out = split_holdout(calibration, digests, config.seed)
+        evaluation, evaluation_digests = subset(calibration, held_out), [digests[index] for index in held_out]
+        calibration, digests = subset(calibration, kept), [digests[index] for index in kept]
     else:
         evaluation = make_dataloader(eval_dataset, model, name="eval_dataset", **options)
+        evaluation_digests = item_digests(evaluation, model)
+        calibration, digests = without(calibration, digests, evaluation_digests)
+    fingerprints = {"evaluation": combined_digest(evaluation_digests)}
     selection = None
     if config.selection_fraction:
         shortage = "choosing by measurement; pass more (and smaller) items"
         if config.objective not in MEASURED_OBJECTIVES:
             shortage += ", or selection_fraction=0"
-        calibration, selection = split_holdout(calibration, config.seed + 1, config.selection_fraction, shortage)
-    return DataSplits(calibration, selection, evaluation)
+        kept, chosen = split_holdout(calibration, digests, config.seed + 1, config.selection_fraction, shortage)
+        fingerprints["selection"] = combined_digest(digests[index] for index in chosen)
+        selection = subset(calibration, chosen)
+        calibration, digests = subset(calibration, kept), [digests[index] for index in kept]
+    fingerprints["calibration"] = combined_digest(digests)
+    return DataSplits(calibration, selection, evaluation, fingerprints)
 
 
 def calibrate(
@@ -127,7 +137,7 @@ def calibrate(
     selection: TargetSelection,
     statistics_path: str | os.PathLike[str] | None = None,
 ) -> Calibration:
-    """Evaluate the dense model, collect statistics and factorize every target.
+    """Collect statistics and factorize every target.
 
     Args:
         model: the dense model; left as it was.
@@ -147,11 +157,9 @@ def calibrate(
     seconds: dict[str, float] = {}
     with on_device(model, accelerator.device):
         fingerprint = tensors_fingerprint(model.state_dict())
-        with timed(seconds, "evaluate_dense"):
-            dense_evaluation = evaluate(model, data.evaluation, accelerator, "Evaluating the dense model")
-            dense_selection = None
-            if data.selection is not None:
-                dense_selection = evaluate(model, data.selection, accelerator, None)
+        for loader in (data.evaluation, data.selection):  # what is wrong with them shows now, not after the work
+            if loader is not None:
+                _try_first(model, loader, accelerator)
         with timed(seconds, "statistics"):
             statistics = _statistics(model, selection, data, accelerator, fingerprint, statistics_path)
         with timed(seconds, "factorization"):
@@ -164,12 +172,17 @@ def calibrate(
         statistics=statistics,
         factorizations=factorizations,
         curves=curves,
-        dense_evaluation=dense_evaluation,
-        dense_selection=dense_selection,
         dense_parameters=model.num_parameters(),
         model_fingerprint=fingerprint,
         seconds=seconds,
     )
+
+
+def _try_first(model: PreTrainedModel, loader: DataLoader, accelerator: Accelerator) -> None:
+    """Run the first item; it need not be labelled."""
+    with evaluating(model), torch.no_grad():
+        for batch in accelerator.prepare(subset(loader, [0])):
+            forward_loss(model, batch, 0)
 
 
 def _statistics(

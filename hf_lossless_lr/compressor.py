@@ -17,17 +17,18 @@ from .budgets import Budget, budget_of
 from .calibration import Calibration, calibrate, on_device, split_data
 from .config import MEASURED_OBJECTIVES, LosslessLowRankConfig
 from .errors import ConfigurationError
+from .model_card import attach_card
 from .neighbourhood import calibrate_epsilon
+from .outcomes import paired_outcomes
 from .quantizer import mark_compressed, unmark_compressed
 from .rank_selection import Ranks, select_budget, select_paper, select_uniform
 from .replacement import replace_modules
-from .report import CompressionReport, Measurement
+from .report import CompressionReport
 from .reporting import make_report, visited_point
 from .search import lowest_loss, most_compressed
 from .targets import check_model, find_targets
 from .timing import timed
 from .trials import Trial, run_trial
-from .verification import evaluate
 
 logger = logging.get_logger(__name__)
 
@@ -61,6 +62,7 @@ class LowRankCompressor:
         self.config = config if config is not None else LosslessLowRankConfig()
         self.report: CompressionReport | None = None
         self._calibration: Calibration | None = None
+        self._certified: list[CompressionReport] = []  # models judged on the certificate set so far
         self._restore_dense = ExitStack()  # what turns the calibrated model back into the dense one
 
     def compress(
@@ -83,8 +85,9 @@ class LowRankCompressor:
             calib_dataset: labelled examples (a `datasets.Dataset` or torch `Dataset`), a `DataLoader`, or a finite
                 iterable of batches. A few hundred to a few thousand examples. A share of them,
                 `config.selection_fraction`, is kept apart for choosing by measurement.
-            eval_dataset: held-out data of the same kinds, for the losses in the report. Default: a fifth of
-                `calib_dataset`, which then takes no part in the calibration.
+            eval_dataset: held-out data of the same kinds, for the figures and the certificate in the report. Default:
+                a fifth of `calib_dataset`, which then takes no part in the calibration. Examples that are in both are
+                left out of the calibration, with a warning.
             data_collator: collator for examples; default as in `Trainer`.
             processing_class: tokenizer or processor, for the default collator.
 
@@ -119,7 +122,7 @@ class LowRankCompressor:
         processing_class: Any = None,
         statistics_path: str | os.PathLike[str] | None = None,
     ) -> None:
-        """Do once what every ratio shares: evaluate the dense model, collect statistics, factorize. See `compress`.
+        """Do once what every ratio shares: split the data, collect statistics, factorize. See `compress`.
 
         Args:
             model: a trained dense model; unchanged.
@@ -136,10 +139,14 @@ class LowRankCompressor:
         with ExitStack() as undo:
             undo.callback(vars(model.config).update, dict(vars(model.config)))  # a loss may set config.problem_type
             calibration = calibrate(model, self.config, data, selection, statistics_path)
-        self._calibration, self._restore_dense = calibration, ExitStack()
+        self._calibration, self._restore_dense, self._certified = calibration, ExitStack(), []
 
     def compress_to(self, keep_ratio: float | None = None) -> PreTrainedModel:
         """Compress the calibrated model, in place of an earlier compression of it.
+
+        Several ratios share one certificate set. That is sound from the largest ratio down to the first that is not
+        certified (fixed-sequence testing), so ask in descending order: a ratio above an earlier one gets no
+        certificate, and after one that is not certified none can be.
 
         Args:
             keep_ratio: parameters kept divided by original parameters of the targeted weights, in (0, 1]; default: the
@@ -164,11 +171,15 @@ class LowRankCompressor:
         with on_device(model, calibration.accelerator.device, dense), ExitStack() as undo:
             undo.callback(vars(model.config).update, dict(vars(model.config)))
             trial, trials, epsilon = self._choose(calibration, config)
+            with timed(calibration.seconds, "certificate"):
+                data, accelerator = calibration.data.evaluation, calibration.accelerator
+                outcomes = paired_outcomes(model, trial.layers, data, accelerator, "Evaluating", temperatures=True)
             self._put(calibration, trial, config, undo)
-            with timed(calibration.seconds, "evaluate_compressed"):
-                after = evaluate(model, calibration.data.evaluation, calibration.accelerator, "Evaluating compressed")
-            measured = Measurement(after.loss, after.accuracy, model.num_parameters())
-            self.report = make_report(calibration, config, trial, trials, epsilon, measured)
+            report = make_report(calibration, config, trial, trials, epsilon, outcomes, self._certified)
+            if trial.layers:
+                attach_card(model, report)
+                self._certified.append(report)
+            self.report = report
             self._restore_dense = undo.pop_all()  # success: the changes stay until the next ratio
         return model
 

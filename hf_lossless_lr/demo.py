@@ -179,7 +179,6 @@ def run_demo(output: Path, keep_ratio: float = 0.5) -> dict[str, Any]:
     report = compressor.report
     if report is None:
         raise DataError("the compressor left no report")
-    report.save(output / "compressed")
     latency = latencies((dense, compressed), held_out[0])
     files = [(output / name / "model.safetensors").stat().st_size for name in ("dense", "compressed")]
     rows = {

@@ -21,6 +21,10 @@ class DataError(LosslessLowRankError):
     """A calibration or evaluation set cannot be used."""
 
 
+class CertificateError(LosslessLowRankError):
+    """A comparison cannot be certified on the data that was given for it."""
+
+
 class NumericalError(LosslessLowRankError):
     """A loss, a gradient or a decomposition is not finite."""
 

@@ -1,11 +1,12 @@
-"""Content fingerprints of models and batches."""
+"""Content fingerprints of models, batches and examples."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -25,3 +26,62 @@ def tensors_fingerprint(tensors: Mapping[str, Any]) -> str:
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def as_array(value: Any) -> np.ndarray | None:
+    """Return numbers as an array in float32 or int64, whatever holds them.
+
+    Args:
+        value: a tensor, an array, an image, a number, or a sequence of such.
+
+    Returns:
+        The array; None where rows differ in length or entries are no numbers.
+    """
+    if isinstance(value, torch.Tensor):
+        value = value.detach().float() if value.is_floating_point() else value
+        value = value.cpu().numpy()
+    elif isinstance(value, Sequence) and any(isinstance(item, torch.Tensor) for item in value):
+        value = [as_array(item) for item in value]
+    try:
+        array = np.asarray(value)
+    except ValueError:  # rows of several lengths
+        return None
+    if array.dtype.kind not in "fiub":
+        return None
+    return array.astype(np.float32 if array.dtype.kind == "f" else np.int64)
+
+
+def content_digest(value: Any) -> str:
+    """Return the SHA-256 of an example: numbers by value whatever container they are in, texts, images.
+
+    Args:
+        value: a tensor, an array, a number, a text, an image, or a mapping or sequence of such.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    _add(digest, value)
+    return digest.hexdigest()
+
+
+def _add(digest: Any, value: Any) -> None:
+    if isinstance(value, Mapping):
+        for name in sorted(value):
+            _add(digest, name)
+            _add(digest, value[name])
+        return
+    if isinstance(value, (str, bytes)):
+        value = value.encode() if isinstance(value, str) else value
+        digest.update(f"{len(value)}:".encode() + value)
+        return
+    array = as_array(value)
+    if array is not None:
+        digest.update(f"{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    elif isinstance(value, (Sequence, np.ndarray)) and len(value):
+        digest.update(f"[{len(value)}]".encode())
+        for item in value:
+            _add(digest, item)
+    else:
+        digest.update(repr(value).encode())

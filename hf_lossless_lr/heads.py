@@ -6,8 +6,8 @@ A *labelled unit* is what the loss averages over: an example of a classifier, a 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -44,15 +44,11 @@ def _target(model: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor:
     return labels[..., 1:] if shifted and labels.ndim == 2 else labels
 
 
-def _per_token(labels: torch.Tensor) -> bool:
-    return labels.ndim >= 2 and not labels.is_floating_point()
-
-
 def labelled_units(model: PreTrainedModel, batch: Mapping[str, Any]) -> int:
     """Return how many labelled units the loss of this batch averages over.
 
-    Integer labels with two or more dimensions count each entry that is not `-100` (shifted by one for causal language
-    models); everything else counts examples.
+    Integer labels count each entry that is not `-100` (shifted by one for causal language models); everything else
+    (floating-point labels, the positions of a span) counts examples.
 
     Args:
         model: the model whose loss it is.
@@ -71,16 +67,27 @@ def labelled_units(model: PreTrainedModel, batch: Mapping[str, Any]) -> int:
             f"{', '.join(batch)}. For a language model use DataCollatorForLanguageModeling, or labels=input_ids."
         )
     labels = batch[names[0]]
-    if not _per_token(labels):
+    if labels.is_floating_point() or names[0] == "start_positions":
         return batch_examples(batch)
     return int((_target(model, labels) != IGNORE_INDEX).sum())
 
 
-def correct_predictions(model: PreTrainedModel, batch: Mapping[str, Any], outputs: Any) -> int | None:
-    """Return how many labelled units the arg max of the logits answers correctly.
+class Question(NamedTuple):
+    """One question that a head answers for each labelled unit, by choosing among classes.
 
-    Question answering counts examples whose start and end are both right. Regression, multi-label heads and outputs
-    without logits have no such count.
+    Attributes:
+        logits: scores of the classes.  # shape: (units, classes)
+        labels: the right class.  # shape: (units,)
+        examples: index of each unit's example in the batch.  # shape: (units,)
+    """
+
+    logits: torch.Tensor
+    labels: torch.Tensor
+    examples: torch.Tensor
+
+
+def questions(model: PreTrainedModel, batch: Mapping[str, Any], outputs: Any) -> list[Question]:
+    """Return the questions behind the labelled units of a batch.
 
     Args:
         model: the model.
@@ -88,45 +95,39 @@ def correct_predictions(model: PreTrainedModel, batch: Mapping[str, Any], output
         outputs: what the forward returned.
 
     Returns:
-        The count, or None where accuracy means nothing.
+        Two for question answering (start and end of the span), one for other classifying heads, none for regression,
+        multi-label heads and outputs without logits.
     """
     if "start_positions" in batch and hasattr(outputs, "start_logits"):
-        start = outputs.start_logits.argmax(-1) == batch["start_positions"]
-        return int((start & (outputs.end_logits.argmax(-1) == batch["end_positions"])).sum())
+        examples = torch.arange(len(outputs.start_logits), device=outputs.start_logits.device)
+        return [
+            Question(outputs.start_logits, batch["start_positions"], examples),
+            Question(outputs.end_logits, batch["end_positions"], examples),
+        ]
     labels, logits = batch.get("labels"), getattr(outputs, "logits", None)
     if not isinstance(labels, torch.Tensor) or not isinstance(logits, torch.Tensor) or labels.is_floating_point():
-        return None
+        return []
     target = _target(model, labels)
     if logits.ndim != target.ndim + 1 or logits.shape[-1] < 2:
-        return None
+        return []
     if target is not labels and target.shape != labels.shape:
         logits = logits[..., :-1, :]
     if logits.shape[:-1] != target.shape:
-        return None
-    return int(((logits.argmax(-1) == target) & (target != IGNORE_INDEX)).sum())
+        return []
+    labelled = target != IGNORE_INDEX
+    return [Question(logits[labelled], target[labelled], labelled.nonzero()[:, 0])]
 
 
-def predictions(model: PreTrainedModel, batch: Mapping[str, Any], outputs: Any) -> list[torch.Tensor]:
-    """Return the log-probabilities behind each labelled unit, one tensor for each question that the head answers.
+def correct_predictions(asked: Sequence[Question]) -> torch.Tensor:
+    """Return for each labelled unit whether the arg max answers all its questions correctly.
 
     Args:
-        model: the model.
-        batch: keyword arguments of its forward.
-        outputs: what the forward returned.
+        asked: at least one question, from `questions`.
 
     Returns:
-        Tensors in float32 (two for question answering, one for other classifying heads, none where the head does not
-        classify).  # shape: (units, classes)
+        Booleans.  # shape: (units,)
     """
-    if "start_positions" in batch and hasattr(outputs, "start_logits"):
-        return [outputs.start_logits.float().log_softmax(-1), outputs.end_logits.float().log_softmax(-1)]
-    if correct_predictions(model, batch, outputs) is None:
-        return []
-    labels, logits = batch["labels"], outputs.logits
-    target = _target(model, labels)
-    if target.shape != labels.shape:
-        logits = logits[..., :-1, :]
-    return [logits[target != IGNORE_INDEX].float().log_softmax(-1)]
+    return torch.stack([q.logits.argmax(-1) == q.labels for q in asked]).all(0)
 
 
 def forward_loss(model: PreTrainedModel, batch: Mapping[str, Any], index: int) -> tuple[torch.Tensor, Any, int]:

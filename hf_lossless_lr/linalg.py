@@ -18,7 +18,16 @@ import torch
 
 from .errors import NumericalError
 
-__all__ = ["MetricFactors", "PivotedForm", "damped", "metric_svd", "pivoted_form", "quadratic_tails", "shifted_weight"]
+__all__ = [
+    "MetricFactors",
+    "PivotedForm",
+    "damped",
+    "gram",
+    "metric_svd",
+    "pivoted_form",
+    "quadratic_tails",
+    "shifted_weight",
+]
 
 
 class MetricFactors(NamedTuple):
@@ -35,6 +44,28 @@ class PivotedForm(NamedTuple):
     skeleton: torch.Tensor  # shape: (k, in), the pivot rows
     coefficients: torch.Tensor  # shape: (out - k, k)
     permutation: torch.Tensor  # shape: (out,), `cat(skeleton, coefficients @ skeleton)[permutation]` is the matrix
+
+
+SLABS = 4  # column slabs of a Gram matrix
+
+
+def gram(rows: torch.Tensor) -> torch.Tensor:
+    """Return `XᵀX`, of which only the part above the diagonal is computed (in slabs of columns).
+
+    Args:
+        rows: X.  # shape: (rows, features)
+
+    Returns:
+        The symmetric product, in the dtype of its input.  # shape: (features, features)
+    """
+    size = rows.shape[1]
+    width = -(-size // SLABS)
+    result = rows.new_empty((size, size))
+    for start in range(0, size, width):
+        stop = start + width
+        result[start:stop, start:] = rows[:, start:stop].T @ rows[:, start:]
+        result[stop:, start:stop] = result[start:stop, stop:].T
+    return result
 
 
 def damped(matrix: torch.Tensor, damping: float) -> torch.Tensor:
@@ -202,26 +233,28 @@ def pivoted_form(left: torch.Tensor, right: torch.Tensor, bound: float = 2.0) ->
     return PivotedForm(left[pivots] @ right.double(), coefficients, torch.argsort(order))
 
 
-def shifted_weight(weight: torch.Tensor, cross: torch.Tensor, gram: torch.Tensor, ridge: float) -> torch.Tensor:
+def shifted_weight(
+    weight: torch.Tensor, output_cross: torch.Tensor, input_gram: torch.Tensor, ridge: float
+) -> torch.Tensor:
     r"""Return the weight that best reproduces the outputs `W X` from other inputs `X'`.
 
-    $$T = W\,(X X'^\top + λI)\,(X' X'^\top + λI)^{-1},$$
+    $$T = (W X X'^\top + λW)\,(X' X'^\top + λI)^{-1},$$
 
     the minimizer of `‖W X − T X'‖² + λ ‖T − W‖²`, with `λ = ridge * mean(diag(X'X'ᵀ))`. Where `X'` says nothing (dead
     inputs, fewer rows than features), `T` stays at `W`.
 
     Args:
         weight: W.  # shape: (out, in)
-        cross: `X X'ᵀ` per row.  # shape: (in, in)
-        gram: `X' X'ᵀ` per row.  # shape: (in, in)
+        output_cross: `W X X'ᵀ` per row.  # shape: (out, in)
+        input_gram: `X' X'ᵀ` per row.  # shape: (in, in)
         ridge: relative ridge, above 0.
 
     Returns:
         T in float64.  # shape: (out, in)
     """
-    weight, gram, cross = weight.double(), gram.double(), cross.double()
-    level = ridge * gram.diagonal().mean()
+    weight, input_gram, output_cross = weight.double(), input_gram.double(), output_cross.double()
+    level = ridge * input_gram.diagonal().mean()
     if level <= 0:
         return weight
-    shift = level * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve(gram + shift, cross.T @ weight.T + level * weight.T).T
+    shift = level * torch.eye(len(input_gram)).to(input_gram)
+    return torch.linalg.solve(input_gram + shift, output_cross + level * weight, left=False)

@@ -191,6 +191,10 @@ def _compare(name: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[
             )
 
 
+ATTACHED = ("dequantize", "save_pretrained", "_upload_modified_files")
+"""Attributes of a model for as long as it is compressed; all but the first come from `model_card`."""
+
+
 def mark_compressed(model: PreTrainedModel, config: LosslessLowRankConfig) -> None:
     """Record a compression in a model, so that it saves as a compressed checkpoint and `model.dequantize()` works.
 
@@ -203,8 +207,9 @@ def mark_compressed(model: PreTrainedModel, config: LosslessLowRankConfig) -> No
 
 
 def unmark_compressed(model: PreTrainedModel) -> None:
-    """Undo `mark_compressed`."""
-    model.__dict__.pop("dequantize", None)
+    """Undo `mark_compressed`, and let the model save as any other."""
+    for name in ATTACHED:
+        model.__dict__.pop(name, None)
     model.config.__dict__.pop("quantization_config", None)
 
 

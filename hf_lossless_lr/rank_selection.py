@@ -21,6 +21,11 @@ def kept_parameters(curves: Curves, ranks: Mapping[str, int | None]) -> int:
     return sum(curve.parameters(ranks[name]) for name, curve in curves.items())
 
 
+def kept_share(curves: Curves, ranks: Mapping[str, int | None]) -> float:
+    """Return the parameters of all layers' weights at the given ranks, divided by the original ones."""
+    return kept_parameters(curves, ranks) / sum(curve.dense_parameters for curve in curves.values())
+
+
 def kept_size(sizes: Sizes, ranks: Mapping[str, int | None]) -> float:
     """Return the size of all layers at the given ranks."""
     return sum(sizes[name].at(rank) for name, rank in ranks.items())

@@ -20,7 +20,7 @@ import contextvars
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import greenlet
 import torch
@@ -33,11 +33,12 @@ from transformers.utils import logging
 from .factorization import Factorization
 from .heads import forward_loss
 from .layouts import layout_of, weight_matrix
-from .linalg import damped, metric_svd, shifted_weight
+from .linalg import damped, gram, metric_svd, shifted_weight
 from .masks import PaddingMasks
 from .modes import evaluating
-from .replacement import replace_modules
+from .replacement import in_place
 from .statistics import CalibrationStatistics, real_rows
+from .timing import timed
 
 Group = tuple[str, ...]
 
@@ -95,7 +96,8 @@ def refit(
     loader: DataLoader,
     accelerator: Accelerator,
     damping: float,
-) -> None:
+    seconds: dict[str, float],
+) -> list[str]:
     """Refit the factorized layers to their shifted inputs, in the order of the forward pass.
 
     Args:
@@ -105,7 +107,13 @@ def refit(
         loader: calibration data.
         accelerator: made with `even_batches=False`.
         damping: relative damping of the metric.
+        seconds: the times of the forward passes, of the products of their inputs and of the solves are added here.
+
+    Returns:
+        The layers that were left as they are: in no group, not reached by the data, or behind a router that sends them
+        other rows in the compressed model than in the dense one.
     """
+    left = set(targets)
     factorized = {name: target.factorized for name, target in targets.items()}
     with evaluating(model), _pauses(model, targets, groups):
         batches = list(enumerate(accelerator.prepare(loader)))
@@ -114,48 +122,70 @@ def refit(
         finished: set[Group] = set()
         try:
             for group in logging.tqdm(groups, desc="Refitting", disable=not accelerator.is_main_process):
-                arrived = [stream.advance(group, finished) for stream in dense]
-                replacement = replace_modules(model, factorized)
-                try:
-                    arrived = [s.advance(group, finished) and a for s, a in zip(compressed, arrived, strict=True)]
-                finally:
-                    replacement.undo()
+                with timed(seconds, "refit_forward"):
+                    arrived = [stream.advance(group, finished) for stream in dense]
+                    with in_place(model, factorized):
+                        arrived = [s.advance(group, finished) and a for s, a in zip(compressed, arrived, strict=True)]
                 pairs = [(d, c) for d, c, a in zip(dense, compressed, arrived, strict=True) if a]
-                products = _products(targets[group[0]].dense, pairs, accelerator)
+                with timed(seconds, "refit_products"):
+                    products = _products([targets[name] for name in group], pairs, accelerator)
                 finished.add(group)
                 if products is not None:
-                    for name in group:
-                        _solve(targets[name], *products, damping)
+                    left -= set(group)
+                    with timed(seconds, "refit_solves"):
+                        for name, output_cross in zip(group, products.output_cross, strict=True):
+                            _solve(targets[name], output_cross, products.input_gram, damping)
         finally:
             for stream in dense + compressed:
                 stream.throw(greenlet.GreenletExit)
+    return [name for name in targets if name in left]
+
+
+class _Products(NamedTuple):
+    """Products over all rows that a group received, per row.
+
+    Attributes:
+        output_cross: `W X X'ᵀ` of each layer of the group.
+        input_gram: `X' X'ᵀ`.
+    """
+
+    output_cross: tuple[torch.Tensor, ...]
+    input_gram: torch.Tensor
 
 
 def _products(
-    layer: nn.Module, pairs: list[tuple[_Stream, _Stream]], accelerator: Accelerator
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Return `X X'ᵀ` and `X' X'ᵀ` per row, over all processes; None if there are no rows, or they do not pair.
+    group: Sequence[RefitTarget], pairs: list[tuple[_Stream, _Stream]], accelerator: Accelerator
+) -> _Products | None:
+    """Return the products of a group over all processes; None if there are no rows, or they do not pair.
 
     A layer behind a router may receive other rows in the compressed model than in the dense one.
     """
-    size = weight_matrix(layer).shape[1]
-    cross = weight_matrix(layer).new_zeros((size, size), dtype=torch.float64)
-    gram, counts = torch.zeros_like(cross), torch.zeros(2, dtype=torch.float64, device=cross.device)
+    weights = [weight_matrix(target.dense) for target in group]
+    stacked = torch.cat(weights)
+    out, size = stacked.shape
+    narrow = 2 * out < size  # then `W X` first, and its product with X', is less work than `X X'ᵀ`
+    cross = torch.zeros(out if narrow else size, size, dtype=torch.float64, device=stacked.device)
+    input_gram = cross.new_zeros((size, size))
+    counts = cross.new_zeros(2)
     for dense, compressed in pairs:
         if dense.rows is None or compressed.rows is None or dense.rows.shape != compressed.rows.shape:
             counts[1] += 1
             continue
-        cross += dense.rows.T @ compressed.rows
-        gram += compressed.rows.T @ compressed.rows
+        cross += (dense.rows @ stacked.to(dense.rows).T if narrow else dense.rows).T @ compressed.rows
+        input_gram += gram(compressed.rows)
         counts[0] += len(dense.rows)
-    cross, gram, counts = (accelerator.reduce(total, "sum") for total in (cross, gram, counts))
+    cross, input_gram, counts = (accelerator.reduce(total, "sum") for total in (cross, input_gram, counts))
     rows, unpaired = counts.tolist()
-    return None if rows == 0 or unpaired else (cross / rows, gram / rows)
+    if rows == 0 or unpaired:
+        return None
+    if not narrow:
+        cross = stacked.double() @ cross
+    return _Products(torch.split(cross / rows, [len(weight) for weight in weights]), input_gram / rows)
 
 
-def _solve(target: RefitTarget, cross: torch.Tensor, gram: torch.Tensor, damping: float) -> None:
-    weight = shifted_weight(weight_matrix(target.dense), cross, gram, RIDGE)
-    factors = metric_svd(weight, damped(gram, damping), damped(target.grad_covariance, damping))
+def _solve(target: RefitTarget, output_cross: torch.Tensor, input_gram: torch.Tensor, damping: float) -> None:
+    weight = shifted_weight(weight_matrix(target.dense), output_cross, input_gram, RIDGE)
+    factors = metric_svd(weight, damped(input_gram, damping), damped(target.grad_covariance, damping))
     layer = target.factorized
     layer.load_factors(*Factorization(factors).truncate(layer.rank, layer.storage, layer.pivots_inputs))
 

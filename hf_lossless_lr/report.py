@@ -57,6 +57,84 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """A mean difference between two models on the same examples, positive where the compressed model is worse.
+
+    Attributes:
+        mean: mean difference per labelled unit.
+        lower: one-sided lower confidence bound.
+        upper: one-sided upper confidence bound.
+    """
+
+    mean: float
+    lower: float
+    upper: float
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A statistical statement about a compressed model, from held-out examples that had no part in making it.
+
+    Pairs are (dense, compressed).
+
+    Attributes:
+        status: `improved`, `lossless`, `inconclusive` or `lossy`.
+        reasons: why it is not better than that.
+        loss_margin: largest loss increase that counts as lossless, in nats per labelled unit.
+        metric_margin: largest drop of the metric that counts as lossless, as a fraction.
+        confidence: confidence level of each bound.
+        p_value: largest p-value among the hypotheses "worse than the margin".
+        examples: number of examples.
+        units: number of labelled units.
+        clusters: what is taken as independent: `examples` or `batches`.
+        fingerprint: SHA-256 of the examples.
+        loss: mean loss of both models, in nats.
+        loss_increase: its difference.
+        accuracy: accuracy of both models, or None where the head does not classify.
+        accuracy_drop: its difference.
+        chance: accuracy of always giving the most frequent answer.
+        temperatures: temperature of the logits that minimizes the loss of each model; None if not by example.
+        tempered_loss_increase: difference of the losses at those temperatures.
+        calibration_error: expected calibration error of both models.
+        changed: share of the units that the two models answer differently.
+        divergence: mean KL divergence from the dense model's predictions, in nats per unit.
+        examples_needed: examples that would show it with 80 % power if the differences stay as measured; None if no
+            number would.
+    """
+
+    status: str
+    reasons: tuple[str, ...]
+    loss_margin: float
+    metric_margin: float
+    confidence: float
+    p_value: float
+    examples: int
+    units: int
+    clusters: str
+    fingerprint: str
+    loss: tuple[float, float]
+    loss_increase: Difference
+    accuracy: tuple[float, float] | None
+    accuracy_drop: Difference | None
+    chance: float | None
+    temperatures: tuple[float, float] | None
+    tempered_loss_increase: Difference | None
+    calibration_error: tuple[float, float] | None
+    changed: float | None
+    divergence: float | None
+    examples_needed: int | None
+
+    @property
+    def verdict(self) -> str:
+        """The status, with its margins where they are what it states."""
+        if self.status != "lossless":
+            return self.status
+        points = 100 * self.metric_margin
+        metric = f", {points:g} point{'' if points == 1 else 's'}" if self.accuracy_drop is not None else ""
+        return f"lossless@({self.loss_margin:g} nats{metric})"
+
+
+@dataclass(frozen=True)
 class CompressionReport:
     """Everything that a compression run decided and measured.
 
@@ -69,8 +147,11 @@ class CompressionReport:
         skipped: layer that could have been factorized to the reason it was not a target.
         dense: the dense model on held-out data.
         compressed: the compressed model on the same data.
-        calibration: number of examples and labelled units, loss, and fingerprint of the calibration data.
+        certificate: what the held-out data show, or None.
+        uncertified: why there is no certificate, or None.
+        calibration: number of examples and labelled units of the calibration data, and the loss on them.
         evaluation: number of examples and labelled units of the held-out data.
+        fingerprints: SHA-256 of the examples of each part of the data.
         model_fingerprint: SHA-256 of the dense model's state dict.
         epsilon: elementwise noise bound of each layer, for the paper's objectives.
         versions: versions of this package and of what it ran on.
@@ -85,8 +166,11 @@ class CompressionReport:
     trials: list[dict[str, Any]]
     dense: Measurement
     compressed: Measurement
+    certificate: Certificate | None
+    uncertified: str | None
     calibration: dict[str, Any]
     evaluation: dict[str, Any]
+    fingerprints: dict[str, str]
     model_fingerprint: str
     epsilon: dict[str, float] | None
     versions: dict[str, str]
@@ -108,9 +192,14 @@ class CompressionReport:
         """Sum of the layers' predicted second-order terms, in nats."""
         return sum(layer.second_order for layer in self.layers.values())
 
+    @property
+    def verdict(self) -> str:
+        """`improved`, `lossless@(margins)`, `inconclusive`, `lossy`, or `none`; the certificate says more."""
+        return "none" if self.certificate is None else self.certificate.verdict
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, with the derived ratios beside the fields."""
-        derived = ("keep_ratio", "model_keep_ratio", "predicted_loss_increase")
+        derived = ("keep_ratio", "model_keep_ratio", "predicted_loss_increase", "verdict")
         return {**asdict(self), **{name: getattr(self, name) for name in derived}}
 
     def to_json(self) -> str:
@@ -134,6 +223,7 @@ class CompressionReport:
             data = json.loads(text)
             values = {field.name: data[field.name] for field in fields(cls)}
             values["layers"] = {name: LayerReport(**layer) for name, layer in values["layers"].items()}
+            values["certificate"] = _certificate(data["certificate"])
             values["dense"], values["compressed"] = Measurement(**data["dense"]), Measurement(**data["compressed"])
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"this is no compression report: {error!r}.") from error
@@ -149,6 +239,16 @@ class CompressionReport:
             The path written.
         """
         return write_atomically(Path(directory) / REPORT_NAME, self.to_json())
+
+
+def _certificate(data: dict[str, Any] | None) -> Certificate | None:
+    """Return the certificate that JSON turned into a dictionary."""
+    if data is None:
+        return None
+    values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in data.items()}
+    for name in ("loss_increase", "accuracy_drop", "tempered_loss_increase"):
+        values[name] = None if values[name] is None else Difference(**values[name])
+    return Certificate(**values)
 
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import fields
 from importlib.metadata import version
 from typing import Any
@@ -10,20 +11,22 @@ from typing import Any
 from torch import nn
 
 from .calibration import Calibration
+from .certificate import CERTIFIED, certify, demoted
 from .config import CompressionOptions, LosslessLowRankConfig
 from .curves import LossCurve
-from .rank_selection import kept_parameters
-from .report import CompressionReport, LayerReport, Measurement
+from .errors import CertificateError
+from .outcomes import PairedOutcomes
+from .rank_selection import kept_share
+from .report import Certificate, CompressionReport, LayerReport, Measurement
 from .trials import Trial
 
 
 def visited_point(calibration: Calibration, trial: Trial, config: LosslessLowRankConfig) -> dict[str, Any]:
     """Return the record of a trial for the report."""
     curves = calibration.curves
-    dense = sum(curve.dense_parameters for curve in curves.values())
     predicted = sum(float(curves[name].second_order[rank]) for name, rank in trial.ranks.items() if rank is not None)
     record: dict[str, Any] = {
-        "keep_ratio": kept_parameters(curves, trial.ranks) / dense,
+        "keep_ratio": kept_share(curves, trial.ranks),
         "predicted_loss_increase": predicted,
         "refitted": trial.refitted,
     }
@@ -42,7 +45,8 @@ def make_report(
     trial: Trial,
     trials: list[dict[str, Any]],
     epsilon: dict[str, float] | None,
-    measured: Measurement,
+    outcomes: PairedOutcomes,
+    earlier: Sequence[CompressionReport],
 ) -> CompressionReport:
     """Return the report of a compression.
 
@@ -52,12 +56,18 @@ def make_report(
         trial: the chosen trial.
         trials: records of every point visited.
         epsilon: noise bounds of the paper's objectives.
-        measured: the compressed model on the evaluation data.
+        outcomes: both models' answers to the evaluation data.
+        earlier: reports of models that were judged on the same data.
 
     Returns:
         The report.
     """
-    statistics, before = calibration.statistics, calibration.dense_evaluation
+    statistics, fingerprints = calibration.statistics, calibration.data.fingerprints
+    loss, accuracy = outcomes.mean_loss, outcomes.accuracy or (None, None)
+    parameters = (calibration.dense_parameters, calibration.model.num_parameters())
+    dense, compressed = (Measurement(*values) for values in zip(loss, accuracy, parameters, strict=True))
+    kept = kept_share(calibration.curves, trial.ranks)
+    certificate, uncertified = _certificate(trial, config, outcomes, fingerprints["evaluation"], kept, earlier)
     return CompressionReport(
         model=type(calibration.model).__name__,
         config={f.name: getattr(config, f.name) for f in fields(CompressionOptions)},
@@ -68,20 +78,47 @@ def make_report(
         skipped=calibration.selection.skipped,
         refitted=trial.refitted,
         trials=trials,
-        dense=Measurement(before.loss, before.accuracy, calibration.dense_parameters),
-        compressed=measured,
+        dense=dense,
+        compressed=compressed,
+        certificate=certificate,
+        uncertified=uncertified,
         calibration={
             "examples": statistics.examples,
             "units": statistics.units,
             "loss": statistics.loss,
-            "fingerprint": statistics.data_fingerprint,
         },
-        evaluation={"examples": before.examples, "units": before.units},
+        evaluation={"examples": outcomes.examples, "units": int(outcomes.units.sum())},
+        fingerprints=fingerprints,
         model_fingerprint=calibration.model_fingerprint,
         epsilon=epsilon,
         versions=_versions(),
         seconds=dict(calibration.seconds),
     )
+
+
+def _certificate(
+    trial: Trial,
+    config: LosslessLowRankConfig,
+    outcomes: PairedOutcomes,
+    fingerprint: str,
+    kept: float,
+    earlier: Sequence[CompressionReport],
+) -> tuple[Certificate | None, str | None]:
+    """Return the certificate, or why there is none."""
+    if not trial.layers:
+        return None, "nothing was compressed"
+    if any(report.keep_ratio < kept for report in earlier):
+        return None, (
+            "the certificate set was used already, for a model that keeps less; ask for ratios in descending order, "
+            "or calibrate with another eval_dataset"
+        )
+    try:
+        certificate = certify(outcomes, config.loss_margin, config.metric_margin, config.confidence, fingerprint)
+    except CertificateError as error:
+        return None, str(error)
+    if all(report.certificate is not None and report.certificate.status in CERTIFIED for report in earlier):
+        return certificate, None
+    return demoted(certificate, "a model that keeps more was not certified on the same examples"), None
 
 
 def _layer_report(module: nn.Module, curve: LossCurve, rank: int | None, layer: Any) -> LayerReport:

@@ -32,6 +32,7 @@ from .errors import DataError, NumericalError, TargetError
 from .fingerprint import tensors_fingerprint
 from .heads import batch_examples, forward_loss
 from .layouts import Layout, layout_of, weight_matrix
+from .linalg import gram
 from .masks import PaddingMasks
 from .modes import evaluating
 
@@ -131,7 +132,7 @@ class _Collector:
     @torch.no_grad()
     def add_output_grad(self, name: str, grad: torch.Tensor, mask: torch.Tensor | None) -> None:
         rows = real_rows(self.layouts[name].output_rows(grad), mask)
-        self.grad_sums[name] += rows.T @ rows
+        self.grad_sums[name] += gram(rows)
 
     @torch.no_grad()
     def add_inputs(self) -> None:
@@ -141,7 +142,7 @@ class _Collector:
         for entry in self.inputs.values():
             rows = real_rows(entry.layout.input_rows(entry.module, entry.tensor), entry.mask)
             key = tuple(dict.fromkeys(entry.names))
-            product = rows.T @ rows
+            product = gram(rows)
             self.input_sums[key] = self.input_sums.get(key, torch.zeros_like(product, dtype=torch.float64)) + product
             self.input_counts[key] = self.input_counts.get(key, 0) + len(rows)
         self.inputs.clear()

@@ -8,16 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers.utils import logging
 
 from .calibration import Calibration
+from .certificate import accuracy_difference, loss_difference
 from .config import LosslessLowRankConfig
 from .curves import choose_storage
 from .layouts import layout_of
+from .outcomes import PairedOutcomes, paired_outcomes
 from .rank_selection import Ranks
 from .refit import RefitTarget, refit, refit_groups
-from .replacement import in_place
+from .report import Difference
 from .timing import timed
-from .verification import PairedDifference, evaluate, mean_divergence, paired_differences
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,8 @@ class Trial:
     ranks: Ranks
     layers: dict[str, Any]
     refitted: bool
-    loss: PairedDifference | None
-    accuracy_drop: PairedDifference | None
+    loss: Difference | None
+    accuracy_drop: Difference | None
 
     @property
     def increase(self) -> float:
@@ -77,23 +81,25 @@ def run_trial(calibration: Calibration, ranks: Ranks, config: LosslessLowRankCon
     Returns:
         The trial.
     """
-    model, data, seconds = calibration.model, calibration.data, calibration.seconds
-    with timed(seconds, "replacement"):
+    with timed(calibration.seconds, "replacement"):
         layers = build_layers(calibration, ranks, config.storage)
-    refitted = False
-    if config.refit and layers:
+    measured, refitted = None, False
+    if calibration.data.selection is not None or (config.refit and layers):
+        measured = _outcomes(calibration, layers)
+    if config.refit and layers and measured is not None:
         states = {name: deepcopy(layer.state_dict()) for name, layer in layers.items()}
-        plain = _distance(calibration, layers)
         _refit(calibration, layers, config.damping)
-        refitted = _distance(calibration, layers) < plain
-        if not refitted:
+        after = _outcomes(calibration, layers)
+        refitted = _distance(after) < _distance(measured)
+        if refitted:
+            measured = after
+        else:
             for name, state in states.items():
                 layers[name].load_state_dict(state)
-    if data.selection is None or calibration.dense_selection is None:
+    if calibration.data.selection is None or measured is None:
         return Trial(dict(ranks), layers, refitted, None, None)
-    with timed(seconds, "selection"), in_place(model, layers):
-        measured = evaluate(model, data.selection, calibration.accelerator, None)
-    loss, drop = paired_differences(calibration.dense_selection, measured, config.confidence)
+    loss = loss_difference(measured.loss_increase, measured.units, config.confidence, bootstrap=False)
+    drop = accuracy_difference(measured, config.confidence, bootstrap=False)
     return Trial(dict(ranks), layers, refitted, loss, drop)
 
 
@@ -103,21 +109,27 @@ def _refit(calibration: Calibration, layers: Mapping[str, Any], damping: float) 
         name: RefitTarget(calibration.targets[name], layer, covariances[name]) for name, layer in layers.items()
     }
     groups = refit_groups(calibration.statistics, targets)
+    data, accelerator = calibration.data.calibration, calibration.accelerator
     with timed(calibration.seconds, "refit"):
-        data, accelerator = calibration.data.calibration, calibration.accelerator
-        refit(calibration.model, targets, groups, data, accelerator, damping)
+        left = refit(calibration.model, targets, groups, data, accelerator, damping, calibration.seconds)
+    if left:
+        logger.warning_once(
+            f"{len(left)} layers keep their closed-form factors, because they are called several times in a forward "
+            f"pass or do not get the same rows in the compressed model: {', '.join(left[:5])}{', …' * (len(left) > 5)}"
+        )
 
 
-def _distance(calibration: Calibration, layers: Mapping[str, nn.Module]) -> float:
-    """Return how far predictions on the selection split (or else the calibration data) are from the dense model's.
-
-    The KL divergence where the head classifies, else the loss.
-    """
-    model, accelerator = calibration.model, calibration.accelerator
+def _outcomes(calibration: Calibration, layers: Mapping[str, nn.Module]) -> PairedOutcomes:
+    """Compare with the dense model on the selection split, or else on the calibration data."""
     loader = calibration.data.selection or calibration.data.calibration
     with timed(calibration.seconds, "selection"):
-        divergence = mean_divergence(model, layers, loader, accelerator)
-        if divergence is not None:
-            return divergence
-        with in_place(model, layers):
-            return evaluate(model, loader, accelerator, None).loss
+        return paired_outcomes(calibration.model, layers, loader, calibration.accelerator)
+
+
+def _distance(outcomes: PairedOutcomes) -> float:
+    """Return how far the predictions are from the dense model's: the KL divergence, or the loss where there is none.
+
+    The divergence is much less noisy than a difference of losses: the labels play no part.
+    """
+    divergence = outcomes.mean_divergence
+    return outcomes.mean_loss[1] if divergence is None else divergence

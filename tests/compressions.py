@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers
-from tiny_models import TINY_MODELS, split_batch
+from tiny_models import TINY_MODELS, generator, other_inputs, split_batch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -16,6 +16,7 @@ from hf_lossless_lr.config import MEASURED_OBJECTIVES
 from hf_lossless_lr.modules import is_factorized
 
 COUNT = 12  # examples of each tiny model
+SHARPNESS = 8.0  # so that a random model is not undecided
 BATCH_SIZE = 4
 
 AUTO_CLASSES = {
@@ -48,6 +49,19 @@ def build(name: str) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     return TINY_MODELS[name](COUNT)
 
 
+@torch.no_grad()
+def certifiable(count: int = 40) -> tuple[PreTrainedModel, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A classifier that is right as often as it says, with calibration data and enough others for a certificate."""
+    model, batch = TINY_MODELS["bert-sequence-classification"](count)
+    parts = batch, other_inputs(batch)
+    model.classifier.weight.mul_(SHARPNESS)
+    model.classifier.bias.sub_(answers(model, batch)["logits"].mean(0))  # all classes are about as frequent
+    for seed, part in enumerate(parts):
+        chances = answers(model, part)["logits"].softmax(-1)
+        part["labels"] = chances.multinomial(1, generator=generator(seed)).squeeze(1)
+    return model, *parts
+
+
 def default_options(model: PreTrainedModel) -> dict[str, Any]:
     return {"target_modules": ["Conv2d"]} if "ResNet" in type(model).__name__ else {}
 
@@ -55,7 +69,7 @@ def default_options(model: PreTrainedModel) -> dict[str, Any]:
 def compress(
     model: PreTrainedModel, batch: Mapping[str, torch.Tensor], **options: Any
 ) -> tuple[PreTrainedModel, CompressionReport]:
-    """Compress a model in place on batches of four; evaluate on the same examples.
+    """Compress a model in place on batches of four; evaluate on as many other examples.
 
     No refit, so that all batches take part, unless the options ask for it. An objective that chooses by measurement
     gets batches of one, as half of them are its selection split.
@@ -63,7 +77,7 @@ def compress(
     config = LosslessLowRankConfig(**default_options(model) | {"refit": False} | options)
     size = 1 if config.objective in MEASURED_OBJECTIVES else BATCH_SIZE
     compressor = LowRankCompressor(config)
-    model = compressor.compress(model, split_batch(dict(batch), size), eval_dataset=[batch])
+    model = compressor.compress(model, split_batch(dict(batch), size), eval_dataset=[other_inputs(batch)])
     return model, compressor.report
 
 

@@ -3,16 +3,16 @@
 import datasets
 import pytest
 import torch
-from example_data import ListDataset, StreamDataset, collate
+from example_data import BATCH_SIZE, EXAMPLE_KINDS, KINDS, ListDataset, StreamDataset, as_loader, collate
 from tiny_models import IGNORED, as_examples, bert_sequence_classification, split_batch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler
 from transformers import BatchEncoding, DataCollatorForTokenClassification, PreTrainedTokenizerFast
 
-from hf_lossless_lr.batches import HOLDOUT_FRACTION, MIN_EXAMPLES, make_dataloader, split_holdout
+from hf_lossless_lr.batches import MIN_EXAMPLES, make_dataloader
 from hf_lossless_lr.errors import DataError
 
-COUNT, BATCH_SIZE = 11, 4
+COUNT = 11
 SIZES = [4, 4, 3]
 
 
@@ -36,42 +36,6 @@ def tokenizer():
     inner = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1}, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]")
-
-
-def cut(examples):
-    return [collate(examples[start : start + BATCH_SIZE]) for start in range(0, len(examples), BATCH_SIZE)]
-
-
-def as_loader(examples, **options):
-    return DataLoader(ListDataset(examples), collate_fn=collate, **options)
-
-
-# each takes the list of examples and gives the same data in another form
-EXAMPLE_KINDS = {
-    "datasets.Dataset": datasets.Dataset.from_list,
-    "datasets.Dataset of tensors": lambda examples: datasets.Dataset.from_list(examples).with_format("torch"),
-    "datasets.IterableDataset": lambda examples: datasets.Dataset.from_list(examples).to_iterable_dataset(),
-    "torch Dataset": ListDataset,
-    "torch IterableDataset": StreamDataset,
-    "list of examples": list,
-    "tuple of examples": tuple,
-    "list of examples of tensors": lambda examples: list(datasets.Dataset.from_list(examples).with_format("torch")),
-}
-BATCH_KINDS = {
-    "DataLoader": lambda examples: as_loader(examples, batch_size=BATCH_SIZE),
-    "DataLoader with a batch sampler": lambda examples: as_loader(
-        examples,
-        batch_sampler=torch.utils.data.BatchSampler(SequentialSampler(examples), BATCH_SIZE, drop_last=False),
-    ),
-    "DataLoader of an IterableDataset": lambda examples: DataLoader(
-        StreamDataset(examples), batch_size=BATCH_SIZE, collate_fn=collate
-    ),
-    "DataLoader of ready batches": lambda examples: DataLoader(ListDataset(cut(examples)), batch_size=None),
-    "list of batches": cut,
-    "generator of batches": lambda examples: (batch for batch in cut(examples)),
-    "list of BatchEncoding": lambda examples: [BatchEncoding(batch) for batch in cut(examples)],
-}
-KINDS = EXAMPLE_KINDS | BATCH_KINDS
 
 
 def check_same(batches, expected):
@@ -224,72 +188,3 @@ class TestRefusal:
         batches = iter([{"return_dict": True, **collate(examples)}])
         loader = make_dataloader(batches, model, batch_size=BATCH_SIZE)
         assert next(iter(loader))["return_dict"] is True
-
-
-class TestSplitHoldout:
-    def numbered(self, model, count=20):
-        """A loader of examples whose only word is their number."""
-        data = [{"input_ids": [index], "labels": 0} for index in range(count)]
-        return make_dataloader(data, model, batch_size=3)
-
-    def words(self, loader):
-        return [word for batch in loader for word in batch["input_ids"].flatten().tolist()]
-
-    def test_is_disjoint_and_exhaustive(self, model):
-        for seed in range(5):
-            calibration, evaluation = map(self.words, split_holdout(self.numbered(model), seed))
-            assert sorted(calibration + evaluation) == list(range(20))
-
-    @pytest.mark.parametrize(("count", "held_out"), [(8, 1), (10, 2), (20, 4), (23, 4)])
-    def test_holds_out_a_fifth_rounded_down(self, count, held_out, model):
-        assert held_out == int(count * HOLDOUT_FRACTION)
-        calibration, evaluation = split_holdout(self.numbered(model, count), 0)
-        assert (len(self.words(calibration)), len(self.words(evaluation))) == (count - held_out, held_out)
-
-    def test_is_the_same_for_the_same_seed_whatever_came_before(self, model):
-        first = list(map(self.words, split_holdout(self.numbered(model), 3)))
-        torch.manual_seed(99)
-        assert list(map(self.words, split_holdout(self.numbered(model), 3))) == first
-
-    def test_differs_between_seeds(self, model):
-        assert len({tuple(self.words(split_holdout(self.numbered(model), seed)[1])) for seed in range(5)}) > 1
-
-    def test_is_a_random_choice_rather_than_one_end(self, model):
-        held_out = [self.words(split_holdout(self.numbered(model), seed)[1]) for seed in range(5)]
-        assert any(words not in ([0, 1, 2, 3], [16, 17, 18, 19]) for words in held_out)
-
-    def test_leaves_the_random_state_alone(self, model):
-        loader = self.numbered(model)
-        before = torch.get_rng_state()
-        split_holdout(loader, 0)
-        assert torch.equal(torch.get_rng_state(), before)
-
-    def test_keeps_batch_size_and_collator(self, model):
-        calibration, evaluation = split_holdout(self.numbered(model), 0)
-        assert [len(b["labels"]) for b in calibration] == [3, 3, 3, 3, 3, 1]
-        assert [len(b["labels"]) for b in evaluation] == [3, 1]
-
-    @pytest.mark.parametrize("kind", KINDS)
-    def test_splits_every_kind_of_data(self, kind, model, examples):
-        loader = make_dataloader(KINDS[kind](examples * 2), model, batch_size=BATCH_SIZE)
-        parts = split_holdout(loader, 0)
-        split = [example for part in parts for batch in part for example in as_examples(batch)]
-        assert all(len(list(part)) for part in parts)
-        assert sorted(map(str, split)) == sorted(map(str, examples * 2))
-
-    def test_splits_whole_batches(self, model, batch):
-        batches = split_batch(batch, 2)
-        calibration, evaluation = split_holdout(make_dataloader(batches, model, batch_size=1), 0)
-        assert (len(list(calibration)), len(list(evaluation))) == (5, 1)
-        numbers = [
-            next(i for i, b in enumerate(batches) if b is got) for part in (calibration, evaluation) for got in part
-        ]
-        assert sorted(numbers) == list(range(6))
-
-    def test_of_a_torch_tensor_dataset_in_a_loader_works(self, model):
-        data = TensorDataset(torch.arange(10)[:, None])
-        loader = DataLoader(
-            data, batch_size=4, collate_fn=lambda items: {"input_ids": torch.stack([i[0] for i in items])}
-        )
-        parts = split_holdout(make_dataloader(loader, model, batch_size=1), 0)
-        assert sorted(word for part in parts for word in self.words(part)) == list(range(10))

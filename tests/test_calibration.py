@@ -3,12 +3,20 @@
 import pytest
 import torch
 from compressions import build, check_same_state, factorized_layers
-from tiny_models import TINY_MODELS, as_examples, split_batch
+from tiny_models import IGNORED, TINY_MODELS, as_examples, other_inputs, split_batch
 from torch import nn
 
-from hf_lossless_lr import CheckpointError, ConfigurationError, LosslessLowRankConfig, LowRankCompressor
+from hf_lossless_lr import (
+    CheckpointError,
+    ConfigurationError,
+    DataError,
+    LosslessLowRankConfig,
+    LowRankCompressor,
+    NumericalError,
+)
 from hf_lossless_lr import calibration as calibration_module
 from hf_lossless_lr.calibration import on_device, split_data
+from hf_lossless_lr.splits import combined_digest, item_digests
 
 NAME = "bert-sequence-classification"
 LAYER = "bert.encoder.layer.0.attention.self.query"
@@ -20,14 +28,14 @@ def calibrated(path=None, examples=None, model=None, **options):
     model = dense if model is None else model
     batches = split_batch(batch, 4) if examples is None else examples
     compressor = LowRankCompressor(LosslessLowRankConfig(**options))
-    compressor.calibrate(model, batches, eval_dataset=[batch], statistics_path=path)
+    compressor.calibrate(model, batches, eval_dataset=[other_inputs(batch)], statistics_path=path)
     return compressor, model
 
 
 def fresh(**options):
     model, batch = build(NAME)
     compressor = LowRankCompressor(LosslessLowRankConfig(**options))
-    compressor.compress(model, split_batch(batch, 4), eval_dataset=[batch])
+    compressor.compress(model, split_batch(batch, 4), eval_dataset=[other_inputs(batch)])
     return model, compressor.report
 
 
@@ -38,7 +46,8 @@ def check_same_model(model, other):
 
 
 def facts(report):
-    return report.to_dict() | {"seconds": None}
+    """All but what depends on the ratios before: the certificate (see test_reporting.py)."""
+    return report.to_dict() | dict.fromkeys(("seconds", "certificate", "uncertified", "verdict"))
 
 
 class TestManyRatios:
@@ -87,7 +96,8 @@ class TestManyRatios:
             "hf_lossless_lr.compressor.select_budget",
             "hf_lossless_lr.trials.refit",
             "hf_lossless_lr.compressor.mark_compressed",
-            "hf_lossless_lr.compressor.evaluate",
+            "hf_lossless_lr.compressor.paired_outcomes",
+            "hf_lossless_lr.compressor.make_report",
         ],
     )
     def test_that_fail_leave_a_dense_model_that_can_be_compressed(self, target, monkeypatch):
@@ -164,17 +174,39 @@ class TestStatisticsFile:
             calibrated(tmp_path / "few", target_modules=["query"])
 
 
+PARTS = ("calibration", "selection", "evaluation")
+
+
+def split_into(calibration, evaluation=None, **options):
+    model = TINY_MODELS[NAME]()[0]
+    return split_data(model, LosslessLowRankConfig(**options), calibration, evaluation, None, None)
+
+
 def split(examples, evaluation=None, **options):
     """The examples in each part of the data, as numbers."""
-    model, batch = TINY_MODELS[NAME](examples)
-    everything = as_examples(batch)
-    data = split_data(model, LosslessLowRankConfig(**options), everything, evaluation, None, None)
+    everything = as_examples(TINY_MODELS[NAME](examples)[1])
+    data = split_into(everything, evaluation, **options)
     rows = [example["input_ids"] for example in everything]
-    loaders = (data.calibration, data.selection, data.evaluation)
+    loaders = (getattr(data, part) for part in PARTS)
     return [
         None if loader is None else [rows.index(row.tolist()) for part in loader for row in part["input_ids"]]
         for loader in loaders
     ]
+
+
+def numbered(numbers):
+    """Examples whose only word is a number."""
+    return [{"input_ids": [number], "labels": index % 3} for index, number in enumerate(numbers)]
+
+
+def numbers_in(data):
+    """The numbers in each part."""
+    loaders = {part: getattr(data, part) for part in PARTS}
+    return {
+        part: [word for batch in loader for word in batch["input_ids"].flatten().tolist()]
+        for part, loader in loaders.items()
+        if loader is not None
+    }
 
 
 class TestSplits:
@@ -193,14 +225,93 @@ class TestSplits:
         assert (parts[1] is None) == (sizes[1] == 0)
 
     def test_take_the_selection_from_the_calibration_alone(self):
-        evaluation = as_examples(TINY_MODELS[NAME](9, seed=1)[1])
-        model, batch = TINY_MODELS[NAME](40)
-        config = LosslessLowRankConfig(selection_fraction=0.5)
-        data = split_data(model, config, as_examples(batch), evaluation, None, None)
+        evaluation, batch = (TINY_MODELS[NAME](count, seed=seed)[1] for count, seed in ((9, 1), (40, 0)))
+        data = split_into(as_examples(batch), as_examples(evaluation), selection_fraction=0.5)
         assert [len(loader.dataset) for loader in (data.calibration, data.selection, data.evaluation)] == [20, 20, 9]
+
+    @pytest.mark.parametrize("fraction", [0.0, 0.0625, 0.25, 0.5])
+    def test_are_disjoint_by_content(self, fraction):
+        numbers = [index % 29 + 5 for index in range(60)]
+        for seed in range(8):
+            parts = numbers_in(split_into(numbered(numbers), seed=seed, selection_fraction=fraction))
+            assert len(parts) == (3 if fraction else 2)
+            assert len(parts["evaluation"]) == 12
+            contents = [set(part) for part in parts.values()]
+            assert sum(map(len, contents)) == len(set().union(*contents)) == 29
+            lost = 60 - sum(map(len, parts.values()))
+            assert lost > 0
+
+    @pytest.mark.parametrize("fraction", [0.0, 0.25])
+    def test_leave_out_of_the_calibration_what_the_evaluation_data_has_too(self, fraction):
+        data = split_into(numbered(range(40)), numbered(range(30, 50)), selection_fraction=fraction)
+        parts = numbers_in(data)
+        assert parts["evaluation"] == list(range(30, 50))
+        assert sorted(parts["calibration"] + parts.get("selection", [])) == list(range(30))
+
+    def test_of_the_same_data_twice_are_an_error_with_the_counts(self):
+        examples = numbered(range(20))
+        with pytest.raises(DataError, match="calib_dataset and eval_dataset overlap: 20 of 20 calibration items are"):
+            split_into(examples, examples)
+        with pytest.raises(DataError, match="calib_dataset and eval_dataset overlap: 10 of 20 calibration items are"):
+            split_into(examples, [example | {"labels": 0} for example in examples[10:]])
+
+    @pytest.mark.parametrize("fraction", [0.0, 0.25])
+    @pytest.mark.parametrize("held_out", [True, False])
+    def test_have_the_fingerprints_of_their_examples(self, fraction, held_out):
+        evaluation = None if held_out else numbered(range(50, 60))
+        data = split_into(numbered(range(40)), evaluation, selection_fraction=fraction)
+        model = TINY_MODELS[NAME]()[0]
+        parts = numbers_in(data)
+        assert data.fingerprints == {part: combined_digest(item_digests(getattr(data, part), model)) for part in parts}
+        assert data.fingerprints.keys() == parts.keys()
+        assert len(set(data.fingerprints.values())) == len(parts)
+
+    def test_have_fingerprints_that_do_not_depend_on_the_order(self):
+        calibration, evaluation = numbered(range(20)), numbered(range(50, 60))
+        options = {"refit": False}
+        fingerprints = split_into(calibration, evaluation, **options).fingerprints
+        assert split_into(calibration[::-1], evaluation[::-1], **options).fingerprints == fingerprints
+        changed = split_into(calibration, [*evaluation[1:], {"input_ids": [60], "labels": 0}], **options).fingerprints
+        assert changed["calibration"] == fingerprints["calibration"]
+        assert changed["evaluation"] != fingerprints["evaluation"]
 
     def test_depend_on_the_seed(self):
         assert split(40, seed=1) == split(40, seed=1) != split(40, seed=2)
+
+
+class TestData:
+    """What is wrong with the data shows before the work."""
+
+    @pytest.fixture
+    def tagger(self, monkeypatch):
+        monkeypatch.setattr(calibration_module, "collect_statistics", lambda *_: pytest.fail("statistics collected"))
+        model, batch = build("bert-token-classification")
+        return model, as_examples(batch), as_examples(other_inputs(batch))
+
+    @staticmethod
+    def calibrate(model, calibration, evaluation, **options):
+        LowRankCompressor(LosslessLowRankConfig(**options)).calibrate(model, calibration, eval_dataset=evaluation)
+
+    def test_without_labels_to_evaluate_on_is_refused(self, tagger):
+        model, calibration, evaluation = tagger
+        for example in evaluation:
+            del example["labels"]
+        with pytest.raises(DataError, match="the data has no labels"):
+            self.calibrate(model, calibration, evaluation)
+
+    @pytest.mark.parametrize("selection_fraction", [0.0, 0.5])
+    def test_that_gives_no_finite_loss_is_refused(self, tagger, selection_fraction):
+        model, calibration, evaluation = tagger
+        with torch.no_grad():
+            model.classifier.bias[0] = torch.nan
+        with pytest.raises(NumericalError, match="batch 0: the loss is nan"):
+            self.calibrate(model, calibration, evaluation, selection_fraction=selection_fraction)
+
+    def test_may_begin_with_an_example_without_a_label(self, tagger, monkeypatch):
+        monkeypatch.undo()
+        model, calibration, evaluation = tagger
+        evaluation[0]["labels"] = [IGNORED] * len(evaluation[0]["labels"])
+        self.calibrate(model, calibration, evaluation)
 
 
 class TestOnDevice:

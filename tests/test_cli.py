@@ -17,7 +17,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, ViTI
 from word_tokenizer import WORDS, word_tokenizer
 
 from hf_lossless_lr import CompressionReport, LosslessLowRankConfig, __version__
-from hf_lossless_lr.cli import DataArguments, main
+from hf_lossless_lr.cli import main
+from hf_lossless_lr.commands.compress import CompressArguments
 from hf_lossless_lr.config import CompressionOptions
 from hf_lossless_lr.console import comparison_table
 from hf_lossless_lr.data import TASKS
@@ -31,7 +32,9 @@ def _cache(tmp_path_factory, monkeypatch):
 
 
 def sentence(number, words=6):
-    return " ".join(WORDS[(number * 7 + position * position) % len(WORDS)] for position in range(words))
+    """A text of its own for each number: the first two words spell it."""
+    spelled = (number, number // len(WORDS), *(number * 7 + position * position for position in range(2, words)))
+    return " ".join(WORDS[word % len(WORDS)] for word in spelled)
 
 
 def write_lines(path, rows):
@@ -275,7 +278,9 @@ class TestErrors:
 
     @pytest.mark.parametrize("kind", ["folder", "empty folder", "file"])
     def test_of_an_output_that_exists_leave_it_alone(self, kind, command, tmp_path, capsys, monkeypatch):
-        monkeypatch.setattr("hf_lossless_lr.cli._load", lambda *_, **__: pytest.fail("the model was loaded"))
+        monkeypatch.setattr(
+            "hf_lossless_lr.commands.arguments._load", lambda *_, **__: pytest.fail("the model was loaded")
+        )
         out = tmp_path / "out"
         if kind == "file":
             out.write_text("mine")
@@ -295,7 +300,7 @@ class TestErrors:
         [
             "transformers.PreTrainedModel.save_pretrained",
             "hf_lossless_lr.report.CompressionReport.save",
-            "hf_lossless_lr.cli.os.replace",
+            "hf_lossless_lr.commands.compress.os.replace",
         ],
     )
     def test_while_writing_leave_no_part_of_the_output(self, target, error, command, tmp_path, monkeypatch):
@@ -361,7 +366,7 @@ class TestHelp:
         with pytest.raises(SystemExit):
             main(["compress", "--help"])
         text = " ".join(capsys.readouterr().out.split())
-        for option in (*fields(CompressionOptions), *fields(DataArguments)):
+        for option in (*fields(CompressionOptions), *fields(CompressArguments)):
             assert f"--{option.name}" in text
             assert " ".join(option.metadata["help"].split()) in text, option.name
 

@@ -2,21 +2,18 @@
 
 import importlib.metadata
 import json
-import os
 import pkgutil
-import signal
-import warnings
 from dataclasses import asdict, fields
+from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from accelerate import debug_launcher
-from accelerate.state import AcceleratorState, GradientState
 from compressions import (
     BATCH_SIZE,
     COUNT,
     build,
+    certifiable,
     check_same_answers,
     check_same_state,
     compress,
@@ -25,8 +22,9 @@ from compressions import (
 )
 from example_data import ListDataset, StreamDataset, collate
 from peft import LoraConfig, get_peft_model
+from processes import in_two_processes, needs_processes
 from safetensors.torch import load_file, save_file
-from tiny_models import IGNORED, TINY_MODELS, as_examples, rows, split_batch
+from tiny_models import IGNORED, TINY_MODELS, as_examples, other_inputs, rows, split_batch
 from tolerances import FLOAT32
 from torch import nn
 from torch.utils.data import DataLoader
@@ -41,12 +39,10 @@ from hf_lossless_lr import (
     NumericalError,
     TargetError,
 )
-from hf_lossless_lr import calibration as calibration_module
 from hf_lossless_lr.config import METRICS, OBJECTIVES, CompressionOptions
 from hf_lossless_lr.fingerprint import tensors_fingerprint
 from hf_lossless_lr.modules import is_factorized
 
-LAUNCH_SECONDS = 120
 LAYER = "bert.encoder.layer.0.attention.self.query"
 
 
@@ -94,18 +90,21 @@ class TestData:
     @pytest.mark.parametrize("kind", KINDS)
     def test_of_every_kind_gives_the_same_model(self, kind):
         (model, batch), expected = bert(), bert()[0]
-        report = run(model, KINDS[kind](batch), [batch])
-        expected_report = run(expected, split_batch(batch, BATCH_SIZE), [batch])
+        report = run(model, KINDS[kind](batch), [other_inputs(batch)])
+        expected_report = run(expected, split_batch(batch, BATCH_SIZE), [other_inputs(batch)])
         check_same_state(model.state_dict(), expected.state_dict())
         assert report.calibration == expected_report.calibration
+        assert report.fingerprints == expected_report.fingerprints
         assert report.calibration["examples"] == COUNT
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_of_every_kind_can_be_evaluated_on(self, kind):
         model, batch = bert()
-        report = run(model, [batch], KINDS[kind](batch))
+        loss, accuracy = measured(model, batch)
+        report = run(model, [other_inputs(batch)], KINDS[kind](batch))
         assert report.evaluation == {"examples": COUNT, "units": COUNT}
-        assert report.dense.loss == pytest.approx(report.calibration["loss"], rel=FLOAT32)
+        assert report.dense.loss == pytest.approx(loss, rel=FLOAT32)
+        assert report.dense.accuracy == pytest.approx(accuracy)
 
     def test_goes_through_the_collator_that_is_given(self):
         (model, batch), seen = bert(), []
@@ -115,31 +114,33 @@ class TestData:
             return collate(items)
 
         compressor = LowRankCompressor(LosslessLowRankConfig(batch_size=5, refit=False))
-        compressor.compress(model, as_examples(batch), eval_dataset=as_examples(batch), data_collator=spy)
-        assert set(seen) == {5, 2}
+        evaluation = as_examples(other_inputs(batch))
+        compressor.compress(model, as_examples(batch), eval_dataset=evaluation, data_collator=spy)
+        assert set(seen) == {5, 2, 1}  # and the first example alone, to see that it works
 
     def test_that_is_held_out_is_a_fifth_and_takes_no_part_in_the_calibration(self, monkeypatch):
         model, batch = TINY_MODELS["bert-sequence-classification"](15)
         examples, seen = as_examples(batch), {}
 
-        def spy(name):
-            original = getattr(calibration_module, name)
+        def spy(target):
+            owner, name = target.rsplit(".", 1)
+            original = getattr(pkgutil.resolve_name(owner), name)
 
-            def spied(model, *arguments, **options):
+            def spied(*arguments, **options):
                 data = next(argument for argument in arguments if isinstance(argument, DataLoader))
                 seen[name] = [row.tolist() for part in data for row in part["input_ids"]]
-                return original(model, *arguments, **options)
+                return original(*arguments, **options)
 
-            monkeypatch.setattr(f"hf_lossless_lr.calibration.{name}", spied)
+            monkeypatch.setattr(target, spied)
 
-        spy("evaluate")
-        spy("collect_statistics")
+        spy("hf_lossless_lr.compressor.paired_outcomes")
+        spy("hf_lossless_lr.calibration.collect_statistics")
         report = run(model, examples)
         assert report.calibration["examples"] == 12
         assert report.evaluation["examples"] == 3
         everything = [example["input_ids"] for example in examples]
-        assert sorted(seen["evaluate"] + seen["collect_statistics"]) == sorted(everything)
-        held_out = [index for index, row in enumerate(everything) if row in seen["evaluate"]]
+        assert sorted(seen["paired_outcomes"] + seen["collect_statistics"]) == sorted(everything)
+        held_out = [index for index, row in enumerate(everything) if row in seen["paired_outcomes"]]
 
         for index, same in ((held_out[0], True), (next(i for i in range(15) if i not in held_out), False)):
             changed = [
@@ -152,8 +153,44 @@ class TestData:
 
     def test_that_is_held_out_depends_on_the_seed_alone(self):
         batch = bert()[1]
-        fingerprints = [run(bert()[0], as_examples(batch), seed=s).calibration["fingerprint"] for s in (0, 0, 1)]
+        fingerprints = [run(bert()[0], as_examples(batch), seed=s).fingerprints for s in (0, 0, 1)]
         assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+    @pytest.mark.parametrize(
+        "options", [{}, {"refit": True, "metric": "kronecker"}, {"objective": "compact"}], ids=str
+    )
+    def test_to_evaluate_on_is_run_once_by_each_model_and_takes_no_other_part(self, options):
+        """But for its first item, to see that it works."""
+        model, batch = bert()
+        evaluation, examples = other_inputs(batch), as_examples(batch)
+        words, runs = evaluation["input_ids"].tolist(), []
+        model.register_forward_pre_hook(
+            lambda _, args, inputs: runs.extend(words.index(w) for w in inputs["input_ids"].tolist() if w in words),
+            with_kwargs=True,
+        )
+        run(model, examples, split_batch(evaluation, 1), **options)
+        assert runs == [0, *(index for index in range(COUNT) for _ in range(2))]
+
+    def test_that_is_in_both_sets_is_left_out_of_the_calibration_with_a_warning(self, monkeypatch):
+        said = []
+        monkeypatch.setattr("hf_lossless_lr.splits.logger.warning", lambda text, *values: said.append(text % values))
+        (model, batch), other = bert(), bert()[0]
+        examples, evaluation = as_examples(batch), as_examples(other_inputs(batch))
+        report = run(model, examples, [*evaluation, *(examples[index] for index in (2, 5))])
+        assert said == ["2 calibration items are in eval_dataset, too; they are left out of the calibration."]
+        assert report.calibration["examples"] == COUNT - 2
+        assert report.evaluation["examples"] == COUNT + 2
+        run(other, [example for index, example in enumerate(examples) if index not in (2, 5)], evaluation)
+        check_same_state(model.state_dict(), other.state_dict())
+
+    def test_that_is_the_same_in_both_sets_is_refused(self):
+        model, batch = bert()
+        before = Snapshot(model)
+        with pytest.raises(
+            DataError, match="calib_dataset and eval_dataset overlap: 12 of 12 calibration items are in"
+        ):
+            run(model, as_examples(batch), [batch])
+        before.check(model)
 
 
 # --- the result -----------------------------------------------------------------------------------------------------
@@ -185,7 +222,7 @@ class TestCompressing:
         model, batch = bert()
         config = LosslessLowRankConfig(keep_ratio=0.4, refit=False)
         before = config.to_dict()
-        LowRankCompressor(config).compress(model, [batch], eval_dataset=[batch])
+        LowRankCompressor(config).compress(model, [batch], eval_dataset=[other_inputs(batch)])
         assert config.to_dict() == before
         assert config.modules == {}
         assert model.config.quantization_config.modules
@@ -346,6 +383,7 @@ class TestWhenNothingQualifies:
         assert report.keep_ratio == report.model_keep_ratio == 1.0
         assert report.predicted_loss_increase == 0.0
         assert report.dense == report.compressed
+        assert (report.certificate, report.uncertified, report.verdict) == (None, "nothing was compressed", "none")
         assert all(layer.rank is None and layer.storage is None for layer in report.layers.values())
         model.save_pretrained(tmp_path)
         assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
@@ -432,11 +470,11 @@ class TestReport:
         }
         dense = bert()[0]
         assert report.calibration["loss"] == pytest.approx(measured(dense, batch)[0], rel=FLOAT32)
-        assert len(report.calibration["fingerprint"]) == 64
+        assert report.fingerprints.keys() == {"calibration", "evaluation"}
+        assert all(len(fingerprint) == 64 for fingerprint in report.fingerprints.values())
         assert report.versions["torch"] == torch.__version__
         assert report.versions["hf-lossless-lr"] == importlib.metadata.version("hf-lossless-lr")
-        stages = ["evaluate_dense", "statistics", "factorization", "replacement", "evaluate_compressed"]
-        assert list(report.seconds) == stages
+        assert list(report.seconds) == ["statistics", "factorization", "replacement", "certificate"]
         assert all(seconds > 0 for seconds in report.seconds.values())
 
     def test_predicts_what_the_layers_cost(self, case):
@@ -454,10 +492,10 @@ class TestReport:
         _, batch, *_ = case
         compressor = LowRankCompressor(LosslessLowRankConfig(refit=False))
         model = bert()[0]
-        compressor.compress(model, [batch], eval_dataset=[batch])
+        compressor.compress(model, [batch], eval_dataset=[other_inputs(batch)])
         report = compressor.report
         with pytest.raises(TargetError, match="already compressed"):
-            compressor.compress(model, [batch], eval_dataset=[batch])
+            compressor.compress(model, [batch], eval_dataset=[other_inputs(batch)])
         assert compressor.report is report
 
 
@@ -518,10 +556,11 @@ def fail_in(monkeypatch, target, call, error):
     return calls
 
 
-# Three batches to evaluate on, two to calibrate on, and one as selection split.
+# Three batches to evaluate on, two to calibrate on, and one as selection split. In a comparison, the dense model has
+# each odd call and the compressed one each even call.
 STAGES = {  # what fails, and at which call
-    "evaluation of the dense model": ("hf_lossless_lr.verification.forward_loss", 2),
-    "dense model on the selection split": ("hf_lossless_lr.verification.forward_loss", 4),
+    "the first item of the evaluation data": ("hf_lossless_lr.calibration.forward_loss", 1),
+    "the first item of the selection split": ("hf_lossless_lr.calibration.forward_loss", 2),
     "statistics, forward": ("hf_lossless_lr.statistics.forward_loss", 2),
     "statistics, backward": ("torch.Tensor.backward", 2),
     "factorization": ("hf_lossless_lr.calibration.factorize", 3),
@@ -529,15 +568,18 @@ STAGES = {  # what fails, and at which call
     "choice of the ranks": ("hf_lossless_lr.compressor.select_budget", 1),
     "building a layer": ("hf_lossless_lr.modules.FactorizedLinear.load_factors", 3),
     "the third replacement": ("torch.nn.Module.set_submodule", 3),
-    "divergence before the refit": ("hf_lossless_lr.verification.forward_loss", 6),
+    "dense model on the selection split": ("hf_lossless_lr.outcomes.forward_loss", 1),
+    "comparison before the refit": ("hf_lossless_lr.outcomes.forward_loss", 2),
     "refit, forward": ("hf_lossless_lr.refit.forward_loss", 3),
     "refit, third layer": ("hf_lossless_lr.refit._solve", 3),
-    "divergence after the refit": ("hf_lossless_lr.verification.forward_loss", 8),
-    "the trial on the selection split": ("hf_lossless_lr.verification.forward_loss", 9),
+    "comparison after the refit": ("hf_lossless_lr.outcomes.forward_loss", 4),
+    "dense model on the evaluation data": ("hf_lossless_lr.outcomes.forward_loss", 7),
+    "compressed model on the evaluation data": ("hf_lossless_lr.outcomes.forward_loss", 10),
     "putting the chosen layers in": ("hf_lossless_lr.compressor.replace_modules", 1),
     "marking": ("hf_lossless_lr.compressor.mark_compressed", 1),
-    "evaluation of the compressed model": ("hf_lossless_lr.verification.forward_loss", 11),
+    "the certificate": ("hf_lossless_lr.reporting.certify", 1),
     "the report": ("hf_lossless_lr.reporting.CompressionReport", 1),
+    "the card": ("hf_lossless_lr.compressor.attach_card", 1),
 }
 ERRORS = {
     "RuntimeError": RuntimeError("broken on purpose"),
@@ -569,11 +611,11 @@ class TestFailure:
         with monkeypatch.context() as patch:
             calls = fail_in(patch, target, call, ERRORS[error])
             with pytest.raises(type(ERRORS[error]), match="broken on purpose"):
-                compressor.compress(model, split_batch(batch, 4), eval_dataset=split_batch(batch, 4))
+                compressor.compress(model, split_batch(batch, 4), eval_dataset=split_batch(other_inputs(batch), 4))
         assert len(calls) >= call
         before.check(model)
         assert compressor.report is None
-        compressor.compress(model, split_batch(batch, 4), eval_dataset=[batch])
+        compressor.compress(model, split_batch(batch, 4), eval_dataset=[other_inputs(batch)])
         assert factorized_layers(model)
 
     def test_leaves_the_model_exactly_as_it_was_while_a_weight_is_replaced_to_measure(self, used, monkeypatch):
@@ -736,7 +778,8 @@ class TestRefusal:
         model, batch = bert()
         model, calibration = change(model, batch)
         before = Snapshot(model) if hasattr(model, "config") and not hasattr(model, "peft_config") else None
-        evaluation = [calibration[0]] if case in ("every label ignored", "no loss", "no labels") else [batch]
+        as_bad = case in ("every label ignored", "no loss", "no labels")
+        evaluation = [other_inputs(calibration[0] if as_bad else batch)]
         with pytest.raises(error, match=text):
             LowRankCompressor(LosslessLowRankConfig(refit=False)).compress(model, calibration, eval_dataset=evaluation)
         if before is not None:
@@ -766,7 +809,7 @@ class TestRefusal:
         text = rf"too few to hold some out for choosing by measurement; pass more \(and smaller\) items{way_out}\.$"
         with pytest.raises(DataError, match=text):
             LowRankCompressor(LosslessLowRankConfig(objective=objective)).compress(
-                model, [batch], eval_dataset=[batch]
+                model, [batch], eval_dataset=[other_inputs(batch)]
             )
 
     @pytest.mark.parametrize("keep_ratio", [0, -0.5, 1.01])
@@ -796,58 +839,59 @@ LAUNCHED = {  # name of the case: model, options, how the data is given, whether
     "shared layers": ("albert", {"metric": "activation", "storage": "two-factor"}, "batches", True),
     "uniform": ("llama", {"objective": "uniform", "keep_ratio": 0.4}, "batches", True),
     "the paper": ("bert-sequence-classification", {"objective": "paper-compact"}, "batches", True),
+    "certified": ("bert-sequence-classification", {"loss_margin": 9.0, "metric_margin": 1.0}, "batches", True),
 }
 
 
 def compress_case(name):
     model_name, options, kind, evaluate = LAUNCHED[name]
     model, batch = build(model_name)
+    evaluation = split_batch(other_inputs(batch), 5)
+    if name == "certified":
+        model, batch, other = certifiable()
+        evaluation = split_batch(other, 7)
     compressor = LowRankCompressor(LosslessLowRankConfig(**options))
-    compressor.compress(model, KINDS[kind](batch), eval_dataset=[batch] if evaluate else None)
+    compressor.compress(model, KINDS[kind](batch), eval_dataset=evaluation if evaluate else None)
     return model, compressor.report
 
 
 def facts_of(model, report):
+    losses = [report.dense.loss, report.compressed.loss, report.calibration["loss"]]
+    if report.certificate is not None:
+        bounds = (report.certificate.loss_increase, report.certificate.tempered_loss_increase)
+        losses += [value for bound in bounds for value in (bound.lower, bound.upper)]
     return {
         "ranks": {name: layer.rank for name, layer in report.layers.items()},
-        "losses": [report.dense.loss, report.compressed.loss, report.calibration["loss"]],
-        "data": [report.calibration["examples"], report.calibration["fingerprint"], report.evaluation],
+        "losses": losses,
+        "data": [report.calibration["examples"], report.fingerprints, report.evaluation],
         "accuracies": [report.dense.accuracy, report.compressed.accuracy],
         "manifest": getattr(model.config, "quantization_config", LosslessLowRankConfig()).modules,
         "parameters": report.compressed.parameters,
+        "verdict": [report.verdict, report.uncertified],
     }
 
 
-def compress_in_one_of_several_processes(folder: str) -> None:
+def compress_cases(folder: Path, process: int) -> None:
     """What each launched process runs: all cases, saved under the number of the process."""
-    signal.alarm(LAUNCH_SECONDS)  # a process that waits for one that died ends itself
-    os.environ["OMP_NUM_THREADS"] = "1"  # the threads of the parent process do not live on in its children
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    facts, rank = {}, None
+    facts = {}
     for case in LAUNCHED:
         model, report = compress_case(case)
-        rank = torch.distributed.get_rank()
         assert torch.distributed.get_world_size() == 2
         facts[case] = facts_of(model, report)
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        save_file(state, f"{folder}/{case}-{rank}.safetensors")
-    with open(f"{folder}/{rank}.json", "w") as file:
-        json.dump(facts, file)
-    torch.distributed.barrier()  # the file through which the processes found each other is removed by the parent
+        save_file(state, folder / f"{case}-{process}.safetensors")
+    (folder / f"{process}.json").write_text(json.dumps(facts))
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    with warnings.catch_warnings():  # Python 3.12 warns of any fork of a process with threads
-        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-        debug_launcher(compress_in_one_of_several_processes, (str(folder),), num_processes=2)
+    in_two_processes(compress_cases, folder)
     facts = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
     return folder, facts
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
+@needs_processes
 class TestTwoProcesses:
     @pytest.mark.parametrize("case", LAUNCHED)
     def test_end_with_the_same_model_to_the_last_bit(self, case, launched):
@@ -859,6 +903,7 @@ class TestTwoProcesses:
     def test_end_with_the_model_of_one_process(self, case, launched):
         folder, (facts, _) = launched
         model, report = compress_case(case)
+        assert (report.certificate is not None) == (case == "certified")
         expected = json.loads(json.dumps(facts_of(model, report)))
         losses = facts[case].pop("losses")
         assert losses == pytest.approx(expected.pop("losses"), rel=10 * FLOAT32)

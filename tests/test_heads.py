@@ -8,7 +8,7 @@ from tiny_models import IGNORED, TINY_MODELS, build, rows, split_batch
 from torch import tensor
 
 from hf_lossless_lr.errors import DataError
-from hf_lossless_lr.heads import batch_examples, correct_predictions, label_names, labelled_units
+from hf_lossless_lr.heads import batch_examples, correct_predictions, label_names, labelled_units, questions
 
 LOSS_RTOL = 1e-5  # float32 forward passes of one example against those of the whole batch
 N = IGNORED
@@ -46,6 +46,7 @@ UNITS = [
     ("bert-sequence-classification", {"labels": tensor([2, 0])}, 2),
     ("bert-sequence-classification", {"labels": tensor([0.5, 1.5])}, 2),  # regression
     ("bert-sequence-classification", {"labels": tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])}, 2),  # multi-label
+    ("bert-sequence-classification", {"labels": tensor([2, N, 1])}, 2),  # the loss leaves that example out
     ("bert-multiple-choice", {"labels": tensor([2, 0])}, 2),
     ("bert-question-answering", {"start_positions": tensor([0, 1]), "end_positions": tensor([1, 1])}, 2),
     ("bert-token-classification", {"labels": tensor([[N, 1, 2, N], [N, 0, N, N]])}, 3),
@@ -80,6 +81,15 @@ class TestLabelledUnits:
             parts = sum(model(**one).loss * labelled_units(model, one) for one in split_batch(batch, 1))
         torch.testing.assert_close(whole, parts, rtol=LOSS_RTOL, atol=0.0)
 
+    def test_are_what_the_loss_of_partly_labelled_examples_averages_over(self):
+        model, batch = TINY_MODELS["bert-sequence-classification"]()
+        batch["labels"][1::2] = N
+        with torch.no_grad():
+            loss = model(**batch).loss
+            each = torch.nn.functional.cross_entropy(model(**batch).logits, batch["labels"], reduction="sum")
+        assert labelled_units(model, batch) == 3
+        torch.testing.assert_close(3 * loss, each, rtol=LOSS_RTOL, atol=0.0)
+
     @pytest.mark.parametrize("name", TINY_MODELS)
     def test_of_data_without_labels_is_an_error(self, name):
         model, batch = TINY_MODELS[name]()
@@ -107,46 +117,64 @@ class TestBatchExamples:
         assert batch_examples({"return_dict": True, "input_ids": WORDS}) == 2
 
 
-# tiny model, labels, the answers in the logits, the correct ones counted by hand
+# tiny model, labels, the answers in the logits, which of the labelled units are right, and in which example they are
 CORRECT = [
-    ("bert-sequence-classification", [2, 0, 1], [2, 1, 1], 2),
-    ("bert-multiple-choice", [2, 0, 1], [2, 0, 1], 3),
-    ("bert-token-classification", [[N, 1, 2, N], [N, 0, N, N]], [[0, 1, 0, 0], [0, 0, 0, 0]], 2),
-    ("bert-masked-lm", [[N, N, 1, N], [2, N, N, N]], [[0, 0, 1, 0], [1, 0, 0, 0]], 1),
+    ("bert-sequence-classification", [2, 0, 1], [2, 1, 1], [1, 0, 1], [0, 1, 2]),
+    ("bert-sequence-classification", [2, N, 1], [2, 1, 0], [1, 0], [0, 2]),
+    ("bert-multiple-choice", [2, 0, 1], [2, 0, 1], [1, 1, 1], [0, 1, 2]),
+    ("bert-token-classification", [[N, 1, 2, N], [N, 0, N, N]], [[0, 1, 0, 0], [0, 0, 0, 0]], [1, 0, 1], [0, 0, 1]),
+    ("bert-masked-lm", [[N, N, 1, N], [2, N, N, N]], [[0, 0, 1, 0], [1, 0, 0, 0]], [1, 0], [0, 1]),
+    ("bert-masked-lm", [[N, N, N, N], [2, N, N, 0]], [[0, 0, 1, 0], [1, 0, 0, 0]], [0, 1], [1, 1]),
     # token t is answered at position t - 1; the last position answers nothing
-    ("llama", [[0, 1, 2, 0], [0, 2, N, N]], [[1, 2, 0, 0], [2, 0, 0, 0]], 4),
-    ("llama", [[0, 1, 2, 0], [0, 2, N, N]], [[0, 1, 2, 0], [0, 2, 0, 0]], 0),
-    ("gpt2", [[0, 1, 2, 0], [0, 2, N, N]], [[1, 2, 1, 1], [2, 0, 0, 0]], 3),
-    ("t5", [[0, 1, 2, 0], [0, 2, N, N]], [[0, 1, 2, 0], [1, 2, 0, 0]], 5),
-    ("resnet", [2, 0, 1], [0, 0, 1], 2),
+    ("llama", [[0, 1, 2, 0], [0, 2, N, N]], [[1, 2, 0, 0], [2, 0, 0, 0]], [1, 1, 1, 1], [0, 0, 0, 1]),
+    ("llama", [[0, 1, 2, 0], [0, 2, N, N]], [[0, 1, 2, 0], [0, 2, 0, 0]], [0, 0, 0, 0], [0, 0, 0, 1]),
+    ("gpt2", [[0, 1, 2, 0], [0, 2, N, N]], [[1, 2, 1, 1], [2, 0, 0, 0]], [1, 1, 0, 1], [0, 0, 0, 1]),
+    ("t5", [[0, 1, 2, 0], [0, 2, N, N]], [[0, 1, 2, 0], [1, 2, 0, 0]], [1, 1, 1, 1, 0, 1], [0, 0, 0, 0, 1, 1]),
+    ("resnet", [2, 0, 1], [0, 0, 1], [0, 1, 1], [0, 1, 2]),
 ]
 
 
-class TestCorrectPredictions:
-    @pytest.mark.parametrize(("name", "labels", "answers", "correct"), CORRECT)
-    def test_are_counted(self, name, labels, answers, correct):
-        outputs = SimpleNamespace(logits=one_hot(answers))
-        assert correct_predictions(head(name), {"labels": tensor(labels)}, outputs) == correct
+def asked_of(name, batch, **outputs):
+    return questions(head(name), batch, SimpleNamespace(**outputs))
 
-    def test_of_a_span_need_both_ends_right(self):
-        batch = {"start_positions": tensor([0, 1, 2, 1]), "end_positions": tensor([1, 2, 2, 1])}
-        outputs = SimpleNamespace(start_logits=one_hot([0, 1, 2, 0]), end_logits=one_hot([1, 0, 2, 0]))
-        assert correct_predictions(head("bert-question-answering"), batch, outputs) == 2
+
+class TestQuestions:
+    @pytest.mark.parametrize(("name", "labels", "answers", "right", "examples"), CORRECT)
+    def test_of_a_head_are_one_with_the_logits_and_labels_of_its_labelled_units(
+        self, name, labels, answers, right, examples
+    ):
+        (question,) = asked_of(name, {"labels": tensor(labels)}, logits=one_hot(answers))
+        assert question.examples.tolist() == examples
+        shifted = name in ("llama", "gpt2")
+        pairs = [
+            (answer, label)
+            for row_answers, row_labels in zip(*(torch.atleast_2d(tensor(x)) for x in (answers, labels)), strict=True)
+            for answer, label in zip(row_answers[: -1 if shifted else None], row_labels[shifted:], strict=True)
+            if label != N
+        ]
+        assert question.logits.tolist() == one_hot([int(answer) for answer, _ in pairs]).tolist()
+        assert question.labels.tolist() == [int(label) for _, label in pairs]
+
+    def test_of_a_span_are_its_start_and_its_end(self):
+        batch = {"start_positions": tensor([0, 1, 2]), "end_positions": tensor([1, 2, 2])}
+        outputs = {"start_logits": torch.rand(3, 5), "end_logits": torch.rand(3, 5)}
+        asked = asked_of("bert-question-answering", batch, **outputs)
+        for question, end in zip(asked, ("start", "end"), strict=True):
+            assert torch.equal(question.logits, outputs[f"{end}_logits"])
+            assert torch.equal(question.labels, batch[f"{end}_positions"])
+            assert question.examples.tolist() == [0, 1, 2]
 
     @pytest.mark.parametrize("name", TINY_MODELS)
-    def test_of_a_model_lie_between_none_and_all_its_units(self, name):
+    def test_have_as_many_units_as_the_loss(self, name):
         model, batch = TINY_MODELS[name]()
         with torch.no_grad():
-            outputs = model(**batch)
-        assert 0 <= correct_predictions(model, batch, outputs) <= labelled_units(model, batch)
-
-    @pytest.mark.parametrize("name", ["llama", "bert-masked-lm", "t5", "vit"])
-    def test_add_up_over_batches(self, name):
-        model, batch = TINY_MODELS[name](24)
-        with torch.no_grad():
-            whole = correct_predictions(model, batch, model(**batch))
-            parts = [correct_predictions(model, part, model(**part)) for part in split_batch(batch, 5)]
-        assert whole == sum(parts)
+            asked = questions(model, batch, model(**batch))
+        assert len(asked) == (2 if name == "bert-question-answering" else 1)
+        for question in asked:
+            units = labelled_units(model, batch)
+            assert len(question.logits) == len(question.labels) == len(question.examples) == units
+            assert question.examples.tolist() == sorted(question.examples.tolist())
+            assert set(question.examples.tolist()) <= set(range(batch_examples(batch)))
 
     @pytest.mark.parametrize(
         ("labels", "logits"),
@@ -160,10 +188,30 @@ class TestCorrectPredictions:
             (tensor([[1, 0]]), torch.zeros(1, 5, 3)),  # logits for other tokens than the labels
         ],
     )
-    def test_have_no_count_where_accuracy_means_nothing(self, labels, logits):
-        outputs = SimpleNamespace(logits=logits)
-        assert correct_predictions(head("bert-sequence-classification"), {"labels": labels}, outputs) is None
+    def test_are_none_where_accuracy_means_nothing(self, labels, logits):
+        assert asked_of("bert-sequence-classification", {"labels": labels}, logits=logits) == []
 
-    def test_have_no_count_without_logits(self):
-        batch = {"labels": tensor([1, 0])}
-        assert correct_predictions(head("bert-sequence-classification"), batch, SimpleNamespace()) is None
+    def test_are_none_without_logits(self):
+        assert asked_of("bert-sequence-classification", {"labels": tensor([1, 0])}) == []
+
+
+class TestCorrectPredictions:
+    @pytest.mark.parametrize(("name", "labels", "answers", "right", "examples"), CORRECT)
+    def test_are_told_for_each_labelled_unit(self, name, labels, answers, right, examples):
+        found = correct_predictions(asked_of(name, {"labels": tensor(labels)}, logits=one_hot(answers)))
+        assert found.dtype == torch.bool
+        assert found.tolist() == [bool(answer) for answer in right]
+
+    def test_of_a_span_need_both_ends_right(self):
+        batch = {"start_positions": tensor([0, 1, 2, 1]), "end_positions": tensor([1, 2, 2, 1])}
+        outputs = {"start_logits": one_hot([0, 1, 2, 0]), "end_logits": one_hot([1, 0, 2, 0])}
+        asked = asked_of("bert-question-answering", batch, **outputs)
+        assert correct_predictions(asked).tolist() == [True, False, True, False]
+
+    @pytest.mark.parametrize("name", ["llama", "bert-masked-lm", "t5", "vit"])
+    def test_add_up_over_batches(self, name):
+        model, batch = TINY_MODELS[name](24)
+        with torch.no_grad():
+            whole = correct_predictions(questions(model, batch, model(**batch)))
+            parts = [correct_predictions(questions(model, part, model(**part))) for part in split_batch(batch, 5)]
+        assert whole.tolist() == torch.cat(parts).tolist()

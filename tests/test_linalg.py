@@ -13,6 +13,7 @@ from hf_lossless_lr.errors import NumericalError
 from hf_lossless_lr.linalg import (
     MetricFactors,
     damped,
+    gram,
     metric_svd,
     pivoted_form,
     quadratic_tails,
@@ -479,6 +480,19 @@ def test_a_bound_that_swaps_could_chase_for_ever_is_an_error(bound):
         pivoted_form(random(0, 4, 2), random(1, 2, 3), bound)
 
 
+# --- gram -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("features", [1, 2, 3, 4, 5, 7, 8, 33, 130])
+@pytest.mark.parametrize("rows", [0, 1, 50])
+def test_gram_is_the_product_and_symmetric_bit_for_bit(rows, features):
+    X = random(30, rows, features)
+    result = gram(X)
+    torch.testing.assert_close(result, X.T @ X, rtol=0, atol=ROUNDING)
+    assert torch.equal(result.triu(), result.T.triu())
+    assert gram(X.float()).dtype == torch.float32
+
+
 # --- shifted_weight -------------------------------------------------------------------------------------------------
 
 ROWS = ["many", "dead", "few", "one"]
@@ -500,7 +514,7 @@ def shifted_rows(kind, size, seed):
 
 def fitted(weight, before, after, ridge):
     """`shifted_weight` as it is used: from products per row."""
-    return shifted_weight(weight, before.T @ after / len(before), after.T @ after / len(before), ridge)
+    return shifted_weight(weight, weight @ before.T @ after / len(before), after.T @ after / len(before), ridge)
 
 
 @on_rows
@@ -534,7 +548,7 @@ def test_shifted_weight_of_inputs_that_did_not_shift_is_the_weight(kind, shape):
 @on_shapes
 def test_shifted_weight_without_any_signal_is_the_weight(shape):
     weight, zero = random(25, *shape), torch.zeros(shape[1], shape[1])
-    assert torch.equal(shifted_weight(weight.float(), zero, zero, 1e-2), weight.float().double())
+    assert torch.equal(shifted_weight(weight.float(), torch.zeros(shape), zero, 1e-2), weight.float().double())
 
 
 @pytest.mark.parametrize("kind", ["dead", "few", "one"])
@@ -577,15 +591,15 @@ def test_the_ridge_is_relative_to_the_scale_of_the_inputs(scale):
 
 def test_shifted_weight_of_narrow_dtypes_is_computed_in_float64():
     (before, after), weight = shifted_rows("many", 6, 30), random(30, 4, 6).bfloat16()
-    cross, gram = (before.T @ after).float(), (after.T @ after).float()
-    found = shifted_weight(weight, cross, gram, 1e-2)
+    cross, inputs = (weight.double() @ before.T @ after).float(), (after.T @ after).float()
+    found = shifted_weight(weight, cross, inputs, 1e-2)
     assert found.dtype == torch.float64
-    assert torch.equal(found, shifted_weight(weight.double(), cross.double(), gram.double(), 1e-2))
+    assert torch.equal(found, shifted_weight(weight.double(), cross.double(), inputs.double(), 1e-2))
 
 
 def test_arguments_of_shifted_weight_are_not_changed():
     before, after = shifted_rows("many", 6, 31)
-    arguments = (random(31, 4, 6), before.T @ after, after.T @ after)
+    arguments = (random(31, 4, 6), random(31, 4, 6) @ before.T @ after, after.T @ after)
     copies = [tensor.clone() for tensor in arguments]
     found = shifted_weight(*arguments, 1e-2)
     found.zero_()

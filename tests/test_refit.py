@@ -2,23 +2,18 @@
 
 import contextvars
 import functools
-import os
-import signal
-import warnings
 from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration, debug_launcher
-from accelerate.state import AcceleratorState, GradientState
 from compressions import default_options
+from processes import accelerator, in_two_processes, loader_of, needs_processes
 from refit_oracle import get_matrix, layer_inputs, plain_examples, roots, slow_refit, with_ridge
 from safetensors.torch import load_file, save_file
 from tiny_models import IGNORED, TINY_MODELS, generator, split_batch, t5, t5_equal_lengths
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -34,7 +29,6 @@ from hf_lossless_lr.targets import find_targets
 COUNT = 7
 BATCH_SIZE = 3
 DAMPING = 0.03
-LAUNCH_SECONDS = 120
 
 # Largest deviation of a weight, relative to its largest entry.
 DOUBLE = 1e-10  # all in double precision, through the solution of a system whose condition is at most size / ridge
@@ -44,18 +38,6 @@ SINGLE = 1e-4  # products in float32
 MODELS = {**TINY_MODELS, "t5-equal-lengths": t5_equal_lengths}
 ROUNDS_TO_SINGLE = ("llama", "t5", "t5-equal-lengths")
 SHARED_ALBERT = "albert.encoder.albert_layer_groups.0.albert_layers.0"
-
-
-def first(items):
-    return items[0]
-
-
-def loader_of(batches):
-    return DataLoader(batches, batch_size=1, collate_fn=first)
-
-
-def accelerator():
-    return Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(even_batches=False))
 
 
 def in_double(build, count=COUNT):
@@ -89,7 +71,7 @@ class Prepared(NamedTuple):
         }
 
     def refit(self, batches, damping: float = DAMPING) -> dict[str, np.ndarray]:
-        refit(self.model, self.targets, self.groups, loader_of(batches), accelerator(), damping)
+        refit(self.model, self.targets, self.groups, loader_of(batches), accelerator(), damping, {})
         return self.products()
 
 
@@ -673,29 +655,20 @@ def with_double_rows(patch):
     patch.setattr("hf_lossless_lr.statistics.real_rows", double_rows)
 
 
-def refit_in_one_of_several_processes(folder):
-    signal.alarm(LAUNCH_SECONDS)  # a process that waits for one that died ends itself
-    os.environ["OMP_NUM_THREADS"] = "1"  # the threads of the parent process do not live on in its children
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    process = accelerator()
-    assert process.num_processes == 2
+def refit_cases(folder, process):
     with_double_rows(pytest.MonkeyPatch())
     products = {f"{case}/{k}": torch.from_numpy(v) for case in LAUNCHED for k, v in refit_case(case).items()}
-    save_file(products, f"{folder}/{process.process_index}.safetensors")
-    process.end_training()
+    save_file(products, folder / f"{process}.safetensors")
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    with warnings.catch_warnings():  # Python 3.12 warns of any fork of a process with threads
-        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-        debug_launcher(refit_in_one_of_several_processes, (str(folder),), num_processes=2)
+    in_two_processes(refit_cases, folder)
     return [load_file(folder / f"{rank}.safetensors") for rank in (0, 1)]
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
+@needs_processes
 class TestTwoProcesses:
     @pytest.mark.parametrize("case", LAUNCHED)
     def test_give_what_one_process_gives(self, case, launched, monkeypatch):

@@ -2,17 +2,57 @@
 
 import errno
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from hf_lossless_lr import CheckpointError, CompressionReport
-from hf_lossless_lr.report import REPORT_NAME, LayerReport, Measurement, write_atomically
+from hf_lossless_lr import Certificate, CheckpointError, CompressionReport
+from hf_lossless_lr.report import REPORT_NAME, Difference, LayerReport, Measurement, write_atomically
 
 FACTORIZED = LayerReport("Linear", 8, 10, 3, "pivoted", 80, 45, -0.25, 0.5)
 DENSE = LayerReport("Conv1D", 4, 5, None, None, 20, 20, 0.0, 0.0)
+
+CERTIFICATE = Certificate(
+    status="lossless",
+    reasons=("the first reason", "the second"),
+    loss_margin=0.01,
+    metric_margin=0.02,
+    confidence=0.95,
+    p_value=1e-30,
+    examples=500,
+    units=700,
+    clusters="examples",
+    fingerprint="ab" * 32,
+    loss=(0.1 + 0.2, 0.25),
+    loss_increase=Difference(-0.05, -0.06, -0.04),
+    accuracy=(0.9, 0.875),
+    accuracy_drop=Difference(0.025, 0.01, 0.02),
+    chance=0.5,
+    temperatures=(1.25, 2**0.25),
+    tempered_loss_increase=Difference(1e-300, -1e-3, 1e-3),
+    calibration_error=(0.03, 0.02),
+    changed=0.04,
+    divergence=0.001,
+    examples_needed=12345,
+)
+NO_CLASSES = replace(  # of a head that does not classify, on one batch
+    CERTIFICATE,
+    reasons=(),
+    clusters="batches",
+    loss_increase=Difference(0.1, -math.inf, math.inf),
+    accuracy=None,
+    accuracy_drop=None,
+    chance=None,
+    temperatures=None,
+    tempered_loss_increase=None,
+    calibration_error=None,
+    changed=None,
+    divergence=None,
+    examples_needed=None,
+)
 
 
 @pytest.fixture
@@ -26,8 +66,11 @@ def report():
         trials=[{"keep_ratio": 0.5, "loss_increase": 0.01, "passes": False}],
         dense=Measurement(0.1 + 0.2, 0.75, 1000),
         compressed=Measurement(1e-9, None, 930),
-        calibration={"examples": 12, "units": 30, "loss": 0.4, "fingerprint": "00" * 32},
+        certificate=None,
+        uncertified="too few examples",
+        calibration={"examples": 12, "units": 30, "loss": 0.4},
         evaluation={"examples": 3, "units": 8},
+        fingerprints={"calibration": "00" * 32, "evaluation": "ab" * 32},
         model_fingerprint="ff" * 32,
         epsilon=None,
         versions={"python": "3.11"},
@@ -47,6 +90,22 @@ class TestReport:
     def test_survives_json_with_noise_bounds(self, report):
         report = replace(report, epsilon={"one": 0.1, "two": 1e-300})
         assert CompressionReport.from_json(report.to_json()) == report
+
+    @pytest.mark.parametrize("certificate", [CERTIFICATE, NO_CLASSES])
+    def test_survives_json_with_a_certificate(self, report, certificate):
+        report = replace(report, certificate=certificate, uncertified=None)
+        again = CompressionReport.from_json(report.to_json())
+        assert again == report
+        assert type(again.certificate.loss_increase) is Difference
+        assert type(again.certificate.reasons) is type(again.certificate.loss) is tuple
+
+    def test_shows_the_certificate_and_the_verdict_in_json(self, report):
+        data = json.loads(replace(report, certificate=CERTIFICATE, uncertified=None).to_json())
+        assert data["certificate"]["status"] == "lossless"
+        assert data["certificate"]["reasons"] == list(CERTIFICATE.reasons)
+        assert data["certificate"]["loss_increase"] == {"mean": -0.05, "lower": -0.06, "upper": -0.04}
+        assert data["verdict"] == "lossless@(0.01 nats, 2 points)"
+        assert json.loads(report.to_json())["verdict"] == "none"
 
     def test_shows_the_derived_numbers_in_json(self, report):
         data = json.loads(report.to_json())
@@ -69,6 +128,28 @@ class TestReport:
         assert {file.name for file in tmp_path.iterdir()} == {REPORT_NAME, "other"}
 
 
+class TestVerdict:
+    @pytest.mark.parametrize("status", ["improved", "inconclusive", "lossy"])
+    def test_is_the_status_of_the_certificate(self, report, status):
+        certificate = replace(CERTIFICATE, status=status)
+        assert replace(report, certificate=certificate).verdict == certificate.verdict == status
+
+    @pytest.mark.parametrize(
+        ("certificate", "loss_margin", "metric_margin", "verdict"),
+        [
+            (CERTIFICATE, 0.01, 0.01, "lossless@(0.01 nats, 1 point)"),
+            (CERTIFICATE, 0.0, 0.005, "lossless@(0 nats, 0.5 points)"),
+            (NO_CLASSES, 0.02, 0.01, "lossless@(0.02 nats)"),
+        ],
+    )
+    def test_of_a_lossless_model_names_the_margins(self, report, certificate, loss_margin, metric_margin, verdict):
+        certificate = replace(certificate, loss_margin=loss_margin, metric_margin=metric_margin)
+        assert replace(report, certificate=certificate).verdict == verdict
+
+    def test_of_a_model_without_a_certificate_is_none(self, report):
+        assert report.verdict == "none"
+
+
 def without(name):
     return lambda data: data.pop(name)
 
@@ -87,6 +168,13 @@ BROKEN = {
     "a layer with more": lambda data: data["layers"]["one"].update(colour="red"),
     "layers in a list": lambda data: data.update(layers=[1]),
     "a measurement that is none": lambda data: data.update(compressed=3),
+    "no certificate": without("certificate"),
+    "no fingerprints": without("fingerprints"),
+    "a certificate without a status": lambda data: data["certificate"].pop("status"),
+    "a certificate with more": lambda data: data["certificate"].update(colour="red"),
+    "a certificate in a list": lambda data: data.update(certificate=[1]),
+    "a certificate without a difference": lambda data: data["certificate"].pop("tempered_loss_increase"),
+    "a difference without a bound": lambda data: data["certificate"]["loss_increase"].pop("upper"),
 }
 
 
@@ -98,7 +186,7 @@ class TestReading:
 
     @pytest.mark.parametrize("case", BROKEN)
     def test_a_broken_report_is_refused(self, case, report):
-        data = json.loads(report.to_json())
+        data = json.loads(replace(report, certificate=CERTIFICATE).to_json())
         BROKEN[case](data)
         with pytest.raises(CheckpointError, match="this is no compression report"):
             CompressionReport.from_json(json.dumps(data))

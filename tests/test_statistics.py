@@ -1,16 +1,13 @@
 """Calibration statistics against a slow double-precision oracle, and everything that must not change them."""
 
 import json
-import os
-import signal
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration, debug_launcher
-from accelerate.state import AcceleratorState, GradientState
+from processes import accelerator, in_two_processes, loader_of, needs_processes
 from safetensors.torch import load_file, save_file
 from statistics_oracle import slow_statistics, unpadded_examples
 from tiny_models import (
@@ -30,7 +27,6 @@ from tiny_models import (
 )
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
 
 from hf_lossless_lr.errors import DataError, NumericalError, TargetError
 from hf_lossless_lr.heads import forward_loss, labelled_units
@@ -45,7 +41,6 @@ FLOAT32 = 2e-4  # of a float32 model from its double-precision copy
 BFLOAT16 = 0.15  # of a bfloat16 model from its double-precision copy; its weights and gradients have 8 bits
 
 COUNT = 7
-LAUNCH_SECONDS = 120
 
 # the tiny models whose loss does not depend on padding (question answering has logits for it, multiple choice is 3-d)
 ORACLE_MODELS = {
@@ -56,18 +51,6 @@ ORACLE_MODELS = {
     },
     "t5-equal-lengths": t5_equal_lengths,
 }
-
-
-def first(items):
-    return items[0]
-
-
-def loader_of(batches: Iterable) -> DataLoader:
-    return DataLoader(list(batches), batch_size=1, collate_fn=first)
-
-
-def accelerator() -> Accelerator:
-    return Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(even_batches=False))
 
 
 def targets_of(model):
@@ -694,14 +677,8 @@ def collect_case(name: str) -> CalibrationStatistics:
     return collect(model, split_batch(batch, size))
 
 
-def collect_in_one_of_several_processes(folder: str) -> None:
+def collect_cases(folder: Path, process: int) -> None:
     """What each launched process runs: all cases, saved under the number of the process."""
-    signal.alarm(LAUNCH_SECONDS)  # a process that waits for one that died ends itself
-    os.environ["OMP_NUM_THREADS"] = "1"  # the threads of the parent process do not live on in its children
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    process = accelerator()
-    assert process.num_processes == 2
     tensors, facts = {}, {}
     for case in LAUNCHED:
         statistics = collect_case(case)
@@ -716,25 +693,21 @@ def collect_in_one_of_several_processes(folder: str) -> None:
         for name, layer in statistics.layers.items():
             for field in ("weight_grad", "input_covariance", "grad_covariance"):
                 tensors[f"{case}/{name}/{field}"] = getattr(layer, field).clone(memory_format=torch.contiguous_format)
-    save_file(tensors, f"{folder}/{process.process_index}.safetensors")
-    with open(f"{folder}/{process.process_index}.json", "w") as file:
-        json.dump(facts, file)
-    process.end_training()
+    save_file(tensors, folder / f"{process}.safetensors")
+    (folder / f"{process}.json").write_text(json.dumps(facts))
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    with warnings.catch_warnings():  # Python 3.12 warns of any fork of a process with threads
-        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-        debug_launcher(collect_in_one_of_several_processes, (str(folder),), num_processes=2)
+    in_two_processes(collect_cases, folder)
     return [
         (load_file(folder / f"{rank}.safetensors"), json.loads((folder / f"{rank}.json").read_text()))
         for rank in (0, 1)
     ]
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
+@needs_processes
 class TestTwoProcesses:
     @pytest.mark.parametrize("case", LAUNCHED)
     def test_give_what_one_process_gives(self, case, launched):

@@ -265,6 +265,15 @@ def rows(batch: Batch, indices: Any) -> Batch:
     return {name: value[indices] for name, value in batch.items()}
 
 
+def other_inputs(batch: Batch) -> Batch:
+    """Examples of the same kind that are none of these: each word is the next one, each picture its negative."""
+    words, pictures = batch.get("input_ids"), batch.get("pixel_values")
+    if words is not None:
+        following = FIRST_WORD + (words - FIRST_WORD + 1) % (VOCABULARY - FIRST_WORD)
+        return batch | {"input_ids": torch.where(words < FIRST_WORD, words, following)}
+    return batch | {"pixel_values": -pictures}
+
+
 def split_batch(batch: Batch, size: int) -> list[Batch]:
     """The batch cut into batches of `size`; the last one may be smaller."""
     count = len(next(iter(batch.values())))

@@ -1,0 +1,75 @@
+"""Compress a BERT of SWAG (multiple choice), score both models on the validation set, and state a verdict.
+
+    python examples/compress_bert_swag.py --model MODEL --data FOLDER --keep-ratio 0.7 --output DIR --json FILE
+
+FOLDER holds `train.jsonl` and `validation.jsonl`, with `sent1`, `sent2`, `ending0` to `ending3` and `label` in each
+line (the schema of swag/regular). Without --data, it comes from the hub.
+"""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForMultipleChoice, AutoTokenizer
+
+from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
+from hf_lossless_lr.data import load_split
+from hf_lossless_lr.evaluation.scores import compare
+from hf_lossless_lr.evaluation.swag import SWAG
+from hf_lossless_lr.evaluation.task import ScoringOptions
+from hf_lossless_lr.verdict import verdict_sentence
+
+TASK = SWAG
+
+
+def load(folder: Path | None, split: str, count: int | None) -> Dataset:
+    path, name = (str(folder), None) if folder else TASK.dataset[:2]
+    data = load_split(path, name, None, split, None).shuffle(seed=0)
+    return data.select(range(min(count or len(data), len(data))))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="aaraki/bert-base-uncased-finetuned-swag")
+    parser.add_argument("--data", type=Path, help="folder of train.jsonl and validation.jsonl; default: the hub")
+    parser.add_argument("--examples", type=int, help="of each split; default: 1024 of train, all of validation")
+    parser.add_argument("--keep-ratio", type=float, default=0.5)
+    parser.add_argument("--output", help="folder for the compressed checkpoint")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    arguments = parser.parse_args()
+    model = AutoModelForMultipleChoice.from_pretrained(arguments.model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    train = load(arguments.data, "train", arguments.examples or 1024)
+    validation = load(arguments.data, "validation", arguments.examples)
+    options = ScoringOptions(batch_size=32, max_length=TASK.max_length)
+    dense = TASK.score(model, validation, tokenizer, options)
+    compressor = LowRankCompressor(LosslessLowRankConfig(keep_ratio=arguments.keep_ratio))
+    model = compressor.compress(
+        model,
+        TASK.prepare(train, tokenizer, TASK.max_length),
+        eval_dataset=TASK.prepare(validation, tokenizer, TASK.max_length),
+        data_collator=TASK.collator(tokenizer),
+    )
+    compressed = TASK.score(model, validation, tokenizer, options)
+    report, confidence = compressor.report, compressor.config.confidence
+    figures = {"keep_ratio": report.keep_ratio, "verdict": verdict_sentence(report)}
+    for name, drop in compare(dense, compressed, confidence).items():
+        before, after = dense.values()[name], compressed.values()[name]
+        figures[name] = {"dense": before, "compressed": after, "drop": asdict(drop)}
+        print("{}: dense {:.4f} ± {:.4f}, compressed {:.4f} ± {:.4f}".format(name, *before, *after))
+        print(f"  worse by {drop.mean:+.4f}; {confidence:.0%} bounds {drop.lower:+.4f} and {drop.upper:+.4f}")
+    print(f"kept {report.keep_ratio:.1%} of the targeted parameters; {figures['verdict']}")
+    if arguments.output:
+        model.save_pretrained(arguments.output)
+        tokenizer.save_pretrained(arguments.output)
+        report.save(arguments.output)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The commands of `hf-lossless-lr`, one a file."""

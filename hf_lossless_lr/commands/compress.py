@@ -1,0 +1,104 @@
+"""`hf-lossless-lr compress`: from a checkpoint and data to a compressed checkpoint with its verdict."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .. import LosslessLowRankConfig, LowRankCompressor
+from ..config import CompressionOptions
+from ..console import comparison_table, report_rows
+from ..data import TASKS
+from ..errors import ConfigurationError
+from ..verdict import verdict_sentence
+from .arguments import (
+    NOT_AS_REQUIRED,
+    NOTHING_COMPRESSED,
+    DataArguments,
+    complaint,
+    load_examples,
+    load_model,
+    load_processor,
+)
+
+
+@dataclass(kw_only=True)
+class CompressArguments(DataArguments):
+    """What to calibrate and evaluate on, and where to write the result."""
+
+    output: str = field(metadata={"help": "folder for the compressed checkpoint; must not exist"})
+    eval_data_files: list[str] | None = field(default=None, metadata={"help": "evaluation files, for a format"})
+    calibration_split: str = field(default="train", metadata={"help": "split to calibrate on"})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "split to evaluate on; default: a fifth of the calibration examples"}
+    )
+    calibration_examples: int = field(default=1024, metadata={"help": "calibration examples, from the start"})
+    eval_examples: int | None = field(default=None, metadata={"help": "evaluation examples; default all"})
+    statistics: str | None = field(
+        default=None, metadata={"help": "file of calibration statistics: read if it exists, else written, to resume"}
+    )
+
+
+def compress(arguments: Any) -> int:
+    """Run `hf-lossless-lr compress`.
+
+    Args:
+        arguments: the parsed arguments.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        ConfigurationError: if the output exists already.
+    """
+    config = LosslessLowRankConfig(**{f.name: getattr(arguments, f.name) for f in fields(CompressionOptions)})
+    output = Path(arguments.output)
+    if output.exists():
+        raise ConfigurationError(f"--output: {output} exists already; choose another folder or remove it.")
+    model, processor = load_model(arguments, arguments.model), load_processor(arguments, arguments.model)
+    calibration = load_examples(
+        arguments, processor, arguments.data_files, arguments.calibration_split, arguments.calibration_examples
+    )
+    evaluation = None
+    if arguments.eval_data_files is not None or arguments.eval_split is not None:
+        split = arguments.eval_split or "validation"
+        evaluation = load_examples(arguments, processor, arguments.eval_data_files, split, arguments.eval_examples)
+    compressor = LowRankCompressor(config)
+    compressor.calibrate(
+        model,
+        calibration,
+        eval_dataset=evaluation,
+        data_collator=TASKS[arguments.task].collator(processor),
+        statistics_path=arguments.statistics,
+    )
+    compressor.compress_to()
+    report = compressor.report
+    if report is None:
+        raise ConfigurationError("the compressor left no report")
+    if arguments.json:
+        Path(arguments.json).write_text(report.to_json(), encoding="utf-8")
+    if all(layer.rank is None for layer in report.layers.values()):
+        print(f"hf-lossless-lr: no model met objective {report.config['objective']}; nothing written", file=sys.stderr)
+        return NOTHING_COMPRESSED
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+    try:
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        partial.chmod(0o755)
+        os.replace(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(comparison_table(report_rows(report)))
+    print(f"measured on {report.evaluation['examples']} held-out examples; written to {output}")
+    print(verdict_sentence(report))
+    problem = complaint(report.certificate, arguments.require)
+    if problem is None:
+        return 0
+    print(f"hf-lossless-lr: {problem}; {output} is written all the same", file=sys.stderr)
+    return NOT_AS_REQUIRED

@@ -1,0 +1,50 @@
+"""`hf-lossless-lr report`: the report of a compressed checkpoint again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .. import CompressionReport
+from ..console import comparison_table, report_rows
+from ..errors import CheckpointError
+from ..plots import write_figures
+from ..report import REPORT_NAME
+from ..verdict import verdict_sentence
+
+
+def read_report(folder: Path) -> CompressionReport:
+    """Read the report of a checkpoint.
+
+    Args:
+        folder: the checkpoint.
+
+    Returns:
+        The report.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    try:
+        return CompressionReport.from_json((folder / REPORT_NAME).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read {REPORT_NAME} in {folder}: {error}") from error
+
+
+def report(arguments: Any) -> int:
+    """Run `hf-lossless-lr report`.
+
+    Args:
+        arguments: the parsed arguments.
+
+    Returns:
+        Exit code.
+    """
+    folder = Path(arguments.folder)
+    found = read_report(folder)
+    print(comparison_table(report_rows(found)))
+    if arguments.plots is not None:
+        for path in write_figures(found, arguments.plots or folder / "figures"):
+            print(f"written: {path}")
+    print(verdict_sentence(found))
+    return 0

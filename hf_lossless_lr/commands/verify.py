@@ -1,0 +1,74 @@
+"""`hf-lossless-lr verify`: a verdict on any pair of checkpoints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import verify as verify_pair
+from ..config import LosslessLowRankConfig
+from ..console import comparison_table
+from ..data import TASKS
+from ..report import REPORT_NAME, write_atomically
+from ..verdict import certificate_sentence
+from .arguments import NOT_AS_REQUIRED, DataArguments, complaint, load_examples, load_model, load_processor
+from .report import read_report
+
+_DEFAULTS = LosslessLowRankConfig()
+
+
+@dataclass(kw_only=True)
+class VerifyArguments(DataArguments):
+    """What to compare on, and what counts as lossless."""
+
+    split: str = field(default="validation", metadata={"help": "split to compare on"})
+    examples: int | None = field(default=None, metadata={"help": "examples, from the start; default all"})
+    batch_size: int = field(default=_DEFAULTS.batch_size, metadata={"help": "examples per forward pass"})
+    loss_margin: float = field(default=_DEFAULTS.loss_margin, metadata={"help": "acceptable loss increase in nats"})
+    metric_margin: float = field(
+        default=_DEFAULTS.metric_margin, metadata={"help": "acceptable drop of the accuracy, as a fraction"}
+    )
+    confidence: float = field(default=_DEFAULTS.confidence, metadata={"help": "confidence level of one-sided bounds"})
+
+
+def verify(arguments: Any) -> int:
+    """Run `hf-lossless-lr verify`.
+
+    Args:
+        arguments: the parsed arguments.
+
+    Returns:
+        Exit code.
+    """
+    margins = {name: getattr(arguments, name) for name in ("loss_margin", "metric_margin", "confidence", "batch_size")}
+    LosslessLowRankConfig(**margins)  # refuses values out of range
+    folder = Path(arguments.compressed)
+    used = read_report(folder).fingerprints if (folder / REPORT_NAME).is_file() else {}
+    dense, compressed = (load_model(arguments, name) for name in (arguments.dense, arguments.compressed))
+    processor = load_processor(arguments, arguments.dense)
+    certificate = verify_pair(
+        dense,
+        compressed,
+        load_examples(arguments, processor, arguments.data_files, arguments.split, arguments.examples),
+        data_collator=TASKS[arguments.task].collator(processor),
+        used={digest for part, digest in used.items() if part != "evaluation"},
+        **margins,
+    )
+    if arguments.json:
+        write_atomically(arguments.json, json.dumps(asdict(certificate), indent=2) + "\n")
+    accuracy = certificate.accuracy or (None, None)
+    rows = {
+        "parameters": (dense.num_parameters(), compressed.num_parameters()),
+        "loss (nats)": certificate.loss,
+        "accuracy": accuracy,
+    }
+    print(comparison_table(rows))
+    print(certificate_sentence(certificate))
+    problem = complaint(certificate, arguments.require)
+    if problem is None:
+        return 0
+    print(f"hf-lossless-lr: {problem}", file=sys.stderr)
+    return NOT_AS_REQUIRED

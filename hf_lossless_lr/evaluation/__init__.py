@@ -1,0 +1,1 @@
+"""Scores on the tasks that people publish figures on; a task never knows that a model is compressed."""

@@ -1,0 +1,48 @@
+"""What a task is: how its data become examples of a model, and how a model is scored on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from .scores import Scores
+
+
+class ScoringOptions(NamedTuple):
+    """How a model is run over a task.
+
+    Attributes:
+        batch_size: examples per forward pass.
+        max_length: tokens that an input is cut to.
+    """
+
+    batch_size: int
+    max_length: int
+
+
+@dataclass(frozen=True)
+class EvaluationTask:
+    """A task that people publish figures on. It never knows that a model is compressed.
+
+    Attributes:
+        auto_model: name of the Auto class of its models.
+        processor: name of the Auto class of their tokenizer or processor.
+        dataset: its data set on the hub: id, configuration, split to calibrate on, split to evaluate on.
+        max_length: tokens that an input is cut to by default.
+        prepare: `(dataset, processor, max_length) -> examples` with labels, as `compress` and `verify`
+            take them.
+        collator: makes the collator of these examples from the processor.
+        score: `(model, dataset, processor, options) -> scores`, one row of counts for each example of the data set.
+    """
+
+    auto_model: str
+    processor: str
+    dataset: tuple[str, str | None, str, str]
+    max_length: int
+    prepare: Callable[[Dataset, Any, int], Dataset]
+    collator: Callable[[Any], Any]
+    score: Callable[[PreTrainedModel, Dataset, Any, ScoringOptions], Scores]

@@ -1,0 +1,83 @@
+"""`verify` judges any pair of models on the same examples."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from tiny_models import TINY_MODELS, split_batch
+
+from hf_lossless_lr import CertificateError, DataError, verify
+from hf_lossless_lr.batches import make_dataloader
+from hf_lossless_lr.splits import combined_digest, item_digests
+
+EXAMPLES = 300  # with 200, even no change at all leaves an upper bound above one point
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """A model that answers all its examples correctly, and batches of them."""
+    model, batch = TINY_MODELS["bert-sequence-classification"](EXAMPLES)
+    with torch.no_grad():
+        for parameter in model.classifier.parameters():
+            parameter.mul_(50)  # a random head says nothing; this one is sure of its answers
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        batch["labels"] = model.eval()(**inputs).logits.argmax(-1)
+    return model, split_batch(batch, 20)
+
+
+def disturbed(model, amount):
+    other, generator = deepcopy(model), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(amount * torch.randn(parameter.shape, generator=generator))
+    return other
+
+
+class TestVerify:
+    def test_finds_a_model_lossless_against_itself(self, pair):
+        model, batches = pair
+        certificate = verify(model, deepcopy(model), batches)
+        assert certificate.status == "lossless"
+        assert certificate.loss_increase.mean == certificate.accuracy_drop.mean == certificate.divergence == 0
+        assert certificate.examples == EXAMPLES
+
+    def test_finds_another_model_lossy(self, pair):
+        model, batches = pair
+        other = disturbed(model, 0.5)
+        certificate = verify(model, other, batches)
+        assert certificate.status == "lossy"
+        with torch.no_grad():
+            losses = [sum(m.eval()(**b).loss.item() for b in batches) / len(batches) for m in (model, other)]
+        assert certificate.loss == pytest.approx(losses, rel=1e-5)
+
+    def test_depends_on_the_margins(self, pair):
+        model, batches = pair
+        other = disturbed(model, 0.5)
+        assert verify(model, other, batches, loss_margin=100.0, metric_margin=1.0).status == "lossless"
+
+    def test_leaves_both_models_in_their_modes(self, pair):
+        model, batches = pair
+        other = deepcopy(model).train()
+        verify(model.eval(), other, batches)
+        assert other.training
+        assert not model.training
+
+    def test_refuses_data_that_the_model_was_made_from(self, pair):
+        model, batches = pair
+        loader = make_dataloader(batches, model, batch_size=1)
+        used = [combined_digest(item_digests(loader, model))]
+        with pytest.raises(CertificateError, match="made from"):
+            verify(model, model, batches, used=used)
+        assert verify(model, model, batches[:-1], used=used).status == "lossless"
+
+    def test_refuses_few_examples(self, pair):
+        model, batches = pair
+        with pytest.raises(CertificateError, match="20 examples are too few"):
+            verify(model, model, batches[:1])
+
+    def test_refuses_models_of_different_tasks(self, pair):
+        model, batches = pair
+        config = deepcopy(model.config)
+        config.num_labels = model.config.num_labels + 1
+        with pytest.raises(DataError, match="same questions"):
+            verify(model, type(model)(config), batches)

@@ -1,0 +1,122 @@
+"""The command line of lm-eval on compressed checkpoints: with a stand-in, and with lm-eval where it is installed."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from mmlu_questions import LETTERS, SUBJECTS, byte_tokenizer, dev_rows, llama, questions
+from transformers import AutoModelForCausalLM
+
+from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
+from hf_lossless_lr.evaluation.mmlu import mmlu
+from hf_lossless_lr.evaluation.task import ScoringOptions
+from hf_lossless_lr.lm_eval import main
+from hf_lossless_lr.modules import is_factorized
+
+OPTIONS = ScoringOptions(5, 1024)
+ROOT = Path(__file__).resolve().parent.parent
+STAND_IN = """
+import sys
+def cli_evaluate():
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    print("registered" if "lossless_lr" in AUTO_QUANTIZER_MAPPING else "unknown", *sys.argv[1:])
+    sys.exit(5)
+"""
+TEMPLATE = """dataset_path: json
+output_type: multiple_choice
+test_split: test
+fewshot_split: dev
+fewshot_config:
+  sampler: first_n
+doc_to_text: "{{{{question.strip()}}}}\\nA. {{{{choices[0]}}}}\\nB. {{{{choices[1]}}}}\\n\\
+  C. {{{{choices[2]}}}}\\nD. {{{{choices[3]}}}}\\nAnswer:"
+doc_to_choice: ["A", "B", "C", "D"]
+doc_to_target: answer
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+task: local_{subject}
+description: "The following are multiple choice questions (with answers) about {words}.\\n\\n"
+dataset_kwargs:
+  data_files:
+    dev: {dev}
+    test: {test}
+"""
+
+
+def run(arguments, *folders):
+    paths = os.pathsep.join([*map(str, folders), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-m", "hf_lossless_lr.lm_eval", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+class TestCommand:
+    def test_hands_its_arguments_to_lm_eval_once_the_format_is_known(self, tmp_path):
+        (tmp_path / "lm_eval").mkdir()
+        (tmp_path / "lm_eval" / "__init__.py").touch()
+        (tmp_path / "lm_eval" / "__main__.py").write_text(STAND_IN)
+        arguments = ["run", "--model", "hf", "--model_args", "pretrained=a folder,dtype=float32"]
+        result = run(arguments, tmp_path)
+        assert (result.stdout.strip(), result.returncode) == (" ".join(["registered", *arguments]), 5), result.stderr
+
+    def test_says_how_to_install_lm_eval(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "lm_eval", None)
+        monkeypatch.delitem(sys.modules, "lm_eval.__main__", raising=False)
+        with pytest.raises(SystemExit, match=r"install it with: pip install 'hf-lossless-lr\[lm-eval\]'"):
+            main()
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed")
+def test_lm_eval_answers_mmlu_as_the_evaluation_does(tmp_path):
+    rows, tokenizer, task = questions((12, 12, 12)), byte_tokenizer(), mmlu(Dataset.from_list(dev_rows()))
+    model = llama(num_hidden_layers=2)
+    compressor = LowRankCompressor(LosslessLowRankConfig(keep_ratio=0.5))
+    examples = task.prepare(Dataset.from_list(rows), tokenizer, 1024)
+    compressor.compress(model, examples, data_collator=task.collator(tokenizer))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    assert any(is_factorized(module) for module in model.modules())
+
+    for subject in SUBJECTS:
+        files = {
+            name: write_lines(tmp_path / f"{subject}_{name}.jsonl", [row for row in part if row["subject"] == subject])
+            for name, part in (("dev", dev_rows()), ("test", rows))
+        }
+        text = TEMPLATE.format(subject=subject, words=subject.replace("_", " "), **files)
+        (tmp_path / f"local_{subject}.yaml").write_text(text)
+    arguments = ["--model", "hf", "--model_args", f"pretrained={tmp_path / 'model'},dtype=float32"]
+    arguments += ["--tasks", ",".join(f"local_{subject}" for subject in SUBJECTS), "--include_path", tmp_path]
+    arguments += ["--num_fewshot", "5", "--batch_size", "4", "--device", "cpu"]
+    arguments += ["--output_path", tmp_path / "results", "--log_samples"]
+    result = run(arguments)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+    for subject in SUBJECTS:
+        (file,) = (tmp_path / "results").rglob(f"samples_local_{subject}_*.jsonl")
+        samples = sorted(map(json.loads, file.read_text().splitlines()), key=lambda sample: sample["doc_id"])
+        scores = task.score(model, data := Dataset.from_list([s["doc"] for s in samples]), tokenizer, OPTIONS)
+        assert len(data) == 12
+        theirs = np.array([[float(answer[0]) for answer in sample["filtered_resps"]] for sample in samples])
+        right = theirs[range(12), data["answer"]]
+        np.testing.assert_allclose(scores.counts[:, 0], -right, rtol=1e-4)
+        assert scores.values()["accuracy"][0] == pytest.approx(np.mean([sample["acc"] for sample in samples]))
+        arguments = [sample["arguments"]["gen_args_0"] for sample in samples]
+        prompts = [tokenizer.decode(e["input_ids"]) for e in task.prepare(data, tokenizer, 1024)]
+        expected = [
+            "<s>" + a["arg_0"] + " " + LETTERS[s["doc"]["answer"]] for a, s in zip(arguments, samples, strict=True)
+        ]
+        assert prompts == expected
