@@ -32,11 +32,11 @@ CONFIDENCE = 0.95
 MARGIN = 0.01  # nats per unit, and as a fraction of the answers
 SHARES = (0.0, 0.5, 1.0, 1.5)  # true differences, as multiples of the margin
 SIZES = (30, 100, 300, 1000, 3000)  # examples
-REPLICATIONS = 10_000  # of the bounds that are formulas, and of all at the margin but BCa alone
-BOOTSTRAPS = {30: 1000, 100: 1000, 300: 600, 1000: 300, 3000: 120}  # examples to replications of the BCa bootstrap
+REPLICATIONS = 10_000  # of the bounds that are formulas, and of all at the margin but BCa alone; half of it at 3,000
+BOOTSTRAPS = {30: 1000, 100: 1000, 300: 600, 1000: 300, 3000: 100}  # examples to replications of the BCa bootstrap
 RESAMPLES = 999  # of each BCa bootstrap, in the whole verdict, too; the package takes 9,999
 VERDICTS = {300: 300, 1000: 150}  # examples to replications of the whole verdict
-CURVE = (50, 100, 200, 300, 500, 700, 1000, 1500, 2000, 3000, 5000)  # examples of the power curves
+CURVE = (50, 100, 200, 300, 500, 1000, 2000, 3000, 5000)  # examples of the power curves
 CURVE_REPLICATIONS = 2000
 DRAWN_VALUES = 4_000_000  # values held at a time
 
@@ -125,7 +125,8 @@ def loss_rates(
     both = {"t": t_bound, "BCa": partial(bca_bound, generator=generator)}
     deviation = float(np.std(differences - differences.sum() / units.sum() * units, ddof=1) / units.mean())
     for examples in sizes:
-        found = draw_bounds(differences, units, examples, REPLICATIONS, formulas, generator)
+        replications = REPLICATIONS if examples < 3000 else REPLICATIONS // 2
+        found = draw_bounds(differences, units, examples, replications, formulas, generator)
         pair = draw_bounds(differences, units, examples, BOOTSTRAPS[examples], both, generator)
         wider = np.maximum(pair["t"], pair["BCa"])
         predicted = power(examples, deviation, deviation)

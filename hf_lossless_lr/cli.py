@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import HfArgumentParser
 
 from . import LosslessLowRankError, __version__
 from .commands.compress import CompressArguments, compress
+from .commands.evaluate import EvaluateArguments, evaluate
 from .commands.report import report
 from .commands.verify import VerifyArguments, verify
 from .config import CompressionOptions
@@ -42,6 +44,15 @@ def build_parser() -> HfArgumentParser:
     )
     judge.add_argument("dense", help="hub id or local folder of the model to compare with")
     judge.add_argument("compressed", help="hub id or local folder of the model to judge")
+    scores = commands.add_parser(
+        "evaluate",
+        help="score a model on a published task, or two models side by side",
+        description="Score a model, dense or compressed, on a published task; two models are compared by paired "
+        "bounds, too.",
+        dataclass_types=[EvaluateArguments],
+    )
+    scores.add_argument("model", help="hub id or local folder of a model")
+    scores.add_argument("other", nargs="?", help="a second model, usually the compressed one")
     show = commands.add_parser(
         "report",
         help="show the report of a compressed checkpoint again",
@@ -75,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = build_parser().parse_args(argv)
     try:
-        return {"compress": compress, "verify": verify, "report": report, "demo": demo}[arguments.command](arguments)
+        return _COMMANDS[arguments.command](arguments)
     except LosslessLowRankError as error:
         print(f"hf-lossless-lr: error: {error}", file=sys.stderr)
         return 1
@@ -103,6 +114,15 @@ def demo(arguments: Any) -> int:
     output.mkdir(parents=True, exist_ok=True)
     run_demo(output, arguments.keep_ratio)
     return 0
+
+
+_COMMANDS: dict[str, Callable[[Any], int]] = {
+    "compress": compress,
+    "verify": verify,
+    "evaluate": evaluate,
+    "report": report,
+    "demo": demo,
+}
 
 
 if __name__ == "__main__":

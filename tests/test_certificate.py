@@ -394,20 +394,26 @@ class TestTemperature:
         assert certificate.loss_increase.upper < 0
         assert certificate.status == "inconclusive"
 
-    @pytest.mark.parametrize(("factor", "after", "bound"), [(5.0, 2.0, 2.0), (0.1, 0.4, 0.5)])
+    @pytest.mark.parametrize(("factor", "after", "bound"), [(5.0, 1.7, 2.0), (0.1, 0.6, 0.5)])
     def test_outside_the_range_cannot_pass_for_an_improvement(self, factor, after, bound):
         # Noise destroys information; but the dense model is so far from well calibrated that the loss still falls at
         # the temperatures that come nearest.
         values, labels = logits()
         noisy = after * (values + np.random.default_rng(1).normal(0, 0.3, values.shape))
         certificate = certify(from_logits(factor * values, noisy, labels), 0.01, 0.5, 0.95)
-        assert certificate.temperatures[0] == pytest.approx(bound)
+        assert certificate.temperatures == (pytest.approx(bound), pytest.approx(after, rel=0.1))
         assert certificate.tempered_loss_increase.upper < 0
         assert certificate.status == "inconclusive"
         assert certificate.reasons == (
             "the dense model's best temperature is not between 0.5 and 2, so the losses at fitted temperatures cannot "
             "be compared",
         )
+
+    def test_of_the_compressed_model_may_be_outside_the_range(self):
+        values, labels = logits()
+        certificate = certify(from_logits(1.9 * values, 2.1 * values, labels), 0.1, 0.01, 0.95)
+        assert certificate.temperatures == (pytest.approx(1.9, rel=0.01), pytest.approx(2.0))
+        assert (certificate.status, certificate.reasons) == ("lossless", ())
 
     def test_outside_the_range_can_still_be_lossy(self):
         values, labels = logits()

@@ -279,7 +279,7 @@ class TestErrors:
     @pytest.mark.parametrize("kind", ["folder", "empty folder", "file"])
     def test_of_an_output_that_exists_leave_it_alone(self, kind, command, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(
-            "hf_lossless_lr.commands.arguments._load", lambda *_, **__: pytest.fail("the model was loaded")
+            "hf_lossless_lr.commands.arguments.load_auto", lambda *_, **__: pytest.fail("the model was loaded")
         )
         out = tmp_path / "out"
         if kind == "file":

@@ -344,6 +344,9 @@ class TestLabels:
         names = ["crane", "crane2", "bird"]
         data = Dataset.from_dict({"label": [0, 1, 2]}).cast_column("label", ClassLabel(names=names))
         assert align_labels(data, classifier(3, ("crane", "crane", "bird"))) is data
+        some = Dataset.from_dict({"label": [0, 1]}).cast_column("label", ClassLabel(names=["bird", "crane"]))
+        with pytest.raises(DataError, match="they cannot be matched by name"):
+            align_labels(some, classifier(3, ("bird", "crane", "crane")))
 
     @pytest.mark.parametrize("count", [120, 99])
     def test_of_a_nameless_model_in_another_order_are_reported(self, warned, count):

@@ -46,7 +46,7 @@ def load_model(arguments: DataArguments, name: str) -> Any:
     Returns:
         The model.
     """
-    return _load(TASKS[arguments.task].auto_model, name, dtype=arguments.dtype)
+    return load_auto(TASKS[arguments.task].auto_model, name, dtype=arguments.dtype)
 
 
 def load_processor(arguments: DataArguments, name: str) -> Any:
@@ -59,10 +59,23 @@ def load_processor(arguments: DataArguments, name: str) -> Any:
     Returns:
         The tokenizer or processor.
     """
-    return _load(TASKS[arguments.task].processor, name)
+    return load_auto(TASKS[arguments.task].processor, name)
 
 
-def _load(auto_class: str, name: str, **options: Any) -> Any:
+def load_auto(auto_class: str, name: str, **options: Any) -> Any:
+    """Load a model, tokenizer or processor.
+
+    Args:
+        auto_class: name of its Auto class.
+        name: hub id or folder.
+        options: arguments of `from_pretrained`.
+
+    Returns:
+        What was loaded.
+
+    Raises:
+        ConfigurationError: if it cannot be loaded.
+    """
     try:
         return getattr(transformers, auto_class).from_pretrained(name, **options)
     except (OSError, ImportError) as error:

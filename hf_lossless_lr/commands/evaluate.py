@@ -1,0 +1,118 @@
+"""`hf-lossless-lr evaluate`: a model's scores on a published task, or two models' side by side."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .. import verify
+from ..config import LosslessLowRankConfig
+from ..data import load_split
+from ..errors import CertificateError, ConfigurationError
+from ..evaluation.mmlu import mmlu
+from ..evaluation.scores import compare
+from ..evaluation.task import ScoringOptions
+from ..evaluation.tasks import EVALUATION_TASKS
+from ..report import write_atomically
+from ..verdict import certificate_sentence
+from .arguments import load_auto
+
+_DEFAULTS = LosslessLowRankConfig()
+
+
+@dataclass(kw_only=True)
+class EvaluateArguments:
+    """The task and its data."""
+
+    task: str = field(metadata={"help": "task", "choices": list(EVALUATION_TASKS)})
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": "hub id, folder, or a format: json, csv, parquet, text; default: the hub's"},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration of the data set"})
+    data_files: list[str] | None = field(default=None, metadata={"help": "files, for a format"})
+    shots_files: list[str] | None = field(
+        default=None, metadata={"help": "files of MMLU's solved examples, for a format"}
+    )
+    split: str | None = field(default=None, metadata={"help": "split; default: the one that figures are published on"})
+    examples: int | None = field(default=None, metadata={"help": "examples, from the start; default all"})
+    max_length: int | None = field(default=None, metadata={"help": "tokens an input is cut to; default: the task's"})
+    batch_size: int = field(default=_DEFAULTS.batch_size, metadata={"help": "examples per forward pass"})
+    dtype: str = field(
+        default="float32", metadata={"help": "dtype to work in", "choices": ["float32", "bfloat16", "float16"]}
+    )
+    confidence: float = field(default=_DEFAULTS.confidence, metadata={"help": "confidence level of one-sided bounds"})
+    json: str | None = field(default=None, metadata={"help": "also write the figures to this file"})
+
+
+def evaluate(arguments: Any) -> int:
+    """Run `hf-lossless-lr evaluate`.
+
+    Args:
+        arguments: the parsed arguments.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        ConfigurationError: if an option does not fit the task.
+    """
+    LosslessLowRankConfig(confidence=arguments.confidence, batch_size=arguments.batch_size)  # refuses bad values
+    task = EVALUATION_TASKS[arguments.task]
+    path, configuration, _, split = task.dataset
+    if arguments.dataset is not None:
+        path, configuration = arguments.dataset, arguments.dataset_config
+    data = load_split(path, configuration, arguments.data_files, arguments.split or split, arguments.examples)
+    if arguments.shots_files is not None:
+        if arguments.task != "mmlu":
+            raise ConfigurationError(f"--shots_files is for mmlu, not for {arguments.task}.")
+        task = mmlu(load_split(path, configuration, arguments.shots_files, "dev", None))
+    options = ScoringOptions(arguments.batch_size, arguments.max_length or task.max_length)
+    processor = load_auto(task.processor, arguments.model)
+    models = [
+        load_auto(task.auto_model, name, dtype=arguments.dtype).eval()
+        for name in (arguments.model, arguments.other)
+        if name is not None
+    ]
+    scores = [task.score(model, data, processor, options) for model in models]
+    figures: dict[str, Any] = {name: {"values": []} for name in scores[0].values()}
+    for score in scores:
+        for name, (value, error) in score.values().items():
+            figures[name]["values"].append({"value": value, "standard_error": error})
+    if arguments.other is not None:
+        for name, drop in compare(scores[0], scores[1], arguments.confidence).items():
+            figures[name]["drop"] = asdict(drop)
+    print(_table(figures))
+    if arguments.other is not None:
+        print(f"positive differences are worse; bounds are one-sided, at {arguments.confidence:.0%} confidence")
+        try:
+            certificate = verify(
+                models[0],
+                models[1],
+                task.prepare(data, processor, options.max_length),
+                confidence=arguments.confidence,
+                batch_size=arguments.batch_size,
+                data_collator=task.collator(processor),
+            )
+            print(certificate_sentence(certificate))
+        except CertificateError as error:
+            print(f"no certificate: {error}")
+    if arguments.json:
+        write_atomically(arguments.json, json.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+def _table(figures: dict[str, Any]) -> str:
+    """Return a line for each metric: value and standard error of each model, and their difference with its bounds."""
+    width = max(map(len, figures)) + 2
+    pair = any("drop" in found for found in figures.values())
+    lines = [f"{'':{width}}{'dense':>20}{'compressed':>20}   difference"] if pair else []
+    for name, found in figures.items():
+        line = f"{name:{width}}"
+        for entry in found["values"]:
+            line += f"{entry['value']:.4f} ± {entry['standard_error']:.4f}".rjust(20)
+        if "drop" in found:
+            line += "   {mean:+.4f} ({lower:+.4f} to {upper:+.4f})".format(**found["drop"])
+        lines.append(line)
+    return "\n".join(lines)
