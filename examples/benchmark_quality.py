@@ -152,7 +152,8 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
         "nats and 1 point with 95 % confidence, or as `improved`.",
         "",
     ]
-    for model, methods in results.items():
+    for model in (name for name in TASKS if name in results):
+        methods = results[model]
         dense = next(iter(methods.values()))["dense"]
         ratios = [ratio for ratio in next(iter(methods.values())) if ratio != "dense"]
         lines += [

@@ -17,8 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
 from hf_lossless_lr.data import load_split
-from hf_lossless_lr.evaluation.classification import align_labels
-from hf_lossless_lr.evaluation.glue import GLUE, GLUE_LABELS
+from hf_lossless_lr.evaluation.glue import GLUE
 from hf_lossless_lr.evaluation.scores import compare
 from hf_lossless_lr.evaluation.task import ScoringOptions
 from hf_lossless_lr.verdict import verdict_sentence
@@ -49,7 +48,7 @@ def main() -> None:
         model.config.id2label = dict(enumerate(LABELS[arguments.model]))
     train = load(arguments.data, "train", arguments.examples or 1024)
     validation = load(arguments.data, "validation" if arguments.data else TASK.dataset[3], arguments.examples)
-    train, validation = (align_labels(part, model, names=GLUE_LABELS["mnli"]) for part in (train, validation))
+    train, validation = (TASK.align(part, model) for part in (train, validation))
     options = ScoringOptions(batch_size=32, max_length=TASK.max_length)
     dense = TASK.score(model, validation, tokenizer, options)
     compressor = LowRankCompressor(LosslessLowRankConfig(keep_ratio=arguments.keep_ratio))

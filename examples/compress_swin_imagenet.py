@@ -18,7 +18,6 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
 from hf_lossless_lr.data import load_split
-from hf_lossless_lr.evaluation.classification import align_labels
 from hf_lossless_lr.evaluation.images import IMAGE_CLASSIFICATION as TASK
 from hf_lossless_lr.evaluation.scores import compare
 from hf_lossless_lr.evaluation.task import ScoringOptions
@@ -46,8 +45,8 @@ def main() -> None:
     model = AutoModelForImageClassification.from_pretrained(arguments.model, dtype=torch.float32)
     processor = AutoImageProcessor.from_pretrained(arguments.model)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    train = align_labels(load(arguments.data, "train", arguments.examples or 1024), model)
-    validation = align_labels(load(arguments.data, "validation", arguments.examples), model)
+    train = TASK.align(load(arguments.data, "train", arguments.examples or 1024), model)
+    validation = TASK.align(load(arguments.data, "validation", arguments.examples), model)
     options = ScoringOptions(batch_size=32, max_length=TASK.max_length)
     dense = TASK.score(model, validation, processor, options)
     compressor = LowRankCompressor(LosslessLowRankConfig(keep_ratio=arguments.keep_ratio))

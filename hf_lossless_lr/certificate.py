@@ -308,5 +308,5 @@ def _score_deviation(drop: np.ndarray, margin: float) -> float:
     """
     from scipy.special import ndtri  # slow to import
 
-    p_value = proportion_p_value(int((drop > 0).sum()), int((drop < 0).sum()), len(drop), min(margin, 1 - 1e-9))
+    p_value = proportion_p_value(int((drop > 0).sum()), int((drop < 0).sum()), len(drop), margin)
     return float((margin - drop.mean()) * np.sqrt(len(drop)) / -ndtri(p_value)) if p_value < 0.5 else 0.0

@@ -212,10 +212,22 @@ class TestScore:
         examples = CONLL2003.prepare(dataset(some_sentences(5), NAMES), words, 512)
         assert max(map(len, examples["input_ids"])) == 4
 
+    def test_takes_models_without_token_types(self):
+        words = word_tokenizer()
+        words.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+        data = dataset([("w6 w7", numbers("B-PER I-PER"))], NAMES)
+        assert "token_type_ids" in CONLL2003.prepare(data, words, LENGTH).column_names
+        scores = CONLL2003.score(Tagger(NAMES), data, words, ScoringOptions(4, LENGTH))
+        assert scores.counts[0, :3].tolist() == [1, 1, 1]
+
     def test_leaves_the_training_mode_alone(self):
-        model = tagger().train()
-        score(model, dataset(some_sentences(5), NAMES))
+        model, data = tagger().train(), dataset(some_sentences(20), NAMES)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.5
+        counts = score(model, data).counts
         assert all(module.training for module in model.modules())
+        assert np.array_equal(counts, score(model.eval(), data).counts)  # no dropout either way
 
     def test_has_metrics_that_can_be_compared(self):
         data = dataset(some_sentences(30), NAMES)

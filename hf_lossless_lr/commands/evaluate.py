@@ -90,7 +90,7 @@ def evaluate(arguments: Any) -> int:
             certificate = verify(
                 models[0],
                 models[1],
-                task.prepare(data, processor, options.max_length),
+                task.prepare(task.align(data, models[0]), processor, options.max_length),
                 confidence=arguments.confidence,
                 batch_size=arguments.batch_size,
                 data_collator=task.collator(processor),

@@ -31,7 +31,7 @@ from .classification import (
     warn_of_other_order,
 )
 from .scores import Metric, Scores
-from .task import EvaluationTask, ScoringOptions
+from .task import EvaluationTask, ScoringOptions, as_it_is
 
 _TEXT = TASKS["text-classification"]
 _LABEL = "label"
@@ -172,6 +172,7 @@ GLUE: dict[str, EvaluationTask] = {
         prepare=partial(_prepare, parts),
         collator=DataCollatorWithPadding,
         score=partial(_score, parts),
+        align=partial(align_labels, column=_LABEL, names=parts.labels) if parts.labels else as_it_is,
     )
     for name, parts in _TASKS.items()
 }

@@ -33,8 +33,7 @@ def _prepare(dataset: Dataset, processor: Any, max_length: int) -> Dataset:
 
 
 def _score(model: PreTrainedModel, dataset: Dataset, processor: Any, options: ScoringOptions) -> Scores:
-    _, label = choose_columns(_IMAGES, dataset.column_names)
-    examples = _prepare(align_labels(dataset, model, label), processor, options.max_length)
+    examples = _prepare(_align(dataset, model), processor, options.max_length)
     top = min(_TOP, len(model_labels(model)))
 
     def count(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -47,6 +46,10 @@ def _score(model: PreTrainedModel, dataset: Dataset, processor: Any, options: Sc
     return Scores(counts, (share("top-1 accuracy", 1), share(f"top-{top} accuracy", 2)))
 
 
+def _align(dataset: Dataset, model: PreTrainedModel) -> Dataset:
+    return align_labels(dataset, model, choose_columns(_IMAGES, dataset.column_names)[1])
+
+
 IMAGE_CLASSIFICATION = EvaluationTask(
     auto_model=_IMAGES.auto_model,
     processor=_IMAGES.processor,
@@ -55,5 +58,6 @@ IMAGE_CLASSIFICATION = EvaluationTask(
     prepare=_prepare,
     collator=_IMAGES.collator,
     score=_score,
+    align=_align,
 )
 """Classification of pictures by top-1 and top-5 accuracy (or top-k, for a model of k < 5 classes)."""

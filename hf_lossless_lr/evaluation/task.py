@@ -24,6 +24,11 @@ class ScoringOptions(NamedTuple):
     max_length: int
 
 
+def as_it_is(dataset: Dataset, model: PreTrainedModel) -> Dataset:
+    """Return the data set unchanged: for tasks whose labels do not depend on a model's order of classes."""
+    return dataset
+
+
 @dataclass(frozen=True)
 class EvaluationTask:
     """A task that people publish figures on. It never knows that a model is compressed.
@@ -36,7 +41,9 @@ class EvaluationTask:
         prepare: `(dataset, processor, max_length) -> examples` with labels, as `compress` and `verify`
             take them.
         collator: makes the collator of these examples from the processor.
-        score: `(model, dataset, processor, options) -> scores`, one row of counts for each example of the data set.
+        score: `(model, dataset, processor, options) -> scores`, one row of counts for each example of the data set
+            (for a perplexity, for each block of text).
+        align: `(dataset, model) -> dataset` with labels in the model's order of classes; call it before `prepare`.
     """
 
     auto_model: str
@@ -46,3 +53,4 @@ class EvaluationTask:
     prepare: Callable[[Dataset, Any, int], Dataset]
     collator: Callable[[Any], Any]
     score: Callable[[PreTrainedModel, Dataset, Any, ScoringOptions], Scores]
+    align: Callable[[Dataset, PreTrainedModel], Dataset] = as_it_is
