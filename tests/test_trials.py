@@ -182,8 +182,9 @@ class TestTrial:
         assert trial.layers
         assert trial.loss is None
 
-    def test_never_reads_the_evaluation_data(self, case, monkeypatch):
-        calibration, ranks, config = case
+    @pytest.mark.parametrize(("fraction", "part"), [(0.5, "selection"), (0.0, "calibration")])
+    def test_never_reads_the_evaluation_data(self, fraction, part, monkeypatch):
+        calibration, ranks, config = make_case(selection_fraction=fraction)
         seen = []
 
         def watch(dense, compressed, loader, *arguments):
@@ -192,7 +193,7 @@ class TestTrial:
 
         monkeypatch.setattr(trials_module, "paired_outcomes", watch)
         run_trial(calibration, ranks, config)
-        assert seen == [calibration.data.selection] * 2
+        assert seen == [getattr(calibration.data, part)] * 2
 
     @pytest.mark.parametrize(
         ("loss", "drop", "passes"),

@@ -9,23 +9,56 @@ import transformers
 from datasets import Dataset
 
 from ..certificate import CERTIFIED
-from ..data import TASKS, choose_columns, load_split
+from ..data import TASKS, Task, choose_columns, load_split
 from ..errors import ConfigurationError
+from ..evaluation.tasks import EVALUATION_TASKS
 from ..report import Certificate
 
 NOTHING_COMPRESSED, NOT_AS_REQUIRED = 3, 4  # exit codes
+
+
+MAX_LENGTH = 128  # tokens, where the task has no length of its own
+
+
+def task_of(name: str) -> Task:
+    """Return a task of the pipelines, or a published one in the same form.
+
+    Args:
+        name: its name.
+
+    Returns:
+        The task.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    published = EVALUATION_TASKS[name]
+    return Task(
+        published.auto_model,
+        published.processor,
+        lambda dataset, processor, columns, max_length: published.prepare(dataset, processor, max_length),
+        (),
+        published.collator,
+    )
 
 
 @dataclass(kw_only=True)
 class DataArguments:
     """The task, its data, and what becomes of the result."""
 
-    task: str = field(metadata={"help": "task of the model", "choices": list(TASKS)})
-    dataset: str = field(metadata={"help": "hub id, local folder, or a format: json, csv, parquet, text"})
+    task: str = field(metadata={"help": "task of the model", "choices": [*TASKS, *EVALUATION_TASKS]})
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": "hub id, folder, or a format: json, csv, parquet, text; default: the task's, if it has one"},
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "configuration of the data set"})
     data_files: list[str] | None = field(default=None, metadata={"help": "files, for a format"})
     columns: list[str] | None = field(default=None, metadata={"help": "columns of the data set, the label last"})
-    max_length: int = field(default=128, metadata={"help": "tokens an example is cut to (or blocks are cut into)"})
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": f"tokens an example is cut to (or blocks are cut into); default: the task's, or {MAX_LENGTH}"
+        },
+    )
     dtype: str = field(
         default="float32", metadata={"help": "dtype to work in", "choices": ["float32", "bfloat16", "float16"]}
     )
@@ -46,7 +79,7 @@ def load_model(arguments: DataArguments, name: str) -> Any:
     Returns:
         The model.
     """
-    return load_auto(TASKS[arguments.task].auto_model, name, dtype=arguments.dtype)
+    return load_auto(task_of(arguments.task).auto_model, name, dtype=arguments.dtype)
 
 
 def load_processor(arguments: DataArguments, name: str) -> Any:
@@ -59,7 +92,7 @@ def load_processor(arguments: DataArguments, name: str) -> Any:
     Returns:
         The tokenizer or processor.
     """
-    return load_auto(TASKS[arguments.task].processor, name)
+    return load_auto(task_of(arguments.task).processor, name)
 
 
 def load_auto(auto_class: str, name: str, **options: Any) -> Any:
@@ -83,12 +116,13 @@ def load_auto(auto_class: str, name: str, **options: Any) -> Any:
 
 
 def load_examples(
-    arguments: DataArguments, processor: Any, files: list[str] | None, split: str, count: int | None
+    arguments: DataArguments, model: Any, processor: Any, files: list[str] | None, split: str, count: int | None
 ) -> Dataset:
     """Load a split and prepare it for a model.
 
     Args:
         arguments: the task and its data set.
+        model: the model, for the order of its classes.
         processor: tokenizer or processor.
         files: files of the split, for a format.
         split: the split.
@@ -96,12 +130,24 @@ def load_examples(
 
     Returns:
         Examples as the model takes them.
+
+    Raises:
+        ConfigurationError: if no data set is named and the task has none.
     """
-    task = TASKS[arguments.task]
-    blocks = arguments.task == "text-generation"  # examples are counted after the text is cut into blocks
-    dataset = load_split(arguments.dataset, arguments.dataset_config, files, split, None if blocks else count)
+    task, published = task_of(arguments.task), EVALUATION_TASKS.get(arguments.task)
+    path, configuration = arguments.dataset, arguments.dataset_config
+    if path is None:
+        if published is None:
+            raise ConfigurationError(f"--dataset: name the data set; {arguments.task} has no data set of its own.")
+        path, configuration = published.dataset[:2]
+    # Examples are counted after a text is cut into blocks.
+    blocks = task.auto_model == "AutoModelForCausalLM" and arguments.task != "mmlu"
+    dataset = load_split(path, configuration, files, split, None if blocks else count)
     columns = choose_columns(task, dataset.column_names, arguments.columns)
-    examples = task.prepare(dataset, processor, columns, arguments.max_length)
+    if published is not None:
+        dataset = published.align(dataset, model)
+    length = arguments.max_length or (MAX_LENGTH if published is None else published.max_length)
+    examples = task.prepare(dataset, processor, columns, length)
     return examples.select(range(min(count or len(examples), len(examples))))
 
 

@@ -13,7 +13,6 @@ from typing import Any
 from .. import LosslessLowRankConfig, LowRankCompressor
 from ..config import CompressionOptions
 from ..console import comparison_table, report_rows
-from ..data import TASKS
 from ..errors import ConfigurationError
 from ..verdict import verdict_sentence
 from .arguments import (
@@ -24,6 +23,7 @@ from .arguments import (
     load_examples,
     load_model,
     load_processor,
+    task_of,
 )
 
 
@@ -61,19 +61,19 @@ def compress(arguments: Any) -> int:
     if output.exists():
         raise ConfigurationError(f"--output: {output} exists already; choose another folder or remove it.")
     model, processor = load_model(arguments, arguments.model), load_processor(arguments, arguments.model)
-    calibration = load_examples(
-        arguments, processor, arguments.data_files, arguments.calibration_split, arguments.calibration_examples
-    )
+    split, count = arguments.calibration_split, arguments.calibration_examples
+    calibration = load_examples(arguments, model, processor, arguments.data_files, split, count)
     evaluation = None
     if arguments.eval_data_files is not None or arguments.eval_split is not None:
         split = arguments.eval_split or "validation"
-        evaluation = load_examples(arguments, processor, arguments.eval_data_files, split, arguments.eval_examples)
+        count = arguments.eval_examples
+        evaluation = load_examples(arguments, model, processor, arguments.eval_data_files, split, count)
     compressor = LowRankCompressor(config)
     compressor.calibrate(
         model,
         calibration,
         eval_dataset=evaluation,
-        data_collator=TASKS[arguments.task].collator(processor),
+        data_collator=task_of(arguments.task).collator(processor),
         statistics_path=arguments.statistics,
     )
     compressor.compress_to()

@@ -11,10 +11,9 @@ from typing import Any
 from .. import verify as verify_pair
 from ..config import LosslessLowRankConfig
 from ..console import comparison_table
-from ..data import TASKS
 from ..report import REPORT_NAME, write_atomically
 from ..verdict import certificate_sentence
-from .arguments import NOT_AS_REQUIRED, DataArguments, complaint, load_examples, load_model, load_processor
+from .arguments import NOT_AS_REQUIRED, DataArguments, complaint, load_examples, load_model, load_processor, task_of
 from .report import read_report
 
 _DEFAULTS = LosslessLowRankConfig()
@@ -52,8 +51,8 @@ def verify(arguments: Any) -> int:
     certificate = verify_pair(
         dense,
         compressed,
-        load_examples(arguments, processor, arguments.data_files, arguments.split, arguments.examples),
-        data_collator=TASKS[arguments.task].collator(processor),
+        load_examples(arguments, dense, processor, arguments.data_files, arguments.split, arguments.examples),
+        data_collator=task_of(arguments.task).collator(processor),
         used={digest for part, digest in used.items() if part != "evaluation"},
         **margins,
     )

@@ -183,5 +183,6 @@ CONLL2003 = EvaluationTask(
     _prepare,
     DataCollatorForTokenClassification,
     _score,
+    align_tags,
 )
 """CoNLL-2003 (English); figures are published on its test split."""

@@ -18,7 +18,7 @@ EVALUATION_TASKS: dict[str, EvaluationTask] = {
     "swag": SWAG,
     "conll2003": CONLL2003,
     "mmlu": MMLU,
-    "image-classification": IMAGE_CLASSIFICATION,
+    "imagenet": IMAGE_CLASSIFICATION,
     "wikitext2": WIKITEXT2,
     "c4": C4,
 }
