@@ -501,7 +501,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axis.set_xticks([50, 100, 300, 1000, 3000], ["50", "100", "300", "1,000", "3,000"])
         axis.minorticks_off()
         axis.set_title(title)
-        axis.legend(fontsize=8, loc="lower right" if endpoint == "loss" else "upper left")
+        axis.legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=110)
 
 

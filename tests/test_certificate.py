@@ -646,6 +646,9 @@ class TestTogether:
     def test_keeps_to_the_level_of_each_certificate(self):
         tasks = {task: replace(c, confidence=0.9) for task, c in with_p_values(a=0.04, b=0.04).items()}
         assert [c.status for c in certify_together(tasks).values()] == ["lossless", "lossless"]
+        for p_value, status in ((0.25, "lossless"), (0.26, "inconclusive")):  # 1 - 0.75 is exact
+            alone = {"a": replace(with_p_values(a=p_value)["a"], confidence=0.75)}
+            assert certify_together(alone)["a"].status == status
 
 
 @pytest.mark.usefixtures("quick")
