@@ -22,8 +22,8 @@ from .heads import Question, batch_examples, correct_predictions, forward_loss, 
 from .modes import evaluating
 from .replacement import in_place
 
-TEMPERATURES = tuple(2.0 ** (step / 4) for step in range(-4, 5))
-"""Temperatures at which losses are taken, from 1/2 to 2; a fitted one is interpolated between them."""
+TEMPERATURES = tuple(2.0 ** (step / 4) for step in range(-4, 9))
+"""Temperatures at which losses are taken, from 1/2 to 4; a fitted one is interpolated between them."""
 
 LOSS_TOLERANCE = 0.02  # relative gap between a model's loss and the cross-entropy of its logits: rounding in bfloat16
 

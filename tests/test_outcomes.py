@@ -171,8 +171,8 @@ class TestByExample:
         assert calls == [dense, compressed] * 3
 
 
-def test_temperatures_go_from_a_half_to_two_in_equal_steps_of_the_logarithm():
-    assert (TEMPERATURES[0], TEMPERATURES[-1]) == (0.5, 2.0)
+def test_temperatures_go_from_a_half_to_four_in_equal_steps_of_the_logarithm():
+    assert (TEMPERATURES[0], TEMPERATURES[-1]) == (0.5, 4.0)
     assert np.diff(np.log(TEMPERATURES)) == pytest.approx(np.log(2) / 4)
 
 
