@@ -56,7 +56,7 @@ def main() -> None:
     for _ in range(arguments.repeats):
         times["forward"].append(plain_pass(model, loader, backward=False))
         times["forward+backward"].append(plain_pass(model, loader, backward=True))
-        calibration = calibrate(model, config, DataSplits(loader, None, loader), selection)
+        calibration = calibrate(model, config, DataSplits(loader, None, loader, {}), selection)
         run_trial(calibration, select_budget(calibration.curves, 0.5), config)
         for name in measured:
             times[name].append(calibration.seconds[name])
