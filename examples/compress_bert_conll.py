@@ -8,7 +8,6 @@ model has them. Without --data, CoNLL-2003 comes from the hub, and its test spli
 
 import argparse
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
 from hf_lossless_lr.data import load_split
 from hf_lossless_lr.evaluation.conll import CONLL2003, align_tags
-from hf_lossless_lr.evaluation.scores import compare
+from hf_lossless_lr.evaluation.scores import side_by_side
 from hf_lossless_lr.evaluation.task import ScoringOptions
 from hf_lossless_lr.verdict import verdict_sentence
 
@@ -57,16 +56,13 @@ def main() -> None:
     compressed = CONLL2003.score(model, held_out, tokenizer, options)
     report, confidence = compressor.report, compressor.config.confidence
     figures = {"keep_ratio": report.keep_ratio, "verdict": verdict_sentence(report)}
-    for name, drop in compare(dense, compressed, confidence).items():
-        before, after = dense.values()[name], compressed.values()[name]
-        figures[name] = {"dense": before, "compressed": after, "drop": asdict(drop)}
-        print("{}: dense {:.4f} ± {:.4f}, compressed {:.4f} ± {:.4f}".format(name, *before, *after))
-        print(f"  worse by {drop.mean:+.4f}; {confidence:.0%} bounds {drop.lower:+.4f} and {drop.upper:+.4f}")
+    metrics, text = side_by_side(dense, compressed, confidence)
+    figures |= metrics
+    print(text)
     print(f"kept {report.keep_ratio:.1%} of the targeted parameters; {figures['verdict']}")
     if arguments.output:
         model.save_pretrained(arguments.output)
         tokenizer.save_pretrained(arguments.output)
-        report.save(arguments.output)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 

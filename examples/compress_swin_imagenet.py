@@ -9,7 +9,6 @@ hub, where its terms have to be accepted first.
 
 import argparse
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
 from hf_lossless_lr.data import load_split
 from hf_lossless_lr.evaluation.images import IMAGE_CLASSIFICATION as TASK
-from hf_lossless_lr.evaluation.scores import compare
+from hf_lossless_lr.evaluation.scores import side_by_side
 from hf_lossless_lr.evaluation.task import ScoringOptions
 from hf_lossless_lr.verdict import verdict_sentence
 
@@ -59,16 +58,13 @@ def main() -> None:
     compressed = TASK.score(model, validation, processor, options)
     report, confidence = compressor.report, compressor.config.confidence
     figures = {"keep_ratio": report.keep_ratio, "verdict": verdict_sentence(report)}
-    for name, drop in compare(dense, compressed, confidence).items():
-        before, after = dense.values()[name], compressed.values()[name]
-        figures[name] = {"dense": before, "compressed": after, "drop": asdict(drop)}
-        print("{}: dense {:.4f} ± {:.4f}, compressed {:.4f} ± {:.4f}".format(name, *before, *after))
-        print(f"  worse by {drop.mean:+.4f}; {confidence:.0%} bounds {drop.lower:+.4f} and {drop.upper:+.4f}")
+    metrics, text = side_by_side(dense, compressed, confidence)
+    figures |= metrics
+    print(text)
     print(f"kept {report.keep_ratio:.1%} of the targeted parameters; {figures['verdict']}")
     if arguments.output:
         model.save_pretrained(arguments.output)
         processor.save_pretrained(arguments.output)
-        report.save(arguments.output)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 

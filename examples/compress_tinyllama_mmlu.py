@@ -69,7 +69,6 @@ def main() -> None:
     if arguments.output:
         model.save_pretrained(arguments.output)
         tokenizer.save_pretrained(arguments.output)
-        report.save(arguments.output)
     if arguments.json:
         figures = {"dense": before, "compressed": after, "drop": {name: asdict(drop) for name, drop in drops.items()}}
         figures |= {"questions": {"calibration": len(calibration), "scored": len(scored)}, "verdict": report.verdict}

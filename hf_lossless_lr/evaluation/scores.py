@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -84,3 +85,25 @@ def compare(dense: Scores, compressed: Scores, confidence: float) -> dict[str, D
         lower = -statistic_upper_bound(worth, compressed.counts, dense.counts, confidence)
         result[metric.name] = Difference(float(drop), lower, upper)
     return result
+
+
+def side_by_side(dense: Scores, compressed: Scores, confidence: float) -> tuple[dict[str, dict[str, Any]], str]:
+    """Compare two models for a reader: every metric of both with its standard error, and the bounds of `compare`.
+
+    Args:
+        dense: scores of the dense model.
+        compressed: scores of the compressed model.
+        confidence: level of each one-sided bound.
+
+    Returns:
+        Plain data (name of the metric to `dense`, `compressed` and `drop`), and the same as lines of text.
+    """
+    before, after = dense.values(), compressed.values()
+    figures, lines = {}, []
+    for name, drop in compare(dense, compressed, confidence).items():
+        figures[name] = {"dense": before[name], "compressed": after[name], "drop": asdict(drop)}
+        lines += [
+            "{}: dense {:.4f} ± {:.4f}, compressed {:.4f} ± {:.4f}".format(name, *before[name], *after[name]),
+            f"  worse by {drop.mean:+.4f}; {confidence:.0%} bounds {drop.lower:+.4f} and {drop.upper:+.4f}",
+        ]
+    return figures, "\n".join(lines)
