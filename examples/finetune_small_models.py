@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--output", required=True)
     parser.add_argument("--max-length", type=int, default=128)
     parser.add_argument("--examples", type=int, help="examples to train on; default all")
+    parser.add_argument("--epochs", type=int, help="default: 3 or 4, by task")
     arguments = parser.parse_args()
     transformers.set_seed(0)
     task, (head, epochs) = EVALUATION_TASKS[arguments.task], HEADS[arguments.task]
@@ -54,7 +55,7 @@ def main() -> None:
     data = task.prepare(data.take(arguments.examples or len(data)), tokenizer, arguments.max_length)
     training = TrainingArguments(
         output_dir=arguments.output,
-        num_train_epochs=epochs,
+        num_train_epochs=arguments.epochs or epochs,
         learning_rate=1e-4,
         per_device_train_batch_size=16,
         warmup_steps=50,

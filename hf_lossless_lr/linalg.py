@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from .errors import NumericalError
 
@@ -220,7 +221,8 @@ def pivoted_form(left: torch.Tensor, right: torch.Tensor, bound: float = 2.0) ->
         raise NumericalError(f"pivoted_form: the bound of the coefficients must be above 1, got {bound}.")
     left = left.double()
     basis = torch.linalg.qr(left).Q
-    order = torch.from_numpy(qr(basis.T.cpu().numpy(), mode="r", pivoting=True)[1]).to(left.device, torch.int64)
+    with threadpool_limits(1, "blas"):  # the threads of scipy's BLAS would keep spinning, and slow down those of torch
+        order = torch.from_numpy(qr(basis.T.cpu().numpy(), mode="r", pivoting=True)[1]).to(left.device, torch.int64)
     while True:
         pivots, rest = order[:rank], order[rank:]
         coefficients = torch.linalg.solve(basis[pivots].T, basis[rest].T).T

@@ -9,9 +9,10 @@ which is then factorized at the layer's rank in the metric `(X'X'ᵀ, B)`. Layer
 forward pass; layers that share their input (q, k, v; gate, up) are one group.
 
 Every batch is sent through the dense and through the compressed model once, and *pauses* where a group receives its
-input, until the group is refitted. So the cost is two forward passes and the products, for any architecture, and the
-memory is that of one point of the forward pass over all batches. The pauses are greenlets: the model's own forward
-runs as it is, nothing is re-implemented or run twice.
+input (in the dense model behind a single layer that is no wider in its outputs: they are `W X` already), until the
+group is refitted. So the cost is two forward passes and the products, for any architecture, and the memory is that of
+one point of the forward pass over all batches. The pauses are greenlets: the model's own forward runs as it is, nothing
+is re-implemented or run twice.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from .timing import timed
 
 Group = tuple[str, ...]
 
+CHUNK = 4096  # rows that small batches are joined to, for their products
 RIDGE = 0.1  # relative ridge towards the weight; 0.01 and 0.001 overfit 1,024 examples where little is compressed
 
 
@@ -153,34 +155,48 @@ class _Products(NamedTuple):
     input_gram: torch.Tensor
 
 
+def _compares_outputs(group: Sequence[RefitTarget]) -> bool:
+    """Return whether the dense model's outputs `W X` stand for its inputs: they do where they are no wider."""
+    out, size = weight_matrix(group[0].dense).shape
+    return len(group) == 1 and out <= size
+
+
 def _products(
-    group: Sequence[RefitTarget], pairs: list[tuple[_Stream, _Stream]], accelerator: Accelerator
+    group: Sequence[RefitTarget], streams: list[tuple[_Stream, _Stream]], accelerator: Accelerator
 ) -> _Products | None:
     """Return the products of a group over all processes; None if there are no rows, or they do not pair.
 
     A layer behind a router may receive other rows in the compressed model than in the dense one.
     """
     weights = [weight_matrix(target.dense) for target in group]
-    stacked = torch.cat(weights)
+    stacked, outputs = torch.cat(weights), _compares_outputs(group)
     out, size = stacked.shape
-    narrow = 2 * out < size  # then `W X` first, and its product with X', is less work than `X X'ᵀ`
-    cross = torch.zeros(out if narrow else size, size, dtype=torch.float64, device=stacked.device)
+    cross = stacked.new_zeros((out if outputs else size, size), dtype=torch.float64)
     input_gram = cross.new_zeros((size, size))
-    counts = cross.new_zeros(2)
-    for dense, compressed in pairs:
-        if dense.rows is None or compressed.rows is None or dense.rows.shape != compressed.rows.shape:
-            counts[1] += 1
-            continue
-        cross += (dense.rows @ stacked.to(dense.rows).T if narrow else dense.rows).T @ compressed.rows
-        input_gram += gram(compressed.rows)
-        counts[0] += len(dense.rows)
+    pairs = [(dense.rows, compressed.rows) for dense, compressed in streams]
+    paired = [(d, c) for d, c in pairs if d is not None and c is not None and len(d) == len(c)]
+    for dense_rows, shifted_rows in _chunks(paired):
+        cross += dense_rows.T @ shifted_rows
+        input_gram += gram(shifted_rows)
+    counts = cross.new_tensor([sum(len(d) for d, _ in paired), len(pairs) - len(paired)])
     cross, input_gram, counts = (accelerator.reduce(total, "sum") for total in (cross, input_gram, counts))
     rows, unpaired = counts.tolist()
     if rows == 0 or unpaired:
         return None
-    if not narrow:
+    if not outputs:
         cross = stacked.double() @ cross
     return _Products(torch.split(cross / rows, [len(weight) for weight in weights]), input_gram / rows)
+
+
+def _chunks(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Join the rows of small batches: one product of many rows costs less than many products of few."""
+    chunk: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for index, pair in enumerate(pairs):
+        chunk.append(pair)
+        if sum(len(rows) for rows, _ in chunk) >= CHUNK or index == len(pairs) - 1:
+            dense_rows, shifted_rows = zip(*chunk, strict=True)
+            yield torch.cat(dense_rows), torch.cat(shifted_rows)
+            chunk = []
 
 
 def _solve(target: RefitTarget, output_cross: torch.Tensor, input_gram: torch.Tensor, damping: float) -> None:
@@ -192,20 +208,23 @@ def _solve(target: RefitTarget, output_cross: torch.Tensor, input_gram: torch.Te
 
 @contextmanager
 def _pauses(model: PreTrainedModel, targets: Mapping[str, RefitTarget], groups: Sequence[Group]) -> Iterator[None]:
-    """Hooks that pause a stream at the first layer of each group; undone afterwards."""
+    """Hooks that pause a stream at the first layer of each group, before it or behind it; undone afterwards."""
     main = greenlet.getcurrent()
 
-    def pause_at(group: Group, dense: nn.Module) -> Any:
+    def pause_at(group: Group, dense: Any) -> Any:
         layout = layout_of(dense)
 
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor | None = None) -> None:
             stream = greenlet.getcurrent()
-            if isinstance(stream, _Stream) and group not in stream.passed:
-                stream.passed.add(group)
-                stream.group = group
-                stream.rows = real_rows(layout.input_rows(dense, args[0]), stream.masks.of(dense, args[0]))
-                main.switch()
-                stream.rows = None
+            if not isinstance(stream, _Stream) or group in stream.passed:
+                return
+            seen = layout.input_rows(dense, args[0]) if output is None else layout.output_rows(output)
+            rows = real_rows(seen, stream.masks.of(dense, args[0]))
+            stream.rows = rows if output is None or dense.bias is None else rows - dense.bias.to(rows)
+            stream.group = group
+            stream.passed.add(group)
+            main.switch()
+            stream.rows = None
 
         return hook
 
@@ -217,8 +236,11 @@ def _pauses(model: PreTrainedModel, targets: Mapping[str, RefitTarget], groups: 
     handles = []
     for group in groups:
         for name in group:
-            for module in (targets[name].dense, targets[name].factorized):
-                handles.append(module.register_forward_pre_hook(pause_at(group, targets[name].dense)))
+            dense, factorized = targets[name].dense, targets[name].factorized
+            outputs = _compares_outputs([targets[other] for other in group])
+            watch = dense.register_forward_hook if outputs else dense.register_forward_pre_hook
+            handles.append(watch(pause_at(group, dense)))
+            handles.append(factorized.register_forward_pre_hook(pause_at(group, dense)))
     encoder = PaddingMasks(model).encoder
     if encoder is not None:
         handles.append(encoder.register_forward_hook(encoder_hook))

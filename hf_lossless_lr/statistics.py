@@ -143,7 +143,10 @@ class _Collector:
             rows = real_rows(entry.layout.input_rows(entry.module, entry.tensor), entry.mask)
             key = tuple(dict.fromkeys(entry.names))
             product = gram(rows)
-            self.input_sums[key] = self.input_sums.get(key, torch.zeros_like(product, dtype=torch.float64)) + product
+            if key in self.input_sums:
+                self.input_sums[key] += product
+            else:
+                self.input_sums[key] = product.double()
             self.input_counts[key] = self.input_counts.get(key, 0) + len(rows)
         self.inputs.clear()
 

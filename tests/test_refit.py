@@ -321,6 +321,15 @@ class TestTheFit:
         got = again.refit(split_batch(batch, size)[::-1])
         assert deviation(got, case.after) <= (PARTLY_SINGLE if name in ROUNDS_TO_SINGLE else DOUBLE)
 
+    @pytest.mark.parametrize("chunk", [1, 20])
+    @pytest.mark.parametrize("name", ["bert-masked-lm", "resnet"])
+    def test_does_not_depend_on_the_rows_of_a_product(self, name, chunk, monkeypatch):
+        """One product for all batches, which are small, or several."""
+        monkeypatch.setattr(refit_module, "CHUNK", chunk)
+        model, batch = in_double(MODELS[name])
+        batches = split_batch(batch, 2)
+        assert deviation(prepare(model, batches).refit(batches), refitted(name).after) <= DOUBLE
+
     @pytest.mark.parametrize("name", ["bert-sequence-classification", "bert-multiple-choice", "gpt2", "t5"])
     def test_does_not_depend_on_padding(self, name):
         """Neither on its amount nor on what it contains."""
