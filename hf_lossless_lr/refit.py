@@ -10,9 +10,9 @@ forward pass; layers that share their input (q, k, v; gate, up) are one group.
 
 Every batch is sent through the dense and through the compressed model once, and *pauses* where a group receives its
 input (in the dense model behind a single layer that is no wider in its outputs: they are `W X` already), until the
-group is refitted. So the cost is two forward passes and the products, for any architecture, and the memory is that of
-one point of the forward pass over all batches. The pauses are greenlets: the model's own forward runs as it is, nothing
-is re-implemented or run twice.
+group is refitted. So the cost is two forward passes and the products, for any architecture, and the memory that of
+one point of the forward pass over all batches. The pauses are greenlets: the model's own forward runs as it is, and
+nothing is re-implemented or run twice.
 """
 
 from __future__ import annotations
