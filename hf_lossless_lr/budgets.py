@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
 from .calibration import Calibration
 from .config import LosslessLowRankConfig
-from .curves import LayerSize, parameter_sizes
+from .curves import parameter_sizes
 from .heads import batch_examples
-from .sizes import flop_sizes, forward_flops, forward_seconds, latency_sizes
-
-
-class Budget(NamedTuple):
-    """Sizes that a budget counts.
-
-    Attributes:
-        sizes: size of each target at every rank.
-        fixed: size of everything outside the targets; 0 where only they are counted.
-    """
-
-    sizes: dict[str, LayerSize]
-    fixed: float
+from .sizes import Budget, flop_sizes, forward_flops, forward_seconds, latency_sizes
 
 
 def budget_of(calibration: Calibration, config: LosslessLowRankConfig) -> Budget:
     """Return the sizes that the configured budget counts.
 
     FLOPs and latency are those of the first calibration batch, padding included. Latency is measured on the main
-    process, on the device and in the dtype of the model.
+    process, on the device and in the dtype of the model; once for a calibration, so that its ratios go by one table.
 
     Args:
         calibration: the calibration of a model, which is dense and on the accelerator's device.
@@ -39,6 +27,13 @@ def budget_of(calibration: Calibration, config: LosslessLowRankConfig) -> Budget
     Returns:
         The budget.
     """
+    key = config.budget, config.scope, config.rank_multiple
+    if key not in calibration.budgets:
+        calibration.budgets[key] = _count(calibration, config)
+    return calibration.budgets[key]
+
+
+def _count(calibration: Calibration, config: LosslessLowRankConfig) -> Budget:
     model, targets, curves = calibration.model, calibration.targets, calibration.curves
     whole = config.scope == "model"
     if config.budget == "parameters":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from .fingerprint import tensors_fingerprint
 from .heads import forward_loss
 from .layouts import weight_matrix
 from .modes import evaluating
+from .sizes import Budget
 from .splits import combined_digest, item_digests, split_holdout, without
 from .statistics import CalibrationStatistics, collect_statistics, data_fingerprint
 from .statistics_io import load_statistics, save_statistics
@@ -65,6 +66,7 @@ class Calibration:
         dense_parameters: parameters of the dense model.
         model_fingerprint: SHA-256 of the dense model's state dict.
         seconds: time of each stage.
+        budgets: what each kind of budget counts, as far as it was asked for: a latency is measured once.
     """
 
     model: PreTrainedModel
@@ -77,6 +79,7 @@ class Calibration:
     dense_parameters: int
     model_fingerprint: str
     seconds: dict[str, float]
+    budgets: dict[tuple[str, str, int], Budget] = field(default_factory=dict)
 
     @property
     def targets(self) -> dict[str, nn.Module]:

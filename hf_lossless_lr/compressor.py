@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .allocation import compression_path, second_order_cost
-from .budgets import Budget, budget_of
+from .budgets import budget_of
 from .calibration import Calibration, calibrate, on_device, split_data
 from .config import MEASURED_OBJECTIVES, LosslessLowRankConfig
 from .errors import ConfigurationError
@@ -26,6 +26,7 @@ from .replacement import replace_modules
 from .report import CompressionReport
 from .reporting import make_report, visited_point
 from .search import lowest_loss, most_compressed
+from .sizes import Budget
 from .targets import check_model, find_targets
 from .timing import timed
 from .trials import Trial, run_trial

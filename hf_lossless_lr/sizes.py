@@ -31,6 +31,18 @@ MAX_CALLS = 100
 Timer = Callable[[nn.Module, torch.Tensor, int], float]
 
 
+class Budget(NamedTuple):
+    """Sizes that a budget counts.
+
+    Attributes:
+        sizes: size of each target at every rank.
+        fixed: size of everything outside the targets; 0 where only they are counted.
+    """
+
+    sizes: dict[str, LayerSize]
+    fixed: float
+
+
 class ForwardFlops(NamedTuple):
     """FLOPs of a forward pass as it is executed, padding included.
 
