@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
-from hf_lossless_lr.report import write_atomically
+from hf_lossless_lr.files import write_atomically
 
 METHODS: dict[str, dict[str, Any]] = {
     "SVD, uniform, two-factor": {"metric": "identity", "objective": "uniform", "storage": "two-factor"},

@@ -159,9 +159,9 @@ class LowRankCompressor:
         Raises:
             ConfigurationError: if nothing was calibrated, or the size cannot be reached.
         """
-        calibration = self._calibration
-        if calibration is None:
+        if self._calibration is None:
             raise ConfigurationError("compress_to() needs a calibration: call calibrate(model, calib_dataset) first.")
+        calibration = replace(self._calibration, seconds=dict(self._calibration.seconds))  # times of this ratio alone
         config = self.config
         if keep_ratio is not None:
             objective = "uniform" if config.objective == "uniform" else "budget"

@@ -98,7 +98,6 @@ class LossCurve:
         storage: how the factors are stored: `pivoted`, `two-factor` or `auto`.
         first_order: `⟨G, Ŵ_k − W⟩` in nats.  # shape: (m + 1,)
         second_order: `½ tr(B D A Dᵀ)` in nats, at least 0.  # shape: (m + 1,)
-        units: labelled units behind the estimates (examples, or tokens of a language model).
         max_noise: `max |Ŵ_k − W|` elementwise, only where a rule needs it.  # shape: (m + 1,)
     """
 
@@ -107,7 +106,6 @@ class LossCurve:
     storage: str
     first_order: np.ndarray
     second_order: np.ndarray
-    units: int
     max_noise: np.ndarray | None = None
 
     @property
@@ -119,11 +117,6 @@ class LossCurve:
     def break_even_rank(self) -> int:
         """Largest rank that compresses this layer in its storage."""
         return break_even_rank(self.out_features, self.in_features, self.storage)
-
-    @property
-    def standard_error(self) -> np.ndarray:
-        """Standard error of the first-order term, `sqrt(tr(B D A Dᵀ) / units)`, in nats.  # shape: (m + 1,)."""
-        return np.sqrt(2.0 * self.second_order / max(self.units, 1))
 
     def parameters(self, rank: int | None) -> int:
         """Return the parameters of the weight at `rank`, or of the dense weight for None."""

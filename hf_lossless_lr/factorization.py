@@ -152,7 +152,6 @@ def loss_curve(
         storage=storage,
         first_order=first.cpu().numpy(),
         second_order=second.cpu().numpy(),
-        units=stats.units,
         max_noise=noise,
     )
 

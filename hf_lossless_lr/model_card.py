@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .config import CompressionOptions, LosslessLowRankConfig
+from .files import write_atomically
 from .fingerprint import tensors_fingerprint
-from .report import REPORT_NAME, CompressionReport, write_atomically
+from .report import REPORT_NAME, CompressionReport
 from .verdict import claims_of, verdict_sentence
 
 logger = logging.get_logger(__name__)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
+from .files import write_atomically
 
 REPORT_NAME = "compression_report.json"
 
@@ -249,31 +249,3 @@ def _certificate(data: dict[str, Any] | None) -> Certificate | None:
     for name in ("loss_increase", "accuracy_drop", "tempered_loss_increase"):
         values[name] = None if values[name] is None else Difference(**values[name])
     return Certificate(**values)
-
-
-def write_atomically(path: str | os.PathLike[str], text: str) -> Path:
-    """Write a text file so that readers see the old content or the whole new one.
-
-    Args:
-        path: the file; its directory exists.
-        text: the content.
-
-    Returns:
-        The path.
-
-    Raises:
-        OSError: if the file cannot be written.
-    """
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp gives 0600; a report is as public as its checkpoint
-        os.replace(temporary, path)
-    except BaseException:  # an interrupt, too
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .errors import CheckpointError
+from .files import replacing
 from .statistics import CalibrationStatistics, LayerStatistics
 
 FORMAT_VERSION = 1
@@ -28,7 +28,6 @@ def save_statistics(statistics: CalibrationStatistics, path: str | os.PathLike[s
     Returns:
         The path.
     """
-    path = Path(path)
     tensors: dict[str, torch.Tensor] = {}
     owner: dict[int, str] = {}
     layers = {}
@@ -48,14 +47,9 @@ def save_statistics(statistics: CalibrationStatistics, path: str | os.PathLike[s
         "groups": statistics.groups,
         "layers": layers,
     }
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    os.close(handle)
-    try:
+    with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"statistics": json.dumps(description)})
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return path
+    return Path(path)
 
 
 def load_statistics(

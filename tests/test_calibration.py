@@ -1,5 +1,8 @@
 """One calibration for many ratios: each result is that of a fresh run, and saved statistics resume."""
 
+import functools
+import itertools
+
 import pytest
 import torch
 from compressions import build, check_same_state, factorized_layers
@@ -13,6 +16,7 @@ from hf_lossless_lr import (
     LosslessLowRankConfig,
     LowRankCompressor,
     NumericalError,
+    timing,
 )
 from hf_lossless_lr import calibration as calibration_module
 from hf_lossless_lr.calibration import on_device, split_data
@@ -72,6 +76,17 @@ class TestManyRatios:
             reports.append(compressor.report)
         assert 0.6 < reports[0].keep_ratio <= 0.7
         assert 0.3 < reports[1].keep_ratio <= 0.4
+
+    def test_are_timed_apart(self, monkeypatch):
+        """By a clock that ticks once each time it is read."""
+        monkeypatch.setattr(timing.time, "perf_counter", functools.partial(next, itertools.count()))
+        compressor, _ = calibrated()
+        reports = []
+        for _ in range(2):
+            compressor.compress_to(0.5)
+            reports.append(compressor.report)
+        assert reports[0].seconds == reports[1].seconds
+        assert {"statistics", "refit", "certificate"} < reports[0].seconds.keys()
 
     def test_without_a_ratio_are_those_of_the_configuration(self):
         compressor, model = calibrated(keep_ratio=0.6)

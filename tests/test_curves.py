@@ -4,7 +4,6 @@ import itertools
 
 import numpy as np
 import pytest
-from tolerances import ROUNDING
 
 from hf_lossless_lr.curves import (
     NEGLIGIBLE_SAVING,
@@ -29,9 +28,9 @@ def stored_numbers(out, in_, rank, storage):
     return np.empty((rank, in_)).size + np.empty((out - rank, rank)).size
 
 
-def curve(out=4, in_=6, storage="pivoted", units=10, seed=0):
+def curve(out=4, in_=6, storage="pivoted", seed=0):
     first, second = np.random.default_rng(seed).standard_normal((2, min(out, in_) + 1))
-    return LossCurve(out, in_, storage, first, second**2, units)
+    return LossCurve(out, in_, storage, first, second**2)
 
 
 @on_grid
@@ -130,21 +129,6 @@ def test_a_size_is_looked_up_by_rank_and_dense_is_none():
     assert (size.at(1), size.at(2), size.at(None)) == (1.5, 4.0, 3.0)
 
 
-@pytest.mark.parametrize("units", [1, 7, 1000])
-def test_standard_error_is_the_root_of_the_quadratic_form_over_the_units(units):
-    layer = curve(units=units)
-    quadratic_form = 2 * layer.second_order  # tr(B D A Dᵀ); the second-order term has the half
-    np.testing.assert_allclose(layer.standard_error, (quadratic_form / units) ** 0.5, rtol=ROUNDING)
-
-
-def test_standard_error_halves_with_four_times_the_units():
-    np.testing.assert_allclose(curve(units=400).standard_error, curve(units=100).standard_error / 2, rtol=ROUNDING)
-
-
-def test_standard_error_without_units_is_finite():
-    assert np.isfinite(curve(units=0).standard_error).all()
-
-
 def test_a_curve_cannot_be_changed():
-    with pytest.raises(AttributeError, match="cannot assign to field 'units'"):
-        curve().units = 3
+    with pytest.raises(AttributeError, match="cannot assign to field 'storage'"):
+        curve().storage = "two-factor"

@@ -30,7 +30,7 @@ on_storages = pytest.mark.parametrize("storage", STORAGES)
 on_multiples = pytest.mark.parametrize("multiple", [1, 2, 3])
 
 
-def make_curve(out, in_, seed=0, kind="falling", storage="pivoted", units=20, scale=1.0, gain=0.5):
+def make_curve(out, in_, seed=0, kind="falling", storage="pivoted", scale=1.0, gain=0.5):
     """A curve; `convex` and `falling` in the rank as for the Kronecker metric, `rough` as another metric may be."""
     rng = np.random.default_rng(seed)
     m = min(out, in_)
@@ -41,7 +41,7 @@ def make_curve(out, in_, seed=0, kind="falling", storage="pivoted", units=20, sc
     second = scale * np.append(second, 0.0)
     first = gain * scale * np.append(rng.standard_normal(m), 0.0)
     noise = np.append(rng.uniform(0.1, 1.0, size=m), 0.0)
-    return LossCurve(out, in_, storage, first, second, units, noise)
+    return LossCurve(out, in_, storage, first, second, noise)
 
 
 def make_curves(seed, kind="falling", storage="pivoted", layers=3, **options):
@@ -191,7 +191,7 @@ def test_rounding_does_not_reorder_the_steps_of_a_layer():
         storage, slope = STORAGES[seed % 2], rng.uniform()
         sizes = [factorized_parameters(out, in_, k, storage) for k in range(min(out, in_) + 1)]
         costs = slope * (out * in_ - np.array(sizes, dtype=float))
-        path = compression_path({"a": LossCurve(out, in_, storage, costs, costs, 1)}, second_order_cost)
+        path = compression_path({"a": LossCurve(out, in_, storage, costs, costs)}, second_order_cost)
         ranks = [step.rank for step in path.steps]
         if ranks != sorted(ranks, reverse=True):
             reordered.append(seed)
@@ -276,7 +276,7 @@ def test_no_layer_on_the_last_step_could_be_larger(kind, seed):
 def test_spare_parameters_are_not_spent_on_a_rank_that_costs_more():
     """In a metric other than the Kronecker one, a higher rank may be predicted to cost more."""
     second = np.array([9.0, 1.0, 5.0, 6.0, 5.0, 0.0])
-    curves = {"a": LossCurve(5, 6, "pivoted", 0 * second, second, 10)}
+    curves = {"a": LossCurve(5, 6, "pivoted", 0 * second, second)}
     assert select_budget(curves, 0.9) == {"a": 1}
 
 
@@ -559,7 +559,7 @@ def test_uniform_takes_the_largest_rank_within_the_share_of_each_layers_size(siz
 
 
 def test_a_layer_that_is_nowhere_faster_stays_dense():
-    curves = {"slow": make_curve(6, 6, units=500, gain=50.0), "fast": make_curve(6, 6, 1, units=500, gain=50.0)}
+    curves = {"slow": make_curve(6, 6, gain=50.0), "fast": make_curve(6, 6, 1, gain=50.0)}
     faster, slower = LayerSize(np.arange(7.0), 6.0), LayerSize(np.arange(7.0) + 6, 6.0)
     sizes = {"slow": slower, "fast": faster}
     ranks = select_budget(curves, 0.9, 1, sizes)
@@ -636,7 +636,7 @@ def test_paper_objectives_are_its_algorithms(storage, compact, seed):
 def test_paper_objectives_differ_and_respect_sign_noise_and_rank():
     first = np.array([-9.0, 0.5, -1.0, -2.0, -5.0, -7.0, -8.0, -9.0, 0.0])
     noise = np.array([9.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.0])
-    curves = {"a": LossCurve(8, 8, "pivoted", first, np.zeros(9), 1, noise)}  # ranks 1 … 3 compress
+    curves = {"a": LossCurve(8, 8, "pivoted", first, np.zeros(9), noise)}  # ranks 1 … 3 compress
     assert select_paper(curves, {"a": 0.1}, compact=True) == {"a": 2}  # rank 1 has the wrong sign
     assert select_paper(curves, {"a": 0.1}, compact=False) == {"a": 3}  # rank 4 would be lower still
     assert select_paper(curves, {"a": 0.09}, compact=False) == {"a": None}
@@ -645,7 +645,7 @@ def test_paper_objectives_differ_and_respect_sign_noise_and_rank():
 def test_paper_objectives_need_the_noise():
     second = np.zeros(4)
     with pytest.raises(ConfigurationError, match="the curve of 'a' has no max_noise"):
-        select_paper({"a": LossCurve(3, 3, "pivoted", second, second, 1)}, {"a": 1.0}, compact=True)
+        select_paper({"a": LossCurve(3, 3, "pivoted", second, second)}, {"a": 1.0}, compact=True)
 
 
 # --- determinism ----------------------------------------------------------------------------------------------------

@@ -1,16 +1,13 @@
 """`CompressionReport`: to JSON and back, and onto the disk in one piece."""
 
-import errno
 import json
 import math
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from hf_lossless_lr import Certificate, CheckpointError, CompressionReport
-from hf_lossless_lr.report import REPORT_NAME, Difference, LayerReport, Measurement, write_atomically
+from hf_lossless_lr.report import REPORT_NAME, Difference, LayerReport, Measurement
 
 FACTORIZED = LayerReport("Linear", 8, 10, 3, "pivoted", 80, 45, -0.25, 0.5)
 DENSE = LayerReport("Conv1D", 4, 5, None, None, 20, 20, 0.0, 0.0)
@@ -190,62 +187,3 @@ class TestReading:
         BROKEN[case](data)
         with pytest.raises(CheckpointError, match="this is no compression report"):
             CompressionReport.from_json(json.dumps(data))
-
-
-FAILURES = {
-    "the disk is full": ("os.replace", OSError(errno.ENOSPC, "broken on purpose")),
-    "it is interrupted": ("os.replace", KeyboardInterrupt("broken on purpose")),
-    "the mode cannot be set": ("os.chmod", OSError(errno.EPERM, "broken on purpose")),
-}
-
-
-class TestWriting:
-    def test_replaces_the_old_content(self, tmp_path):
-        path = tmp_path / "file.json"
-        path.write_text("old and longer")
-        assert write_atomically(path, "new") == path
-        assert path.read_text() == "new"
-        assert list(tmp_path.iterdir()) == [path]
-
-    def test_takes_a_path_as_text(self, tmp_path):
-        assert write_atomically(str(tmp_path / "a"), "é").read_bytes() == "é".encode()
-
-    @pytest.mark.parametrize("case", FAILURES)
-    def test_that_fails_keeps_the_old_content_and_leaves_nothing_behind(self, case, tmp_path, monkeypatch):
-        target, error = FAILURES[case]
-
-        def fail(*_):
-            raise error
-
-        path = tmp_path / "file.json"
-        path.write_text("old")
-        monkeypatch.setattr(target, fail)
-        with pytest.raises(type(error), match="broken on purpose"):
-            write_atomically(path, "new")
-        assert path.read_text() == "old"
-        assert list(tmp_path.iterdir()) == [path]
-
-    def test_of_text_that_cannot_be_encoded_keeps_the_old_content(self, tmp_path):
-        path = tmp_path / "file.json"
-        path.write_text("old")
-        with pytest.raises(UnicodeEncodeError):
-            write_atomically(path, "new \ud800")
-        assert path.read_text() == "old"
-        assert list(tmp_path.iterdir()) == [path]
-
-    def test_is_never_seen_half_done(self, tmp_path, monkeypatch):
-        path, seen = tmp_path / "file.json", []
-        path.write_text("old")
-        replace_file = os.replace
-
-        def spy(source, target):
-            seen.append((path.read_text(), Path(source).read_text()))
-            replace_file(source, target)
-
-        monkeypatch.setattr("os.replace", spy)
-        write_atomically(path, "new")
-        assert seen == [("old", "new")]
-
-    def test_into_a_folder_that_does_not_exist_is_an_error(self, tmp_path):
-        with pytest.raises(FileNotFoundError):
-            write_atomically(tmp_path / "nowhere" / "file", "new")

@@ -43,7 +43,7 @@ on_storages = pytest.mark.parametrize("storage", STORAGES)
 def curve_of(module, storage="pivoted"):
     out, in_ = weight_matrix(module).shape
     second = np.arange(min(out, in_) + 1.0)[::-1]
-    return LossCurve(out, in_, storage, 0 * second, second, 10)
+    return LossCurve(out, in_, storage, 0 * second, second)
 
 
 def counted(function):

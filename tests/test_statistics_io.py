@@ -266,7 +266,7 @@ class TestWriting:
             fail()
 
         if stage == "rename":
-            monkeypatch.setattr(statistics_io.os, "replace", fail)
+            monkeypatch.setattr(os, "replace", fail)
         else:
             monkeypatch.setattr(statistics_io, "save_file", fail if stage == "before" else write_half)
         with pytest.raises(error, match="broken on purpose"):

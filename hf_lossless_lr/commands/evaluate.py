@@ -14,7 +14,7 @@ from ..evaluation.mmlu import mmlu
 from ..evaluation.scores import compare
 from ..evaluation.task import ScoringOptions
 from ..evaluation.tasks import EVALUATION_TASKS
-from ..report import write_atomically
+from ..files import write_atomically
 from ..verdict import certificate_sentence
 from .arguments import load_auto
 

@@ -11,7 +11,8 @@ from typing import Any
 from .. import verify as verify_pair
 from ..config import LosslessLowRankConfig
 from ..console import comparison_table
-from ..report import REPORT_NAME, write_atomically
+from ..files import write_atomically
+from ..report import REPORT_NAME
 from ..verdict import certificate_sentence
 from .arguments import NOT_AS_REQUIRED, DataArguments, complaint, load_examples, load_model, load_processor, task_of
 from .report import read_report
