@@ -22,6 +22,7 @@ from hf_lossless_lr.errors import DataError, NumericalError
 from hf_lossless_lr.evaluation.classification import align_labels, warn_of_other_order
 from hf_lossless_lr.evaluation.glue import F1, GLUE, GLUE_LABELS, MATTHEWS, PEARSON
 from hf_lossless_lr.evaluation.images import IMAGE_CLASSIFICATION
+from hf_lossless_lr.evaluation.metrics import load_metric
 from hf_lossless_lr.evaluation.scores import Scores, compare
 from hf_lossless_lr.evaluation.swag import SWAG
 from hf_lossless_lr.evaluation.task import ScoringOptions
@@ -182,6 +183,15 @@ class TestGlue:
         expected = pearsonr(glue_logits(model, "stsb", data)[:, 0], data["label"][:]).statistic
         assert values(scores) == {"Pearson correlation": pytest.approx(expected, abs=1e-6)}
         assert (scores.counts >= 0).all()
+
+    @pytest.mark.parametrize("name", ["mnli", "mrpc", "stsb"])
+    def test_figures_are_those_of_the_metric_of_the_same_answers(self, name, tmp_path):
+        model, data = classifier(len(GLUE_LABELS[name]) or 1), glue_data(name)
+        logits = glue_logits(model, name, data)
+        answers = logits.argmax(1) if GLUE_LABELS[name] else logits[:, 0]
+        got = load_metric("glue", name, cache_dir=tmp_path).compute(predictions=answers, references=data["label"][:])
+        for key, figures in GLUE[name].score(model, data, word_tokenizer(), OPTIONS).values().items():
+            assert (got[key], got[f"{key}_standard_error"]) == pytest.approx(figures, abs=1e-6)
 
     @pytest.mark.parametrize("name", ["mrpc", "stsb"])
     def test_models_can_be_compared(self, name):
@@ -539,6 +549,15 @@ class TestPictures:
         expected = 1 if top == classes else top_k_accuracy_score(truth, logits, k=top, labels=labels)
         assert got[f"top-{top} accuracy"] == pytest.approx(expected, abs=1e-6)
         assert expected == 1 or 0.5 < expected < 1
+
+    def test_figures_are_those_of_the_metric_of_the_same_classes(self, tmp_path):
+        model, data = vit(7), pictures(7)
+        ranked = np.argsort(-picture_logits(model, data), axis=1)
+        got = load_metric("top_k_accuracy", cache_dir=tmp_path).compute(
+            predictions=ranked, references=data["label"][:]
+        )
+        for key, figures in IMAGE_CLASSIFICATION.score(model, data, processor(), OPTIONS).values().items():
+            assert (got[key], got[f"{key}_standard_error"]) == pytest.approx(figures, abs=1e-9)
 
     def test_equal_logits_rank_in_the_order_of_the_classes(self):
         model, data = vit(7), pictures(7)

@@ -18,6 +18,7 @@ from word_tokenizer import CLS, SEP, WORDS, word_tokenizer
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor, verify
 from hf_lossless_lr.errors import ConfigurationError, DataError, NumericalError
 from hf_lossless_lr.evaluation.conll import CONLL2003, align_tags
+from hf_lossless_lr.evaluation.metrics import load_metric
 from hf_lossless_lr.evaluation.scores import compare
 from hf_lossless_lr.evaluation.task import ScoringOptions
 
@@ -122,6 +123,14 @@ class TestScore:
         assert got["conlleval_f1"] == pytest.approx(f1_score(true, predicted), abs=1e-6)
         assert 0 < got["f1"] < 1
         assert got["f1"] != got["conlleval_f1"]
+
+    def test_is_that_of_the_metric_of_the_same_tags(self, tmp_path):
+        rows, model = some_sentences(40, 6), tagger(seed=6)
+        true = [[NAMES[tag] for tag in tags] for _, tags in rows]
+        metric = load_metric("seqeval", cache_dir=tmp_path)
+        got = metric.compute(predictions=slow_predictions(model, rows), references=true)
+        for key, figures in score(model, dataset(rows, NAMES)).values().items():
+            assert (got[key], got[f"{key}_standard_error"]) == pytest.approx(figures, abs=1e-9)
 
     def test_is_that_of_each_sentence(self):
         from seqeval.metrics.v1 import precision_recall_fscore_support

@@ -4,7 +4,6 @@ import json
 import random
 import re
 import runpy
-import string
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from squad_oracle import official
 from tiny_models import VOCABULARY, build, generator
 from torch import nn
 from word_tokenizer import CLS, SEP, WORDS, word_tokenizer
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor, verify
 from hf_lossless_lr.errors import DataError, NumericalError
+from hf_lossless_lr.evaluation.metrics import load_metric
 from hf_lossless_lr.evaluation.scores import compare
 from hf_lossless_lr.evaluation.squad import SQUAD, SQUAD_V2, answer_scores, normalize_answer, predicted_answer
 from hf_lossless_lr.evaluation.task import ScoringOptions
@@ -139,35 +140,6 @@ def slow_prediction(model, row, v2, side):
     return "" if v2 and null - best > 0 else text
 
 
-def official_tokens(text):
-    for mark in string.punctuation:
-        text = text.replace(mark, "")
-    return [word for word in re.split(r"\b(?:a|an|the)\b|\s", text.lower()) if word]
-
-
-def official_f1(gold, prediction, v2):
-    gold, prediction = official_tokens(gold), official_tokens(prediction)
-    if v2 and not (gold and prediction):
-        return float(gold == prediction)
-    rest, same = list(gold), 0
-    for word in prediction:
-        if word in rest:
-            rest.remove(word)
-            same += 1
-    if same == 0:
-        return 0.0
-    precision, recall = same / len(prediction), same / len(gold)
-    return 2 * precision * recall / (precision + recall)
-
-
-def official(row, prediction, v2):
-    golds = row["answers"]["text"]
-    if v2:
-        golds = [gold for gold in golds if official_tokens(gold)] or [""]
-    exact = max(float(official_tokens(gold) == official_tokens(prediction)) for gold in golds)
-    return exact, max(official_f1(gold, prediction, v2) for gold in golds)
-
-
 def oracle(model, rows, v2, side="right"):
     return np.array([official(row, slow_prediction(model, row, v2, side), v2) for row in rows])
 
@@ -191,6 +163,17 @@ class TestScore:
         assert 0 < expected[:, 1].mean() < 1
         assert value(scores, "exact_match") == pytest.approx(expected[:, 0].mean())
         assert value(scores, "f1") == pytest.approx(expected[:, 1].mean())
+
+    @pytest.mark.parametrize("name", TASKS)
+    def test_is_that_of_the_metric_of_the_same_answers(self, name, tmp_path):
+        v2 = name == "v2.0"
+        rows, model = some_examples(30, 4, v2), question_answerer(4)
+        answers = [slow_prediction(model, row, v2, "right") for row in rows]
+        predictions = [{"id": row["id"], "prediction_text": text} for row, text in zip(rows, answers, strict=True)]
+        metric = load_metric("squad_v2" if v2 else "squad", cache_dir=tmp_path)
+        got = metric.compute(predictions=predictions[::-1], references=rows)
+        for key, figures in score(TASKS[name], model, rows).values().items():
+            assert (got[key], got[f"{key}_standard_error"]) == pytest.approx(figures, abs=1e-9)
 
     @pytest.mark.parametrize("side", ["left", "right"])
     @pytest.mark.parametrize("types", [False, True])

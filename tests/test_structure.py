@@ -144,6 +144,10 @@ def test_importing_the_package_loads_no_heavy_optional_library():
     assert imported_at_import(f"import {PACKAGE}") == []
 
 
+def test_importing_the_tasks_does_not_load_evaluate():
+    assert "evaluate" not in imported_at_import(f"import {PACKAGE}.evaluation.tasks")
+
+
 @pytest.mark.parametrize(
     ("parts", "source", "message"),
     [

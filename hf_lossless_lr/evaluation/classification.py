@@ -1,4 +1,4 @@
-"""Heads that give one answer to each example: their labels, their logits, and metrics of summed counts."""
+"""Heads that give one answer to each example: their labels, their answers, and metrics of summed counts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..batches import make_dataloader
 from ..errors import DataError, NumericalError
 from ..modes import evaluating
-from .scores import Metric
+from .scores import Metric, Scores
 from .task import ScoringOptions
 
 logger = logging.get_logger(__name__)
@@ -37,13 +37,12 @@ def share(name: str, column: int) -> Metric:
 
 
 ACCURACY = share("accuracy", 1)
-"""Share of right answers, of the counts that `right_answers` gives."""
+"""Share of right answers, of the counts that `accuracy_scores` gives."""
 
 
-def right_answers(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return for each example 1, and whether the arg max is its label.  # shape: (examples, 2)."""
-    right = logits.argmax(-1) == labels
-    return torch.stack([torch.ones_like(right), right], -1)
+def accuracy_scores(predictions: np.ndarray, labels: np.ndarray) -> Scores:
+    """Score classes, (examples,), against labels, (examples,); the counts are 1, and whether the two are equal."""
+    return Scores(np.stack([np.ones(len(labels)), predictions == labels], 1), (ACCURACY,))
 
 
 def model_labels(model: PreTrainedModel) -> list[str]:
@@ -170,24 +169,29 @@ def _listed(names: Sequence[str]) -> str:
     return f"{len(names)} label{'' if len(names) == 1 else 's'} ({', '.join(names[:_SHOWN])}{more})"
 
 
-def count_answers(
+def largest(logits: torch.Tensor) -> torch.Tensor:
+    """Return the class of the largest logit."""
+    return logits.argmax(-1)
+
+
+def answer_examples(
     model: PreTrainedModel,
     examples: Dataset,
     collator: Any,
     options: ScoringOptions,
-    count: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-) -> np.ndarray:
-    """Run a model over prepared examples, and count what its answers add to the metrics.
+    choose: Callable[[torch.Tensor], torch.Tensor] = largest,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Run a model over prepared examples.
 
     Args:
         model: the model; its training mode is restored.
         examples: examples with labels.
         collator: collator of the examples.
         options: the batch size.
-        count: from logits, (batch, classes), in float32, and labels, (batch,), to counts, (batch, counts).
+        choose: from logits, (batch, classes), in float32, to answers, (batch, ...).
 
     Returns:
-        The counts, in the order of the examples.  # shape: (examples, counts)
+        The answers and the labels, in the order of the examples.  # shapes: (examples, ...), (examples,)
 
     Raises:
         DataError: if there are too few examples, or the model does not give one row of logits for each.
@@ -196,7 +200,7 @@ def count_answers(
     loader = make_dataloader(
         examples, model, batch_size=options.batch_size, data_collator=collator, name="the data set"
     )
-    rows = []
+    answers, wanted = [], []
     with evaluating(model), torch.no_grad():
         for index, batch in enumerate(logging.tqdm(loader, desc="Scoring")):
             inputs = {name: value.to(model.device) for name, value in batch.items()}
@@ -209,8 +213,9 @@ def count_answers(
                 )
             if not torch.isfinite(logits).all():
                 raise NumericalError(f"batch {index}: a logit is not finite; check the model and the inputs.")
-            rows.append(count(logits.float(), labels).double().cpu().numpy())
-    return np.concatenate(rows)
+            answers.append(choose(logits.float()).cpu().numpy())
+            wanted.append(labels.cpu().numpy())
+    return np.concatenate(answers), np.concatenate(wanted)
 
 
 def warn_of_other_order(model: PreTrainedModel, confusion: np.ndarray) -> None:

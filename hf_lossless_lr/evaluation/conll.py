@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,39 @@ def _entity_readers() -> tuple[_Entities, _Entities]:
         return set(get_entities(tags))
 
     return strict, default
+
+
+def _check_scheme(names: Iterable[str]) -> None:
+    wrong = [name for name in names if not _IOB2.fullmatch(name)]
+    if wrong:
+        raise DataError(f"tags must be {_OUTSIDE}, or B- or I- and a type (IOB2), not {', '.join(wrong)}.")
+
+
+def entity_scores(predicted: Sequence[Sequence[str]], true: Sequence[Sequence[str]]) -> Scores:
+    """Score the tags of sentences by the entities that they form.
+
+    Args:
+        predicted: the tags of each sentence, one for each word.
+        true: the right ones.
+
+    Returns:
+        The scores; the counts are right, predicted and true entities, read as strict IOB2 and as by conlleval.
+
+    Raises:
+        DataError: if a tag is not of IOB2, or the two do not have the same words.
+        ConfigurationError: if seqeval is missing.
+    """
+    readers, counts = _entity_readers(), []
+    _check_scheme(sorted({str(tag) for rows in (predicted, true) for row in rows for tag in row}))
+    for index, (mine, theirs) in enumerate(zip(predicted, true, strict=True)):
+        if len(mine) != len(theirs):
+            raise DataError(f"sentence {index} has {len(theirs)} tags, but {len(mine)} are predicted.")
+        row = []
+        for entities in readers:
+            found, wanted = entities(list(mine)), entities(list(theirs))
+            row += [len(found & wanted), len(found), len(wanted)]
+        counts.append(row)
+    return Scores(np.array(counts, dtype=np.float64), METRICS)
 
 
 def _columns(dataset: Dataset, tokenizer: Any) -> tuple[str, str]:
@@ -147,24 +180,14 @@ def _predicted_tags(
 
 
 def _score(model: PreTrainedModel, dataset: Dataset, tokenizer: Any, options: ScoringOptions) -> Scores:
-    """Score a tagger; the counts are right, predicted and true entities, read as strict IOB2 and as by conlleval."""
     words, tags = _columns(dataset, tokenizer)
-    readers, aligned = _entity_readers(), align_tags(dataset, model)
+    _entity_readers()  # before the model is run
+    aligned = align_tags(dataset, model)
     names = aligned.features[tags].feature.names
-    wrong = [name for name in names if not _IOB2.fullmatch(name)]
-    if wrong:
-        raise DataError(f"tags must be {_OUTSIDE}, or B- or I- and a type (IOB2), not {', '.join(wrong)}.")
-    counts = []
+    _check_scheme(names)
     predictions = _predicted_tags(model, list(aligned[words]), tokenizer, options)
-    for true, predicted in zip(aligned[tags], predictions, strict=True):
-        true_names = [names[tag] for tag in true]
-        predicted_names = [_OUTSIDE if tag is None else names[tag] for tag in predicted]
-        row = []
-        for entities in readers:
-            found, wanted = entities(predicted_names), entities(true_names)
-            row += [len(found & wanted), len(found), len(wanted)]
-        counts.append(row)
-    return Scores(np.array(counts, dtype=np.float64), METRICS)
+    predicted = [[_OUTSIDE if tag is None else names[tag] for tag in row] for row in predictions]
+    return entity_scores(predicted, [[names[tag] for tag in row] for row in aligned[tags]])
 
 
 METRICS = (

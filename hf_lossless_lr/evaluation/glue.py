@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from datasets import Dataset, Value
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
@@ -21,13 +20,13 @@ from ..data import TASKS, choose_columns
 from ..errors import DataError
 from .classification import (
     ACCURACY,
+    accuracy_scores,
     align_labels,
+    answer_examples,
     check_labels,
-    count_answers,
     divided,
     label_position,
     model_labels,
-    right_answers,
     warn_of_other_order,
 )
 from .scores import Metric, Scores
@@ -125,42 +124,47 @@ def _with_scores(dataset: Dataset) -> Dataset:
     return dataset.cast_column(_LABEL, Value("float32"))
 
 
-def _score(parts: _Glue, model: PreTrainedModel, dataset: Dataset, tokenizer: Any, options: ScoringOptions) -> Scores:
+def glue_scores(name: str, predictions: np.ndarray, labels: np.ndarray, positive: int = 1) -> Scores:
+    """Score answers to the examples of a GLUE task.
+
+    Args:
+        name: the task.
+        predictions: classes, or similarities of any scale for `stsb`.  # shape: (examples,)
+        labels: the right ones.  # shape: (examples,)
+        positive: the class whose F1 is meant.
+
+    Returns:
+        The scores. The counts are 1 and whether the answer is right, with TP, FP, FN and TN for F1 and Matthews'
+        correlation, or (1, x, y, x², y², x y) for `stsb`.
+    """
+    metrics = _TASKS[name].metrics
+    if metrics == (ACCURACY,):
+        return accuracy_scores(predictions, labels)
+    if metrics == (PEARSON,):
+        x, y = predictions.astype(np.float64), labels.astype(np.float64)
+        x -= x.min()  # the correlation is the same, and no count is negative
+        return Scores(np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], 1), metrics)
+    chosen, wanted = predictions == positive, labels == positive
+    table = [chosen & wanted, chosen & ~wanted, ~chosen & wanted, ~chosen & ~wanted]
+    return Scores(np.stack([np.ones(len(labels)), predictions == labels, *table], 1), metrics)
+
+
+def _score(name: str, model: PreTrainedModel, dataset: Dataset, tokenizer: Any, options: ScoringOptions) -> Scores:
+    parts, classes, collator = _TASKS[name], len(model_labels(model)), DataCollatorWithPadding(tokenizer)
     choose_columns(_TEXT, dataset.column_names, [*parts.texts, _LABEL])
-    collator = DataCollatorWithPadding(tokenizer)
+    if parts.labels:
+        dataset = align_labels(dataset, model, _LABEL, parts.labels)
+    examples = _prepare(parts, dataset, tokenizer, options.max_length)
     if not parts.labels:
-        return _score_similarity(
-            parts, model, _prepare(parts, dataset, tokenizer, options.max_length), collator, options
-        )
-    aligned = align_labels(dataset, model, _LABEL, parts.labels)
-    positive = label_position(aligned, _LABEL, parts.labels[1], 1)
-    classes = len(model_labels(model))
-
-    def count(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        chosen, wanted = logits.argmax(-1) == positive, labels == positive
-        table = torch.stack([chosen & wanted, chosen & ~wanted, ~chosen & wanted, ~chosen & ~wanted], -1)
-        cell = torch.nn.functional.one_hot(labels * classes + logits.argmax(-1), classes**2)
-        return torch.cat([right_answers(logits, labels), table, cell], -1)
-
-    examples = _prepare(parts, aligned, tokenizer, options.max_length)
-    counts = count_answers(model, examples, collator, options, count)
-    warn_of_other_order(model, counts[:, 6:].sum(0).reshape(classes, classes))
-    return Scores(counts[:, : 2 if parts.metrics == (ACCURACY,) else 6], parts.metrics)
-
-
-def _score_similarity(
-    parts: _Glue, model: PreTrainedModel, examples: Dataset, collator: Any, options: ScoringOptions
-) -> Scores:
-    outputs = len(model_labels(model))
-    if outputs != 1:
-        raise DataError(
-            f"the labels are similarities, so the model must have one output (num_labels=1), but it has {outputs}."
-        )
-    pairs = count_answers(
-        model, examples, collator, options, lambda logits, labels: torch.stack([logits[:, 0], labels.float()], -1)
-    )
-    x, y = pairs[:, 0] - pairs[:, 0].min(), pairs[:, 1]  # the correlation is the same, and no count is negative
-    return Scores(np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], 1), parts.metrics)
+        if classes != 1:
+            raise DataError(
+                f"the labels are similarities, so the model must have one output (num_labels=1), but it has {classes}."
+            )
+        return glue_scores(name, *answer_examples(model, examples, collator, options, lambda logits: logits[:, 0]))
+    predictions, labels = answer_examples(model, examples, collator, options)
+    confusion = np.bincount(labels * classes + predictions, minlength=classes**2).reshape(classes, classes)
+    warn_of_other_order(model, confusion)
+    return glue_scores(name, predictions, labels, label_position(dataset, _LABEL, parts.labels[1], 1))
 
 
 GLUE: dict[str, EvaluationTask] = {
@@ -171,7 +175,7 @@ GLUE: dict[str, EvaluationTask] = {
         max_length=128,
         prepare=partial(_prepare, parts),
         collator=DataCollatorWithPadding,
-        score=partial(_score, parts),
+        score=partial(_score, name),
         align=partial(align_labels, column=_LABEL, names=parts.labels) if parts.labels else as_it_is,
     )
     for name, parts in _TASKS.items()

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, default_data_collator
 
 from ..data import TASKS, choose_columns
-from .classification import align_labels, check_labels, count_answers, model_labels, share
+from .classification import align_labels, answer_examples, check_labels, share
 from .scores import Scores
 from .task import EvaluationTask, ScoringOptions
 
@@ -34,16 +35,27 @@ def _prepare(dataset: Dataset, processor: Any, max_length: int) -> Dataset:
 
 def _score(model: PreTrainedModel, dataset: Dataset, processor: Any, options: ScoringOptions) -> Scores:
     examples = _prepare(_align(dataset, model), processor, options.max_length)
-    top = min(_TOP, len(model_labels(model)))
+    return top_k_scores(*answer_examples(model, examples, default_data_collator, options, _best))
 
-    def count(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        own, places = logits.gather(-1, labels[:, None]), torch.arange(logits.shape[-1], device=logits.device)
-        ahead = (logits > own) | ((logits == own) & (places < labels[:, None]))
-        rank = ahead.sum(-1)
-        return torch.stack([torch.ones_like(rank), rank < 1, rank < top], -1)
 
-    counts = count_answers(model, examples, default_data_collator, options, count)
-    return Scores(counts, (share("top-1 accuracy", 1), share(f"top-{top} accuracy", 2)))
+def _best(logits: torch.Tensor) -> torch.Tensor:
+    """Return the best classes of each picture, best first; equal ones in their order."""
+    return logits.argsort(dim=-1, descending=True, stable=True)[:, :_TOP]
+
+
+def top_k_scores(predictions: np.ndarray, labels: np.ndarray) -> Scores:
+    """Score the best classes of each example by top-1 and top-5 accuracy (top-k, where there are only k < 5).
+
+    Args:
+        predictions: classes, best first.  # shape: (examples, k)
+        labels: the right class of each example.  # shape: (examples,)
+
+    Returns:
+        The scores; the counts are 1, whether the first class is right, and whether one of the first five is.
+    """
+    right = predictions[:, :_TOP] == labels[:, None]
+    metrics = (share("top-1 accuracy", 1), share(f"top-{right.shape[1]} accuracy", 2))
+    return Scores(np.stack([np.ones(len(right)), right[:, 0], right.any(1)], 1), metrics)
 
 
 def _align(dataset: Dataset, model: PreTrainedModel) -> Dataset:

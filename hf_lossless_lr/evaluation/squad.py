@@ -241,27 +241,20 @@ def _word_f1(words: list[str], others: list[str], unanswerable: bool) -> float:
     return 2 * (Counter(words) & Counter(others)).total() / (len(words) + len(others))
 
 
-def _score(
-    model: PreTrainedModel, dataset: Dataset, tokenizer: Any, options: ScoringOptions, unanswerable: bool
-) -> Scores:
-    """Score a model; the counts are exact match, F1 and 1, in v2.0 for questions with and without an answer."""
-    _check(dataset, tokenizer)
-    counts, size = np.zeros((len(dataset), 2, 3)), options.batch_size
-    with evaluating(model), torch.no_grad():
-        for first in logging.tqdm(range(0, len(dataset), size), desc="Answering"):
-            batch = dataset[first : first + size]
-            windows = _windows(batch, tokenizer, options.max_length)
-            logits = list(_span_logits(model, windows, tokenizer, size))
-            for index, context in enumerate(batch["context"]):
-                mine = [
-                    (row, window.characters, window.null)
-                    for row, window in zip(logits, windows, strict=True)
-                    if window.example == index
-                ]
-                answer = predicted_answer(context, mine, unanswerable)
-                golds = [text for text, _ in _golds(context, batch["answers"][index], first + index, unanswerable)]
-                kind = int(not golds)
-                counts[first + index, kind] = (*answer_scores(answer, golds, unanswerable), 1)
+def squad_scores(predictions: Sequence[str], golds: Sequence[Sequence[str]], unanswerable: bool) -> Scores:
+    """Score answers to questions.
+
+    Args:
+        predictions: the answer to each question.
+        golds: texts of the correct answers to each question; none, in v2.0, where there is no answer.
+        unanswerable: whether to score as in v2.0.
+
+    Returns:
+        The scores; the counts are exact match, F1 and 1, in v2.0 for questions with and without an answer.
+    """
+    counts = np.zeros((len(golds), 2, 3))
+    for row, prediction, texts in zip(counts, predictions, golds, strict=True):
+        row[int(not texts)] = (*answer_scores(prediction, texts, unanswerable), 1)
     if not unanswerable:
         return Scores(counts[:, 0], _metrics("", (0,)))
     parts = _metrics("", (0, 1)) + _metrics("HasAns_", (0,)) + _metrics("NoAns_", (1,))
@@ -280,6 +273,28 @@ def _mean(column: int, kinds: Sequence[int]) -> Callable[[np.ndarray], np.ndarra
         return total / np.maximum(sum(sums[..., 3 * kind + 2] for kind in kinds), 1)
 
     return of_sums
+
+
+def _score(
+    model: PreTrainedModel, dataset: Dataset, tokenizer: Any, options: ScoringOptions, unanswerable: bool
+) -> Scores:
+    _check(dataset, tokenizer)
+    answers, golds, size = [], [], options.batch_size
+    with evaluating(model), torch.no_grad():
+        for first in logging.tqdm(range(0, len(dataset), size), desc="Answering"):
+            batch = dataset[first : first + size]
+            windows = _windows(batch, tokenizer, options.max_length)
+            logits = list(_span_logits(model, windows, tokenizer, size))
+            for index, context in enumerate(batch["context"]):
+                mine = [
+                    (row, window.characters, window.null)
+                    for row, window in zip(logits, windows, strict=True)
+                    if window.example == index
+                ]
+                correct = _golds(context, batch["answers"][index], first + index, unanswerable)
+                golds.append([text for text, _ in correct])
+                answers.append(predicted_answer(context, mine, unanswerable))
+    return squad_scores(answers, golds, unanswerable)
 
 
 def _task(hub_id: str, unanswerable: bool) -> EvaluationTask:

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import DataCollatorForMultipleChoice, PreTrainedModel
 
 from ..errors import DataError
-from .classification import ACCURACY, check_labels, count_answers, right_answers
+from .classification import accuracy_scores, answer_examples, check_labels
 from .scores import Scores
 from .task import EvaluationTask, ScoringOptions
 
@@ -42,7 +42,7 @@ def _prepare(dataset: Dataset, tokenizer: Any, max_length: int) -> Dataset:
 def _score(model: PreTrainedModel, dataset: Dataset, tokenizer: Any, options: ScoringOptions) -> Scores:
     examples = _prepare(dataset, tokenizer, options.max_length)
     collator = DataCollatorForMultipleChoice(tokenizer)
-    return Scores(count_answers(model, examples, collator, options, right_answers), (ACCURACY,))
+    return accuracy_scores(*answer_examples(model, examples, collator, options))
 
 
 SWAG = EvaluationTask(
