@@ -16,7 +16,7 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
 from hf_lossless_lr.data import load_split
-from hf_lossless_lr.evaluation.scores import side_by_side
+from hf_lossless_lr.evaluation.scores import summarize, table
 from hf_lossless_lr.evaluation.squad import SQUAD
 from hf_lossless_lr.evaluation.task import ScoringOptions
 from hf_lossless_lr.verdict import verdict_sentence
@@ -58,11 +58,9 @@ def main() -> None:
     parts = [SQUAD.prepare(part, tokenizer, SQUAD.max_length) for part in (train, held_out)]
     model = compressor.compress(model, parts[0], eval_dataset=parts[1], data_collator=SQUAD.collator(tokenizer))
     compressed = SQUAD.score(model, held_out, tokenizer, options)
-    report, confidence = compressor.report, compressor.config.confidence
-    figures = {"keep_ratio": report.keep_ratio, "verdict": verdict_sentence(report)}
-    metrics, text = side_by_side(dense, compressed, confidence)
-    figures |= metrics
-    print(text)
+    report, summary = compressor.report, summarize([dense, compressed], compressor.config.confidence)
+    figures = {"keep_ratio": report.keep_ratio, "verdict": verdict_sentence(report), "metrics": summary}
+    print(table(summary))
     print(f"kept {report.keep_ratio:.1%} of the targeted parameters; {figures['verdict']}")
     if arguments.output:
         model.save_pretrained(arguments.output)

@@ -18,7 +18,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
 from hf_lossless_lr.data import load_split
 from hf_lossless_lr.evaluation.images import IMAGE_CLASSIFICATION as TASK
-from hf_lossless_lr.evaluation.scores import side_by_side
+from hf_lossless_lr.evaluation.scores import summarize, table
 from hf_lossless_lr.evaluation.task import ScoringOptions
 from hf_lossless_lr.verdict import verdict_sentence
 
@@ -56,11 +56,9 @@ def main() -> None:
         data_collator=TASK.collator(processor),
     )
     compressed = TASK.score(model, validation, processor, options)
-    report, confidence = compressor.report, compressor.config.confidence
-    figures = {"keep_ratio": report.keep_ratio, "verdict": verdict_sentence(report)}
-    metrics, text = side_by_side(dense, compressed, confidence)
-    figures |= metrics
-    print(text)
+    report, summary = compressor.report, summarize([dense, compressed], compressor.config.confidence)
+    figures = {"keep_ratio": report.keep_ratio, "verdict": verdict_sentence(report), "metrics": summary}
+    print(table(summary))
     print(f"kept {report.keep_ratio:.1%} of the targeted parameters; {figures['verdict']}")
     if arguments.output:
         model.save_pretrained(arguments.output)

@@ -9,7 +9,6 @@ at random, serve to calibrate and are not scored; all others are scored.
 
 import argparse
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
 from hf_lossless_lr.evaluation.mmlu import MMLU, mmlu
-from hf_lossless_lr.evaluation.scores import compare
+from hf_lossless_lr.evaluation.scores import summarize, table
 from hf_lossless_lr.evaluation.task import ScoringOptions
 from hf_lossless_lr.verdict import verdict_sentence
 
@@ -60,18 +59,16 @@ def main() -> None:
     examples, held_out = (task.prepare(questions, tokenizer, length) for questions in (calibration, scored))
     compressor.compress(model, examples, eval_dataset=held_out, data_collator=task.collator(tokenizer))
     report, compressed = compressor.report, task.score(model, scored, tokenizer, ScoringOptions(BATCH, length))
-    before, after, drops = dense.values(), compressed.values(), compare(dense, compressed, confidence=0.95)
-    print(f"{len(calibration)} questions to calibrate on, {len(scored)} others to score; bounds hold with 95 % each")
-    for name, drop in drops.items():
-        shown = "dense {:.4f} ± {:.4f}, compressed {:.4f} ± {:.4f}".format(*before[name], *after[name])
-        print(f"{name:20} {shown}, worse by {drop.mean:+.4f} ({drop.lower:+.4f} to {drop.upper:+.4f})")
-    print(verdict_sentence(report))
+    summary = summarize([dense, compressed], compressor.config.confidence)
+    print(f"{len(calibration)} questions to calibrate on, {len(scored)} others to score")
+    print(table(summary))
+    print(f"kept {report.keep_ratio:.1%} of the targeted parameters; {verdict_sentence(report)}")
     if arguments.output:
         model.save_pretrained(arguments.output)
         tokenizer.save_pretrained(arguments.output)
     if arguments.json:
-        figures = {"dense": before, "compressed": after, "drop": {name: asdict(drop) for name, drop in drops.items()}}
-        figures |= {"questions": {"calibration": len(calibration), "scored": len(scored)}, "verdict": report.verdict}
+        figures = {"keep_ratio": report.keep_ratio, "verdict": verdict_sentence(report), "metrics": summary}
+        figures["questions"] = {"calibration": len(calibration), "scored": len(scored)}
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 

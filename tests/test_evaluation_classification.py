@@ -654,11 +654,14 @@ def check_run(tmp_path, text, metric, dense):
     """What each example prints and writes."""
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert 0.3 < figures["keep_ratio"] <= 0.5
-    found = figures[metric]
-    assert found["dense"] == pytest.approx(dense, abs=1e-9)
-    assert found["drop"]["mean"] == pytest.approx(found["dense"][0] - found["compressed"][0], abs=1e-9)
+    found = figures["metrics"][metric]
+    before, after = found["values"]
+    assert tuple(before.values()) == pytest.approx(dense, abs=1e-9)
+    assert found["drop"]["mean"] == pytest.approx(before["value"] - after["value"], abs=1e-9)
     assert found["drop"]["lower"] <= found["drop"]["mean"] <= found["drop"]["upper"]
-    assert f"{metric}: dense {dense[0]:.4f} ± {dense[1]:.4f}, compressed {found['compressed'][0]:.4f} ±" in text
+    (line,) = [line for line in text.splitlines() if line.startswith(f"{metric} ")]
+    assert f"{dense[0]:.4f} ± {dense[1]:.4f} " in line
+    assert f" {after['value']:.4f} ± " in line
     assert f"kept {figures['keep_ratio']:.1%} of the targeted parameters; {figures['verdict']}" in text
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert (tmp_path / "out" / "compression_report.json").is_file()

@@ -398,9 +398,9 @@ class TestExample:
         monkeypatch.setattr(sys, "argv", ["example", *map(str, arguments), "--keep-ratio", "0.6", "--examples", "16"])
         runpy.run_path(str(EXAMPLE), run_name="__main__")
         text, figures = capsys.readouterr().out, json.loads(file.read_text())
-        assert "f1: dense" in text
+        assert "conlleval_f1" in text
         assert "of the targeted parameters; " in text
         assert 0.5 < figures["keep_ratio"] <= 0.6
-        f1 = figures["f1"]
-        assert f1["dense"][0] - f1["compressed"][0] == pytest.approx(f1["drop"]["mean"])
+        f1 = figures["metrics"]["f1"]
+        assert f1["values"][0]["value"] - f1["values"][1]["value"] == pytest.approx(f1["drop"]["mean"])
         assert (out / "compression_report.json").is_file()

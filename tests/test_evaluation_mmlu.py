@@ -368,10 +368,11 @@ def test_the_example_runs_on_local_files(place, monkeypatch, capsys):
     assert len({row["question"] for row in [*calibration, *scored]}) == 120
     task = mmlu(Dataset.from_json(str(place / "dev.jsonl")))
     again = task.score(model, scored, tokenizer, ScoringOptions(4, 1024)).values()
-    assert again["accuracy"] == pytest.approx(figures["compressed"]["accuracy"])
-    assert again["loss"] == pytest.approx(figures["compressed"]["loss"], rel=FLOAT32)
-    drop = figures["dense"]["accuracy"][0] - figures["compressed"]["accuracy"][0]
-    assert figures["drop"]["accuracy"]["mean"] == pytest.approx(drop)
+    accuracy, loss = (figures["metrics"][name] for name in ("accuracy", "loss"))
+    assert again["accuracy"] == pytest.approx(tuple(accuracy["values"][1].values()))
+    assert again["loss"] == pytest.approx(tuple(loss["values"][1].values()), rel=FLOAT32)
+    drop = accuracy["values"][0]["value"] - accuracy["values"][1]["value"]
+    assert accuracy["drop"]["mean"] == pytest.approx(drop)
 
 
 @pytest.mark.testbed

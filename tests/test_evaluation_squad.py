@@ -578,8 +578,8 @@ class TestExample:
         assert "exact_match" in text
         assert "of the targeted parameters; " in text
         assert 0.5 < figures["keep_ratio"] <= 0.6
-        f1 = figures["f1"]
-        assert f1["dense"][0] - f1["compressed"][0] == pytest.approx(f1["drop"]["mean"])
+        f1 = figures["metrics"]["f1"]
+        assert f1["values"][0]["value"] - f1["values"][1]["value"] == pytest.approx(f1["drop"]["mean"])
         assert (out / "compression_report.json").is_file()
 
     def test_splits_a_single_file_by_article(self, tmp_path):

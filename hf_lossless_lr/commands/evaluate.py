@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from .. import verify
@@ -11,7 +11,7 @@ from ..config import LosslessLowRankConfig
 from ..data import load_split
 from ..errors import CertificateError, ConfigurationError
 from ..evaluation.mmlu import mmlu
-from ..evaluation.scores import compare
+from ..evaluation.scores import summarize, table
 from ..evaluation.task import ScoringOptions
 from ..evaluation.tasks import EVALUATION_TASKS
 from ..files import write_atomically
@@ -76,16 +76,10 @@ def evaluate(arguments: Any) -> int:
         if name is not None
     ]
     scores = [task.score(model, data, processor, options) for model in models]
-    figures: dict[str, Any] = {name: {"values": []} for name in scores[0].values()}
-    for score in scores:
-        for name, (value, error) in score.values().items():
-            figures[name]["values"].append({"value": value, "standard_error": error})
+    summary = summarize(scores, arguments.confidence)
+    print(table(summary))
     if arguments.other is not None:
-        for name, drop in compare(scores[0], scores[1], arguments.confidence).items():
-            figures[name]["drop"] = asdict(drop)
-    print(_table(figures))
-    if arguments.other is not None:
-        print(f"positive differences are worse; bounds are one-sided, at {arguments.confidence:.0%} confidence")
+        print(f"bounds are one-sided, at {arguments.confidence:.0%} confidence")
         try:
             certificate = verify(
                 models[0],
@@ -99,20 +93,5 @@ def evaluate(arguments: Any) -> int:
         except CertificateError as error:
             print(f"no certificate: {error}")
     if arguments.json:
-        write_atomically(arguments.json, json.dumps(figures, indent=2) + "\n")
+        write_atomically(arguments.json, json.dumps(summary, indent=2) + "\n")
     return 0
-
-
-def _table(figures: dict[str, Any]) -> str:
-    """Return a line for each metric: value and standard error of each model, and their difference with its bounds."""
-    width = max(map(len, figures)) + 2
-    pair = any("drop" in found for found in figures.values())
-    lines = [f"{'':{width}}{'dense':>20}{'compressed':>20}   difference"] if pair else []
-    for name, found in figures.items():
-        line = f"{name:{width}}"
-        for entry in found["values"]:
-            line += f"{entry['value']:.4f} ± {entry['standard_error']:.4f}".rjust(20)
-        if "drop" in found:
-            line += "   {mean:+.4f} ({lower:+.4f} to {upper:+.4f})".format(**found["drop"])
-        lines.append(line)
-    return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -87,23 +87,41 @@ def compare(dense: Scores, compressed: Scores, confidence: float) -> dict[str, D
     return result
 
 
-def side_by_side(dense: Scores, compressed: Scores, confidence: float) -> tuple[dict[str, dict[str, Any]], str]:
-    """Compare two models for a reader: every metric of both with its standard error, and the bounds of `compare`.
+def summarize(models: Sequence[Scores], confidence: float) -> dict[str, dict[str, Any]]:
+    """Return the metrics of a model, or of a dense and a compressed one, as plain data.
 
     Args:
-        dense: scores of the dense model.
-        compressed: scores of the compressed model.
+        models: scores of one or two models on the same examples.
         confidence: level of each one-sided bound.
 
     Returns:
-        Plain data (name of the metric to `dense`, `compressed` and `drop`), and the same as lines of text.
+        Name of the metric to `values`, each a `value` and a `standard_error`; for two models also to their `drop`, the
+        `mean`, `lower` and `upper` of `compare`.
+
+    Raises:
+        DataError: if the two are not scores of the same task and examples.
     """
-    before, after = dense.values(), compressed.values()
-    figures, lines = {}, []
-    for name, drop in compare(dense, compressed, confidence).items():
-        figures[name] = {"dense": before[name], "compressed": after[name], "drop": asdict(drop)}
-        lines += [
-            "{}: dense {:.4f} ± {:.4f}, compressed {:.4f} ± {:.4f}".format(name, *before[name], *after[name]),
-            f"  worse by {drop.mean:+.4f}; {confidence:.0%} bounds {drop.lower:+.4f} and {drop.upper:+.4f}",
-        ]
-    return figures, "\n".join(lines)
+    found = [scores.values() for scores in models]
+    summary: dict[str, dict[str, Any]] = {
+        name: {"values": [{"value": values[name][0], "standard_error": values[name][1]} for values in found]}
+        for name in found[0]
+    }
+    if len(models) == 2:
+        for name, drop in compare(models[0], models[1], confidence).items():
+            summary[name]["drop"] = asdict(drop)
+    return summary
+
+
+def table(summary: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return what `summarize` gives as text, with a line for each metric."""
+    width = max(map(len, summary)) + 2
+    pair = any("drop" in found for found in summary.values())
+    lines = [f"{'':{width}}{'dense':>20}{'compressed':>20}   worse by (bounds)"] if pair else []
+    for name, found in summary.items():
+        line = f"{name:{width}}"
+        for entry in found["values"]:
+            line += f"{entry['value']:.4f} ± {entry['standard_error']:.4f}".rjust(20)
+        if "drop" in found:
+            line += "   {mean:+.4f} ({lower:+.4f} to {upper:+.4f})".format(**found["drop"])
+        lines.append(line)
+    return "\n".join(lines)
