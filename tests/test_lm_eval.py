@@ -1,10 +1,9 @@
-"""The command line of lm-eval on compressed checkpoints: with a stand-in, and with lm-eval where it is installed."""
+"""The command line of lm-eval on compressed checkpoints: with a stand-in, and with lm-eval itself."""
 
 import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +78,6 @@ def write_lines(path, rows):
     return path
 
 
-@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed")
 def test_lm_eval_answers_mmlu_as_the_evaluation_does(tmp_path):
     rows, tokenizer, task = questions((12, 12, 12)), byte_tokenizer(), mmlu(Dataset.from_list(dev_rows()))
     model = llama(num_hidden_layers=2)
