@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from scipy.stats import pearsonr
+from score_checks import check_right_answers
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, top_k_accuracy_score
 from tiny_models import VOCABULARY, bert_multiple_choice, build
 from torch import nn
@@ -219,6 +220,7 @@ class TestGlue:
     def test_accuracy_has_the_textbook_error(self):
         scores = GLUE["sst2"].score(classifier(2), glue_data("sst2"), word_tokenizer(), OPTIONS)
         assert scores.counts.shape == (COUNT, 2)
+        check_right_answers(scores, "accuracy")
         p, error = scores.values()["accuracy"]
         assert 0 < p < 1
         assert error == pytest.approx(np.sqrt(p * (1 - p) / (COUNT - 1)), rel=1e-9)
@@ -542,7 +544,9 @@ class TestPictures:
     @pytest.mark.parametrize(("classes", "top"), [(7, 5), (5, 5), (4, 4), (3, 3)])
     def test_figures_are_those_of_scikit_learn(self, classes, top):
         model, data = vit(classes), pictures(classes)
-        got = values(IMAGE_CLASSIFICATION.score(model, data, processor(), OPTIONS))
+        scores = IMAGE_CLASSIFICATION.score(model, data, processor(), OPTIONS)
+        check_right_answers(scores, *scores.values())
+        got = values(scores)
         logits, truth, labels = picture_logits(model, data), data["label"][:], range(classes)
         assert list(got) == ["top-1 accuracy", f"top-{top} accuracy"]
         assert got["top-1 accuracy"] == pytest.approx(accuracy_score(truth, logits.argmax(1)), abs=1e-6)

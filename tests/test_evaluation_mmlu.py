@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from mmlu_questions import DEV, LETTERS, SUBJECTS, TEST, byte_tokenizer, dev_rows, llama, questions
+from score_checks import check_right_answers
 from tiny_models import IGNORED, build
 from tolerances import FLOAT32, ROUNDING
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -224,6 +225,7 @@ class TestScores:
 
     def test_of_two_models_are_compared_on_the_same_questions(self):
         scores = [TASK.score(llama(seed), TEST, byte_tokenizer(), ScoringOptions(4, 2048)) for seed in (0, 1)]
+        check_right_answers(scores[0], "accuracy")
         difference = compare(*scores, 0.95)
         for name, (dense, _) in scores[0].values().items():
             sign = -1 if name == "loss" else 1

@@ -11,6 +11,7 @@ from hf_lossless_lr.errors import DataError
 from hf_lossless_lr.evaluation.scores import Metric, Scores, compare
 
 ACCURACY = Metric("accuracy", lambda sums: sums[..., 1] / sums[..., 0])
+SHARE = Metric(ACCURACY.name, ACCURACY.of_sums, right=lambda counts: counts[..., 1])
 F1 = Metric("F1", lambda sums: 2 * sums[..., 0] / (2 * sums[..., 0] + sums[..., 1] + sums[..., 2]))
 PERPLEXITY = Metric("perplexity", lambda sums: np.exp(sums[..., 1] / sums[..., 0]), higher_is_better=False)
 COUNT = 60
@@ -116,6 +117,16 @@ class TestCompare:
         assert difference.upper == pytest.approx(proportion_upper_bound(lost, gained, count, 0.95), abs=0.004)
         assert difference.lower == pytest.approx(-proportion_upper_bound(gained, lost, count, 0.95), abs=0.004)
         assert difference.upper == pytest.approx(mean_upper_bound(drop, np.ones(count), 0.95), abs=0.004)
+
+    @pytest.mark.parametrize(("lost", "gained"), [(0, 0), (3, 0), (0, 2), (9, 4)])
+    def test_bounds_a_share_of_right_answers_by_tangos_test(self, lost, gained):
+        right = np.arange(COUNT) < 40
+        after = right.copy()
+        after[:lost], after[40 : 40 + gained] = False, True
+        difference = compare(scores(answers(right), SHARE), scores(answers(after), SHARE), 0.9)["accuracy"]
+        assert difference.mean == pytest.approx((lost - gained) / COUNT, abs=1e-12)
+        assert difference.upper == proportion_upper_bound(lost, gained, COUNT, 0.9) > difference.mean
+        assert difference.lower == -proportion_upper_bound(gained, lost, COUNT, 0.9) < difference.mean
 
     def test_bounds_are_wider_at_a_higher_level(self):
         one, other = (scores(answers(drawn(0.8, seed)), ACCURACY) for seed in (13, 14))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from score_checks import check_right_answers
 from squad_oracle import official
 from tiny_models import VOCABULARY, build, generator
 from torch import nn
@@ -551,6 +552,7 @@ class TestCompression:
         options = ScoringOptions(8, LENGTH)
         before, after = (SQUAD_V2.score(m, held_out, tokenizer(), options) for m in (dense, model))
         assert compare(before, after, 0.95).keys() == before.values().keys()
+        check_right_answers(before, "exact_match")
 
 
 class TestExample:

@@ -33,7 +33,9 @@ def divided(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
 
 def share(name: str, column: int) -> Metric:
     """Return the metric "sum of a column divided by the number of examples", where column 0 counts the examples."""
-    return Metric(name, lambda sums: divided(sums[..., column], sums[..., 0]))
+    return Metric(
+        name, lambda sums: divided(sums[..., column], sums[..., 0]), right=lambda counts: counts[..., column]
+    )
 
 
 ACCURACY = share("accuracy", 1)

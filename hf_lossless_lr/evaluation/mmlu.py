@@ -178,7 +178,7 @@ def _loss(sums: np.ndarray) -> np.ndarray:
 
 
 METRICS = (
-    Metric("accuracy", _accuracy),
+    Metric("accuracy", _accuracy, right=lambda counts: _answers(counts)[0].sum(-1)),
     Metric("accuracy_by_subject", _accuracy_by_subject),
     Metric("loss", _loss, higher_is_better=False),
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bounds import statistic_upper_bound
+from ..bounds import proportion_upper_bound, statistic_upper_bound
 from ..errors import DataError
 from ..report import Difference
 
@@ -21,11 +21,14 @@ class Metric:
         name: its usual name.
         of_sums: from summed counts, (..., counts), to values, (...).
         higher_is_better: whether a larger value is better (not so for a perplexity).
+        right: where the metric is the share of all examples that are right, from the counts of each example,
+            (..., counts), to 1 or 0, (...).
     """
 
     name: str
     of_sums: Callable[[np.ndarray], np.ndarray]
     higher_is_better: bool = True
+    right: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,10 @@ class Scores:
 
 
 def compare(dense: Scores, compressed: Scores, confidence: float) -> dict[str, Difference]:
-    """Compare two models on the same examples, by the paired BCa bootstrap.
+    """Compare two models on the same examples.
+
+    The bounds are those of Tango's score test where a metric is the share of right examples, as in the certificate,
+    and of the paired BCa bootstrap elsewhere.
 
     Args:
         dense: scores of the dense model.
@@ -73,18 +79,23 @@ def compare(dense: Scores, compressed: Scores, confidence: float) -> dict[str, D
     """
     if dense.counts.shape != compressed.counts.shape:
         raise DataError("the two models were not scored on the same examples, so they cannot be compared.")
-    result = {}
-    for metric in dense.metrics:
-        sign = 1 if metric.higher_is_better else -1
+    return {metric.name: _difference(metric, dense.counts, compressed.counts, confidence) for metric in dense.metrics}
 
-        def worth(sums: np.ndarray, metric: Metric = metric, sign: int = sign) -> np.ndarray:
-            return sign * metric.of_sums(sums)
 
-        drop = worth(dense.counts.sum(0)) - worth(compressed.counts.sum(0))
-        upper = statistic_upper_bound(worth, dense.counts, compressed.counts, confidence)
-        lower = -statistic_upper_bound(worth, compressed.counts, dense.counts, confidence)
-        result[metric.name] = Difference(float(drop), lower, upper)
-    return result
+def _difference(metric: Metric, dense: np.ndarray, compressed: np.ndarray, confidence: float) -> Difference:
+    sign = 1 if metric.higher_is_better else -1
+
+    def worth(sums: np.ndarray) -> np.ndarray:
+        return sign * metric.of_sums(sums)
+
+    drop = float(worth(dense.sum(0)) - worth(compressed.sum(0)))
+    if metric.right is not None:
+        change = metric.right(dense) - metric.right(compressed)
+        lost, gained = int((change > 0).sum()), int((change < 0).sum())
+        upper = proportion_upper_bound(lost, gained, len(change), confidence)
+        return Difference(drop, -proportion_upper_bound(gained, lost, len(change), confidence), upper)
+    lower = 0.0 - statistic_upper_bound(worth, compressed, dense, confidence)  # never -0.0
+    return Difference(drop, lower, statistic_upper_bound(worth, dense, compressed, confidence))
 
 
 def summarize(models: Sequence[Scores], confidence: float) -> dict[str, dict[str, Any]]:

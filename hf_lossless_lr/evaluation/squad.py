@@ -262,7 +262,8 @@ def squad_scores(predictions: Sequence[str], golds: Sequence[Sequence[str]], una
 
 
 def _metrics(prefix: str, kinds: Sequence[int]) -> tuple[Metric, Metric]:
-    return Metric(f"{prefix}f1", _mean(1, kinds)), Metric(f"{prefix}exact_match", _mean(0, kinds))
+    right = None if prefix else lambda counts: sum(counts[..., 3 * kind] for kind in kinds)  # of all questions only
+    return Metric(f"{prefix}f1", _mean(1, kinds)), Metric(f"{prefix}exact_match", _mean(0, kinds), right=right)
 
 
 def _mean(column: int, kinds: Sequence[int]) -> Callable[[np.ndarray], np.ndarray]:
