@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any, cast
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset
 from transformers import DataCollatorWithPadding, PreTrainedModel, default_data_collator
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -29,8 +29,9 @@ def make_dataloader(
     """Build a loader that yields the same batches in the same order each time.
 
     Args:
-        data: a `datasets.Dataset` or torch `Dataset` of examples, a `DataLoader` (its dataset, collator and batch size
-            are used, without shuffling), or a finite iterable of batches (mappings of tensors).
+        data: a `datasets.Dataset` or torch `Dataset` of examples, a `DataLoader` (the examples that its sampler draws,
+            each once and in the order of its dataset, with its collator and batch size), or a finite iterable of
+            batches (mappings of tensors).
         model: the model; columns that its forward does not take are dropped, as `Trainer` does.
         batch_size: examples per batch, where the data has none of its own.
         data_collator: collator for examples; default as in `Trainer`.
@@ -47,7 +48,7 @@ def make_dataloader(
         if isinstance(data.dataset, IterableDataset) or data.batch_size is None:
             loader = _batches_loader(list(data), name)
         else:
-            loader = _loader(data.dataset, data.batch_size, data.collate_fn)
+            loader = _loader(Subset(data.dataset, _drawn(data.sampler)), data.batch_size, data.collate_fn)
     elif isinstance(data, IterableDataset):
         examples = _Columns(list(data), model, name)
         loader = _loader(examples, batch_size, _collator(data_collator, processing_class))
@@ -76,6 +77,13 @@ def ready_batches(loader: DataLoader) -> bool:
 def subset(loader: DataLoader, indices: Sequence[int]) -> DataLoader:
     """Return a loader of some of the items, in the given order."""
     return _loader(Subset(loader.dataset, indices), loader.batch_size, loader.collate_fn)
+
+
+def _drawn(sampler: Any) -> Sequence[int]:
+    """Return the indices that a sampler draws, in ascending order; of all processes, where it gives each its share."""
+    if isinstance(sampler, DistributedSampler):
+        return range(len(cast(Sized, sampler.dataset)))
+    return sorted(set(sampler))
 
 
 class _Columns(Dataset):

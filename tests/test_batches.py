@@ -3,10 +3,10 @@
 import datasets
 import pytest
 import torch
-from example_data import BATCH_SIZE, EXAMPLE_KINDS, KINDS, ListDataset, StreamDataset, as_loader, collate
+from example_data import BATCH_SIZE, EXAMPLE_KINDS, KINDS, ListDataset, StreamDataset, as_loader, collate, cut
 from tiny_models import IGNORED, as_examples, bert_sequence_classification, split_batch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 from transformers import BatchEncoding, DataCollatorForTokenClassification, PreTrainedTokenizerFast
 
 from hf_lossless_lr.batches import MIN_EXAMPLES, make_dataloader
@@ -65,6 +65,30 @@ class TestMakeDataloader:
             options = {"sampler": RandomSampler(examples)}
         shuffling = as_loader(examples, batch_size=BATCH_SIZE, **options)
         check_same(make_dataloader(shuffling, model, batch_size=1), split_batch(batch, BATCH_SIZE))
+
+    @pytest.mark.parametrize(
+        "sampler",
+        [
+            [1, 2, 5, 7, 8, 9, 10, 3],
+            SubsetRandomSampler([10, 9, 8, 7, 5, 3, 2, 1]),
+            WeightedRandomSampler([0, 1, 1, 1, 0, 1, 0, 1, 1, 1, 1], 8, replacement=False),
+        ],
+        ids=["list", "subset", "weighted"],
+    )
+    def test_takes_only_what_the_sampler_of_a_loader_draws(self, sampler, model, examples):
+        """Two samplers of one dataset are its usual split; the examples of the other part stay out."""
+        loader = as_loader(examples, batch_size=BATCH_SIZE, sampler=sampler)
+        part = [examples[index] for index in (1, 2, 3, 5, 7, 8, 9, 10)]
+        check_same(make_dataloader(loader, model, batch_size=1), cut(part))
+
+    def test_takes_what_a_sampler_draws_repeatedly_once(self, model, examples):
+        loader = as_loader(examples, batch_size=BATCH_SIZE, sampler=[*range(8), *range(8), 0])
+        check_same(make_dataloader(loader, model, batch_size=1), cut(examples[:8]))
+
+    def test_takes_the_shares_of_all_processes(self, model, batch, examples):
+        sampler = DistributedSampler(examples, num_replicas=2, rank=1)
+        loader = as_loader(examples, batch_size=BATCH_SIZE, sampler=sampler)
+        check_same(make_dataloader(loader, model, batch_size=1), split_batch(batch, BATCH_SIZE))
 
     def test_keeps_the_batch_size_and_the_collator_of_a_loader(self, model, examples):
         calls = []
