@@ -1,9 +1,12 @@
 """The command `hf-lossless-lr`, from its arguments to the folder that it writes."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +15,7 @@ import torch
 import transformers
 from compressions import factorized_layers, folder_content
 from datasets import Dataset, Features, Image, Value
+from processes import in_two_processes, needs_processes
 from tiny_models import TINY_MODELS, build
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, ViTImageProcessorPil
 from word_tokenizer import WORDS, word_tokenizer
@@ -184,6 +188,43 @@ class TestCompress:
         first, second = (folder_content(tmp_path / name) for name in ("out", "again"))
         assert first.pop("compression_report.json") != second.pop("compression_report.json")  # the times differ
         assert first == second
+
+
+def compress_in_each(folder: Path, process: int) -> None:
+    """What each launched process runs; its exit code and what it prints go to files of its own."""
+    command = json.loads((folder / "command.json").read_text())
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        code = main(command)
+    (folder / f"printed-{process}").write_text(printed.getvalue())
+    (folder / f"code-{process}").write_text(str(code))
+
+
+@needs_processes
+class TestTwoProcesses:
+    @pytest.mark.parametrize(
+        ("options", "code"),
+        [
+            ([], 0),
+            (["--require", "improved"], 4),
+            (["--objective", "compact", "--loss_margin", "0", "--metric_margin", "0"], 3),
+        ],
+    )
+    def test_write_and_print_once_and_exit_alike(self, options, code, command, tmp_path):
+        where = tmp_path / "processes"
+        where.mkdir()
+        (where / "command.json").write_text(json.dumps([*command, *options, "--json", str(where / "report.json")]))
+        in_two_processes(compress_in_each, where)
+        assert [(where / f"code-{process}").read_text() for process in (0, 1)] == [str(code)] * 2
+        first, second = ((where / f"printed-{process}").read_text() for process in (0, 1))
+        assert ("nothing written" if code == 3 else f"written to {tmp_path / 'out'}") in first
+        assert second == ""
+        assert {path.name for path in tmp_path.iterdir()} == {"processes", *(["out"] if code != 3 else [])}
+        report = (where / "report.json").read_text()
+        if code != 3:
+            assert (tmp_path / "out" / "compression_report.json").read_text() == report
+            model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+            assert model.num_parameters() == CompressionReport.from_json(report).compressed.parameters
 
 
 def token_case(folder):

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .. import LosslessLowRankConfig, LowRankCompressor
+from accelerate import PartialState
+
+from .. import CompressionReport, LosslessLowRankConfig, LowRankCompressor
 from ..config import CompressionOptions
 from ..console import comparison_table, report_rows
 from ..errors import ConfigurationError
@@ -45,7 +47,7 @@ class CompressArguments(DataArguments):
 
 
 def compress(arguments: Any) -> int:
-    """Run `hf-lossless-lr compress`.
+    """Run `hf-lossless-lr compress`; of several processes, the main one writes and prints.
 
     Args:
         arguments: the parsed arguments.
@@ -80,11 +82,38 @@ def compress(arguments: Any) -> int:
     report = compressor.report
     if report is None:
         raise ConfigurationError("the compressor left no report")
+    nothing = all(layer.rank is None for layer in report.layers.values())
+    problem = complaint(report.certificate, arguments.require)
+    processes = PartialState()  # all of them have the same model and report
+    try:
+        if processes.is_main_process:
+            _finish(arguments, model, processor, report, None if nothing else output, problem)
+    finally:
+        processes.wait_for_everyone()
+    if nothing:
+        return NOTHING_COMPRESSED
+    return 0 if problem is None else NOT_AS_REQUIRED
+
+
+def _finish(
+    arguments: Any, model: Any, processor: Any, report: CompressionReport, output: Path | None, problem: str | None
+) -> None:
+    """Write the checkpoint, if there is an output, and the report, and print what was found."""
     if arguments.json:
         Path(arguments.json).write_text(report.to_json(), encoding="utf-8")
-    if all(layer.rank is None for layer in report.layers.values()):
+    if output is None:
         print(f"hf-lossless-lr: no model met objective {report.config['objective']}; nothing written", file=sys.stderr)
-        return NOTHING_COMPRESSED
+        return
+    _save(model, processor, output)
+    print(comparison_table(report_rows(report)))
+    print(f"measured on {report.evaluation['examples']} held-out examples; written to {output}")
+    print(verdict_sentence(report))
+    if problem is not None:
+        print(f"hf-lossless-lr: {problem}; {output} is written all the same", file=sys.stderr)
+
+
+def _save(model: Any, processor: Any, output: Path) -> None:
+    """Write a checkpoint as a whole, or nothing."""
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
     try:
@@ -94,11 +123,3 @@ def compress(arguments: Any) -> int:
         os.replace(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(comparison_table(report_rows(report)))
-    print(f"measured on {report.evaluation['examples']} held-out examples; written to {output}")
-    print(verdict_sentence(report))
-    problem = complaint(report.certificate, arguments.require)
-    if problem is None:
-        return 0
-    print(f"hf-lossless-lr: {problem}; {output} is written all the same", file=sys.stderr)
-    return NOT_AS_REQUIRED
