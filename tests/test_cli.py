@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -334,6 +335,33 @@ class TestErrors:
         assert f"--output: {out} exists already; choose another folder or remove it." in capsys.readouterr().err
         assert folder_content(tmp_path) == before
         assert out.exists()
+
+    @pytest.mark.parametrize("option", ["json", "statistics"])
+    def test_of_a_file_that_cannot_be_written_come_before_the_work(
+        self, option, command, tmp_path, capsys, monkeypatch
+    ):
+        monkeypatch.setattr(
+            "hf_lossless_lr.commands.arguments.load_auto", lambda *_, **__: pytest.fail("the model was loaded")
+        )
+        assert main([*command, f"--{option}", str(tmp_path / "nowhere" / "file")]) == 1
+        assert f"error: --{option}: there is no folder {tmp_path / 'nowhere'}; make it" in capsys.readouterr().err
+        assert main([*command, f"--{option}", str(tmp_path)]) == 1
+        assert f"error: --{option}: {tmp_path} is a folder; name a file in it." in capsys.readouterr().err
+        assert list(tmp_path.iterdir()) == []
+
+    def test_while_writing_the_second_report_keep_the_checkpoint(self, command, tmp_path, monkeypatch):
+        replace_file = os.replace
+
+        def fail(source, target):
+            if str(target).endswith("second.json"):
+                raise OSError("the disk is full")
+            replace_file(source, target)
+
+        monkeypatch.setattr("os.replace", fail)
+        with pytest.raises(OSError, match="the disk is full"):
+            main([*command, "--json", str(tmp_path / "second.json")])
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
 
     @pytest.mark.parametrize("error", [OSError("the disk is full"), KeyboardInterrupt()])
     @pytest.mark.parametrize(

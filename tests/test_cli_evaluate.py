@@ -71,6 +71,7 @@ class TestEvaluate:
         [
             (("--split", "nothing"), "has no split 'nothing'"),
             (("--confidence", "0.2"), "confidence: must be a number in"),
+            (("--json", "/no/such/file"), "--json: there is no folder /no/such"),
             (("--shots_files", "x.jsonl"), "--shots_files is for mmlu, not for swag"),
         ],
     )

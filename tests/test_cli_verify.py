@@ -85,6 +85,7 @@ class TestVerify:
             (("--examples", "20"), "20 examples are too few"),
             (("--confidence", "1.5"), "confidence: must be a number in"),
             (("--data_files", "/no/such.jsonl"), "cannot load the data set"),
+            (("--json", "/no/such/file"), "--json: there is no folder /no/such"),
         ],
     )
     def test_explains_what_is_wrong(self, options, message, verify, place, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -67,6 +68,27 @@ class DataArguments:
         default=None,
         metadata={"help": "exit with code 4 if the verdict is less than this", "choices": list(CERTIFIED)[::-1]},
     )
+
+
+def check_files(arguments: Any, *names: str) -> None:
+    """Check, before any work is done, that files can be written in the end.
+
+    Args:
+        arguments: the parsed arguments.
+        names: options that name a file.
+
+    Raises:
+        ConfigurationError: if a file is a folder, or the folder for it does not exist.
+    """
+    for name in names:
+        path = getattr(arguments, name)
+        if path is None:
+            continue
+        folder = Path(path).absolute().parent
+        if not folder.is_dir():
+            raise ConfigurationError(f"--{name}: there is no folder {folder}; make it, or choose another file.")
+        if Path(path).is_dir():
+            raise ConfigurationError(f"--{name}: {path} is a folder; name a file in it.")
 
 
 def load_model(arguments: DataArguments, name: str) -> Any:

@@ -16,11 +16,13 @@ from .. import CompressionReport, LosslessLowRankConfig, LowRankCompressor
 from ..config import CompressionOptions
 from ..console import comparison_table, report_rows
 from ..errors import ConfigurationError
+from ..files import write_atomically
 from ..verdict import verdict_sentence
 from .arguments import (
     NOT_AS_REQUIRED,
     NOTHING_COMPRESSED,
     DataArguments,
+    check_files,
     complaint,
     load_examples,
     load_model,
@@ -56,12 +58,13 @@ def compress(arguments: Any) -> int:
         Exit code.
 
     Raises:
-        ConfigurationError: if the output exists already.
+        ConfigurationError: if the output exists already, or another file to write has no folder to be in.
     """
     config = LosslessLowRankConfig(**{f.name: getattr(arguments, f.name) for f in fields(CompressionOptions)})
     output = Path(arguments.output)
     if output.exists():
         raise ConfigurationError(f"--output: {output} exists already; choose another folder or remove it.")
+    check_files(arguments, "json", "statistics")
     model, processor = load_model(arguments, arguments.model), load_processor(arguments, arguments.model)
     split, count = arguments.calibration_split, arguments.calibration_examples
     calibration = load_examples(arguments, model, processor, arguments.data_files, split, count)
@@ -98,13 +101,14 @@ def compress(arguments: Any) -> int:
 def _finish(
     arguments: Any, model: Any, processor: Any, report: CompressionReport, output: Path | None, problem: str | None
 ) -> None:
-    """Write the checkpoint, if there is an output, and the report, and print what was found."""
+    """Write the checkpoint, if there is an output, then the report, and print what was found."""
+    if output is not None:
+        _save(model, processor, output)
     if arguments.json:
-        Path(arguments.json).write_text(report.to_json(), encoding="utf-8")
+        write_atomically(arguments.json, report.to_json())
     if output is None:
         print(f"hf-lossless-lr: no model met objective {report.config['objective']}; nothing written", file=sys.stderr)
         return
-    _save(model, processor, output)
     print(comparison_table(report_rows(report)))
     print(f"measured on {report.evaluation['examples']} held-out examples; written to {output}")
     print(verdict_sentence(report))

@@ -16,7 +16,7 @@ from ..evaluation.task import ScoringOptions
 from ..evaluation.tasks import EVALUATION_TASKS
 from ..files import write_atomically
 from ..verdict import certificate_sentence
-from .arguments import load_auto
+from .arguments import check_files, load_auto
 
 _DEFAULTS = LosslessLowRankConfig()
 
@@ -56,8 +56,9 @@ def evaluate(arguments: Any) -> int:
         Exit code.
 
     Raises:
-        ConfigurationError: if an option does not fit the task.
+        ConfigurationError: if an option does not fit the task, or has a value that cannot be used.
     """
+    check_files(arguments, "json")
     LosslessLowRankConfig(confidence=arguments.confidence, batch_size=arguments.batch_size)  # refuses bad values
     task = EVALUATION_TASKS[arguments.task]
     path, configuration, _, split = task.dataset

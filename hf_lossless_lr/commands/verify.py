@@ -14,7 +14,16 @@ from ..console import comparison_table
 from ..files import write_atomically
 from ..report import REPORT_NAME
 from ..verdict import certificate_sentence
-from .arguments import NOT_AS_REQUIRED, DataArguments, complaint, load_examples, load_model, load_processor, task_of
+from .arguments import (
+    NOT_AS_REQUIRED,
+    DataArguments,
+    check_files,
+    complaint,
+    load_examples,
+    load_model,
+    load_processor,
+    task_of,
+)
 from .report import read_report
 
 _DEFAULTS = LosslessLowRankConfig()
@@ -42,7 +51,11 @@ def verify(arguments: Any) -> int:
 
     Returns:
         Exit code.
+
+    Raises:
+        ConfigurationError: if an option has a value that cannot be used.
     """
+    check_files(arguments, "json")
     margins = {name: getattr(arguments, name) for name in ("loss_margin", "metric_margin", "confidence", "batch_size")}
     LosslessLowRankConfig(**margins)  # refuses values out of range
     folder = Path(arguments.compressed)
