@@ -183,13 +183,18 @@ def _record(dense: _Answer, compressed: _Answer, examples: int, index: int, temp
         "changed": torch.stack([p.argmax(-1) != q.argmax(-1) for p, q in zip(*logs, strict=True)]).any(0),
         "labels": dense.asked[0].labels,
         "example": dense.asked[0].examples,
-        "divergence": torch.stack([(p.exp() * (p - q)).sum(-1) for p, q in zip(*logs, strict=True)]).mean(0),
+        "divergence": torch.stack([_divergence(p, q) for p, q in zip(*logs, strict=True)]).mean(0),
     }
     if temperatures:
         by_unit["tempered"] = torch.stack(
             [torch.stack([_cross_entropy(log, labels, t) for t in TEMPERATURES]) for log in logs]
         )
     return _Record(loss, dense.units, examples, {name: value.cpu().numpy() for name, value in by_unit.items()})
+
+
+def _divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Return `Σ exp(p) (p − q)` of each unit, where classes that `p` rules out add nothing.  # shape: (units,)."""
+    return torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum(-1)
 
 
 def _cross_entropy(logs: Sequence[torch.Tensor], labels: Sequence[torch.Tensor], temperature: float) -> torch.Tensor:

@@ -156,9 +156,14 @@ class _Products(NamedTuple):
 
 
 def _compares_outputs(group: Sequence[RefitTarget]) -> bool:
-    """Return whether the dense model's outputs `W X` stand for its inputs: they do where they are no wider."""
-    out, size = weight_matrix(group[0].dense).shape
-    return len(group) == 1 and out <= size
+    """Return whether the dense model's outputs `W X` stand for its inputs.
+
+    They do where they are no wider, and have no bias or one that can be taken off: in 16 bits it may have rounded away
+    the rest.
+    """
+    dense: Any = group[0].dense
+    out, size = weight_matrix(dense).shape
+    return len(group) == 1 and out <= size and (dense.bias is None or dense.weight.dtype.itemsize >= 4)
 
 
 def _products(
@@ -206,10 +211,35 @@ def _solve(target: RefitTarget, output_cross: torch.Tensor, input_gram: torch.Te
     layer.load_factors(*Factorization(factors).truncate(layer.rank, layer.storage, layer.pivots_inputs))
 
 
+class _Autocast(NamedTuple):
+    """The state of autocast. It belongs to the thread, not to the greenlet: a stream that pauses takes its own along.
+
+    Attributes:
+        device: type of the device.
+        enabled: whether it is on.
+        dtype: what it computes in.
+    """
+
+    device: str
+    enabled: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, device: str) -> _Autocast:
+        """Return the state as it is now."""
+        return cls(device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+
+    def set(self) -> None:
+        """Make this the state of the thread."""
+        torch.set_autocast_enabled(self.device, self.enabled)
+        torch.set_autocast_dtype(self.device, self.dtype)
+
+
 @contextmanager
 def _pauses(model: PreTrainedModel, targets: Mapping[str, RefitTarget], groups: Sequence[Group]) -> Iterator[None]:
     """Hooks that pause a stream at the first layer of each group, before it or behind it; undone afterwards."""
     main = greenlet.getcurrent()
+    caller = _Autocast.of(model.device.type)
 
     def pause_at(group: Group, dense: Any) -> Any:
         layout = layout_of(dense)
@@ -223,7 +253,12 @@ def _pauses(model: PreTrainedModel, targets: Mapping[str, RefitTarget], groups: 
             stream.rows = rows if output is None or dense.bias is None else rows - dense.bias.to(rows)
             stream.group = group
             stream.passed.add(group)
-            main.switch()
+            own = _Autocast.of(model.device.type)
+            caller.set()
+            try:
+                main.switch()
+            finally:
+                own.set()
             stream.rows = None
 
         return hook

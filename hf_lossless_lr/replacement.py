@@ -24,9 +24,10 @@ class Replacement:
     originals: dict[str, nn.Module]
 
     def undo(self) -> None:
-        """Put the original modules back."""
+        """Put the original modules back, on the device and in the dtype of those that were in their place."""
         for path, module in self.originals.items():
-            self.model.set_submodule(path, module)
+            present = next(self.model.get_submodule(path).parameters(), None)
+            self.model.set_submodule(path, module if present is None else module.to(present.device, present.dtype))
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Replacement:

@@ -22,6 +22,7 @@ from .curves import LayerSize, LossCurve, choose_storage
 from .errors import TargetError
 from .layouts import layout_of, weight_matrix
 from .modes import evaluating
+from .statistics import differentiating_only
 
 GRID = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # ranks whose latency is measured, as shares of the largest one
 REPEATS = 7
@@ -73,7 +74,8 @@ def forward_flops(
         TargetError: if a target takes no part in the forward pass.
     """
     counter = FlopCounterMode(display=False)
-    with evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:  # it cannot see fused attention
+    # The counter cannot see fused attention, nor follow all models whose weights require gradients.
+    with differentiating_only(model, {}), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(**batch)
     by_module = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
     flops = {name: by_module.get(f"{type(model).__name__}.{name}", 0) for name in targets}

@@ -104,6 +104,7 @@ class _Collector:
         self.masks = PaddingMasks(model)
         self.inputs: dict[tuple[int, int], _Input] = {}
         self.recording = False
+        self.order: list[Key] = []  # of the inputs in a forward pass, also of those that only some batches have
         self.input_sums: dict[Key, torch.Tensor] = {}
         self.input_counts: dict[Key, int] = {}
         self.repeated: set[str] = set()  # targets called more than once in a forward pass
@@ -139,9 +140,13 @@ class _Collector:
         """Add the inputs of a finished forward pass, each once for all the layers that share it."""
         calls = Counter(name for entry in self.inputs.values() for name in entry.names)
         self.repeated |= {name for name, count in calls.items() if count > 1}
+        place = 0
         for entry in self.inputs.values():
             rows = real_rows(entry.layout.input_rows(entry.module, entry.tensor), entry.mask)
             key = tuple(dict.fromkeys(entry.names))
+            if key not in self.order:
+                self.order.insert(place, key)  # right behind the one before
+            place = self.order.index(key) + 1
             product = gram(rows)
             if key in self.input_sums:
                 self.input_sums[key] += product
@@ -162,7 +167,7 @@ class _Collector:
 
     def groups(self) -> tuple[Key, ...]:
         """Return the groups of targets with the same input, in forward order, without targets called repeatedly."""
-        seen: list[Key] = next((keys for keys in gather_object([list(self.input_sums)]) if keys), [])
+        seen: list[Key] = next((keys for keys in gather_object([self.order]) if keys), [])
         uses = Counter(name for key in seen for name in key)
         repeated = set(gather_object(sorted(self.repeated)))  # an idle process has seen none
         single = [tuple(name for name in key if name not in repeated and uses[name] == 1) for key in seen]
@@ -201,7 +206,7 @@ class _Collector:
 
 
 @contextmanager
-def _differentiating_only(model: nn.Module, targets: Mapping[str, nn.Module]) -> Iterator[None]:
+def differentiating_only(model: nn.Module, targets: Mapping[str, nn.Module]) -> Iterator[None]:
     """Evaluation mode, gradients for the target weights alone; everything as it was afterwards."""
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     weights = {id(module.weight) for module in targets.values()}
@@ -257,7 +262,7 @@ def collect_statistics(
     try:
         prepared = accelerator.prepare(loader)
         progress = logging.tqdm(prepared, desc="Calibrating", disable=not accelerator.is_local_main_process)
-        with _differentiating_only(model, targets), torch.enable_grad():
+        with differentiating_only(model, targets), torch.enable_grad():
             for index, batch in enumerate(progress):
                 collector.masks.start(batch)
                 collector.recording = True

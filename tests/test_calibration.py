@@ -94,6 +94,15 @@ class TestManyRatios:
         compressor.compress_to()
         check_same_model(model, fresh(keep_ratio=0.6)[0])
 
+    def test_go_on_after_the_model_was_moved_to_another_dtype(self):
+        compressor, model = calibrated()
+        compressor.compress_to(0.8)
+        model.to(torch.bfloat16)
+        compressor.compress_to(0.5)
+        assert factorized_layers(model)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        assert torch.isfinite(model(**build(NAME)[1]).logits).all()
+
     def test_leave_the_model_dense_before_the_first_and_after_a_restore(self):
         dense = build(NAME)[0]
         compressor, model = calibrated()

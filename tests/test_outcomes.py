@@ -27,7 +27,7 @@ from transformers import BertForSequenceClassification, BertForTokenClassificati
 
 from hf_lossless_lr import PairedOutcomes, paired_outcomes
 from hf_lossless_lr.errors import DataError, NumericalError
-from hf_lossless_lr.outcomes import LOSS_TOLERANCE, TEMPERATURES
+from hf_lossless_lr.outcomes import LOSS_TOLERANCE, TEMPERATURES, _divergence
 from hf_lossless_lr.replacement import replace_modules
 from hf_lossless_lr.targets import find_targets
 
@@ -367,6 +367,13 @@ class TestSums:
         plain = PairedOutcomes(self.OUTCOMES.loss, self.OUTCOMES.units, 3, by_example=False)
         assert plain.accuracy is plain.accuracy_drop is plain.mean_divergence is None
         assert plain.mean_loss == self.OUTCOMES.mean_loss
+
+
+def test_the_divergence_of_classes_that_are_ruled_out_is_finite():
+    p = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64).log()
+    q = torch.tensor([[0.4, 0.6, 0.0]], dtype=torch.float64).log()
+    expected = 0.5 * np.log(0.5 / 0.4) + 0.5 * np.log(0.5 / 0.6)
+    assert _divergence(p, q).tolist() == pytest.approx([expected], rel=1e-6)
 
 
 class TestTheModels:

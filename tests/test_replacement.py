@@ -179,6 +179,14 @@ class TestUndo:
         record.undo()
         assert model.classifier is later
 
+    def test_follows_the_model_to_another_dtype(self, bert):
+        model, batch = bert
+        record = replace_modules(model, {QUERY: nn.Linear(32, 32)})
+        model.to(torch.bfloat16)
+        record.undo()
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        assert logits(model, batch).dtype == torch.bfloat16
+
     def test_twice_is_the_same_as_once(self, bert):
         model, _ = bert
         before = identities(model)

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from tiny_models import EXAMPLES, LENGTH, TINY_MODELS
+from tiny_models import EXAMPLES, LENGTH, TINY_MODELS, build
 from tolerances import ROUNDING
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -82,6 +82,19 @@ def test_flops_of_equal_rows_choose_as_parameters_do():
     sizes = flop_sizes(curves, dict.fromkeys(curves, 3.7))
     for ratio in [0.5, 0.7, 0.9]:
         assert select_budget(curves, ratio, 1, sizes) == select_budget(curves, ratio)
+
+
+def test_flops_are_counted_where_a_weight_enters_a_module_as_an_argument():
+    """DeBERTa's embeddings of relative positions, which PyTorch's counter cannot follow if they require gradients."""
+    options = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "pooler_hidden_size": 32}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = build("DebertaForSequenceClassification", "DebertaConfig", vocab_size=61, **sizes, **options)
+    model.classifier.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    targets = find_targets(model, None, None).targets
+    flops = forward_flops(model, targets, {"input_ids": torch.arange(12).view(2, 6)}, 2)
+    assert flops.rows.keys() == targets.keys()
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
 
 
 def half(model, targets):
