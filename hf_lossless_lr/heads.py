@@ -20,7 +20,11 @@ IGNORE_INDEX = -100
 _SHIFTED = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) | set(
     modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
 )
-_SHIFTED -= {"XLNetLMHeadModel", "XLMWithLMHeadModel"}  # they compare each position with its own label
+_SHIFTED -= {  # they compare each position with its own label
+    *(f"{name}ForCausalLM" for name in ("Bart", "BigBirdPegasus", "Blenderbot", "BlenderbotSmall", "CpmAnt", "MBart")),
+    *(f"{name}ForCausalLM" for name in ("Marian", "Mvp", "PLBart", "Pegasus", "ProphetNet", "TrOCR", "Whisper")),
+    *("XLMWithLMHeadModel", "XLNetLMHeadModel"),
+}
 
 
 def label_names(model: PreTrainedModel) -> list[str]:
@@ -39,8 +43,11 @@ def batch_examples(batch: Mapping[str, Any]) -> int:
 
 
 def _target(model: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor:
-    """Return the labels that the loss compares, without the first token of a left-to-right language model."""
-    shifted = type(model).__name__ in _SHIFTED and not model.config.is_encoder_decoder
+    """Return the labels that the loss compares, without the first token of a left-to-right language model.
+
+    A class of the user's own is told by the class of Transformers that it derives from.
+    """
+    shifted = any(base.__name__ in _SHIFTED for base in type(model).__mro__) and not model.config.is_encoder_decoder
     return labels[..., 1:] if shifted and labels.ndim == 2 else labels
 
 

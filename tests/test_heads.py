@@ -61,6 +61,21 @@ UNITS = [
 ]
 
 
+# decoders of encoder-decoders, as language models of their own
+DECODERS = [
+    *("Bart", "BigBirdPegasus", "Blenderbot", "BlenderbotSmall", "MBart", "Marian", "Mvp", "PLBart", "Pegasus"),
+    *("ProphetNet", "TrOCR", "Whisper"),
+]
+
+
+def decoder(name):
+    sizes = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+    prophet = {"hidden_size": 32, "num_decoder_layers": 1, "num_decoder_attention_heads": 4, "ngram": 1}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    options = {"vocab_size": 61, "init_std": 0.2, **special, **(prophet if name == "ProphetNet" else sizes)}
+    return build(f"{name}ForCausalLM", f"{name}Config", **options)
+
+
 class TestLabelledUnits:
     @pytest.mark.parametrize(("name", "labels", "units"), UNITS)
     def test_are_counted(self, name, labels, units):
@@ -71,6 +86,22 @@ class TestLabelledUnits:
         model = head("llama")
         model.config.is_encoder_decoder = True
         assert labelled_units(model, {"labels": tensor([[5, 6, 7, 8], [5, 6, N, N]])}) == 6
+
+    def test_of_a_users_own_causal_model_are_shifted(self):
+        model, batch = TINY_MODELS["llama"]()
+        own = type("Own", (type(model),), {})(model.config)
+        assert labelled_units(own, batch) == labelled_units(model, batch)
+
+    @pytest.mark.parametrize("name", DECODERS)
+    def test_of_a_decoder_alone_are_not_shifted(self, name):
+        """Transformers lists these with the causal models; their loss compares each position with its own label."""
+        model, batch = decoder(name), TINY_MODELS["llama"]()[1]
+        with torch.no_grad():
+            outputs = model(**batch)
+        (question,) = questions(model, batch, outputs)
+        expected = torch.nn.functional.cross_entropy(question.logits, question.labels)
+        torch.testing.assert_close(outputs.loss, expected, rtol=LOSS_RTOL, atol=0.0)
+        assert labelled_units(model, batch) == int((batch["labels"] != N).sum())
 
     @pytest.mark.parametrize("name", TINY_MODELS)
     def test_are_what_the_loss_averages_over(self, name):
