@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,24 +14,31 @@ from pathlib import Path
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give the body another file to write, which then takes the place of `path` at once; not after an exception.
 
+    A link stays, and what it leads to is replaced. A replaced file keeps its mode.
+
     Args:
         path: the file; its directory exists.
 
     Yields:
-        An empty file in the same directory, which is removed if the body fails.
+        An empty file in the same directory, which is removed if the body fails; `path` itself if that is a pipe, a
+        terminal or another thing with no content to replace.
 
     Raises:
         OSError: if the file cannot be written.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
+    mode = path.stat().st_mode if path.exists() else None
+    if mode is not None and not stat.S_ISREG(mode):
+        yield path
+        return
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(f".hf-lossless-lr-{secrets.token_hex(8)}.tmp")  # short, for names as long as allowed
+    # Unlike those of `tempfile`, a new file is as public as any other; until it is complete, a replaced one is not.
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666 if mode is None else 0o600))
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp gives 0600; a report is as public as its checkpoint
+        if mode is not None:
+            os.chmod(temporary, stat.S_IMODE(mode))
         os.replace(temporary, path)
     finally:  # also after an interrupt
         temporary.unlink(missing_ok=True)

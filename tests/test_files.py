@@ -3,6 +3,8 @@
 import errno
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,51 @@ class TestWriting:
         plain.write_text("")
         path = write_atomically(tmp_path / "file", "new")
         assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+    @pytest.mark.parametrize("mode", [0o600, 0o664, 0o444])
+    def test_keeps_the_mode_of_the_file_that_it_replaces(self, mode, tmp_path):
+        path = tmp_path / "file"
+        path.write_text("old")
+        path.chmod(mode)
+        with replacing(path) as temporary:
+            assert stat.S_IMODE(temporary.stat().st_mode) == 0o600
+            temporary.write_text("new")
+        assert (path.read_text(), stat.S_IMODE(path.stat().st_mode)) == ("new", mode)
+
+    @pytest.mark.parametrize("exists", [True, False])
+    def test_through_a_link_replaces_what_it_leads_to(self, exists, tmp_path):
+        target, link = tmp_path / "folder" / "target", tmp_path / "link"
+        target.parent.mkdir()
+        if exists:
+            target.write_text("old")
+        link.symlink_to("folder/target")
+        assert write_atomically(link, "new") == link
+        assert link.is_symlink()
+        assert target.read_text() == "new"
+        assert sorted(tmp_path.rglob("*")) == [target.parent, target, link]
+
+    def test_into_a_pipe_goes_through_it(self, tmp_path):
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            write_atomically(pipe, "new")
+            assert os.read(reader, 99) == b"new"
+        finally:
+            os.close(reader)
+        assert pipe.is_fifo()
+        assert list(tmp_path.iterdir()) == [pipe]
+
+    def test_takes_a_name_as_long_as_the_file_system_allows(self, tmp_path):
+        path = tmp_path / ("n" * 255)
+        assert write_atomically(path, "new").read_text() == "new"
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_to_the_standard_output_of_a_process_prints(self):
+        code = "from hf_lossless_lr.files import write_atomically; write_atomically('/dev/stdout', 'new')"
+        process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert (process.stdout, process.stderr) == ("new", "")
+        assert Path("/dev/stdout").is_symlink()
 
     @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
     def test_by_a_body_that_fails_keeps_the_old_content(self, error, tmp_path):

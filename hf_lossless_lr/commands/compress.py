@@ -119,7 +119,7 @@ def _finish(
 def _save(model: Any, processor: Any, output: Path) -> None:
     """Write a checkpoint as a whole, or nothing."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+    partial = Path(tempfile.mkdtemp(dir=output.parent, prefix=".hf-lossless-lr-"))
     try:
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
