@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -92,7 +93,10 @@ def _comparison(report: CompressionReport) -> list[str]:
     differences = [
         (
             names.get(claim.name, "loss at fitted temperatures (nats)"),
-            *(f"{claim.scale * value:+.{4 if claim.scale == 1 else 2}f}" for value in vars(claim.found).values()),
+            *(
+                f"{claim.scale * value:+.{4 if claim.scale == 1 else 2}f}" if math.isfinite(value) else "unknown"
+                for value in vars(claim.found).values()
+            ),
             f"{claim.scale * claim.margin:g}",
         )
         for claim in claims_of(certificate)

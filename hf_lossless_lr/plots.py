@@ -194,7 +194,7 @@ def _loss_and_size(report: CompressionReport) -> Figure | None:
         for passes, colour, text in ((True, KEPT, "trial"), (False, BAD, "trial outside the margins")):
             points = [trial for trial in trials if trial["passes"] is passes and key in trial]
             if points:
-                means, uppers = ([scale * trial[k] for trial in points] for k in (key, f"{key}_upper"))
+                means, uppers = ([scale * _value(trial, k) for trial in points] for k in (key, f"{key}_upper"))
                 _points(ax, [trial["keep_ratio"] for trial in points], means, means, uppers, color=colour, label=text)
         found, place = getattr(report.certificate, key, None), [report.keep_ratio]
         if found is not None:
@@ -213,7 +213,7 @@ def _loss_and_size(report: CompressionReport) -> Figure | None:
 def _predicted_and_measured(report: CompressionReport) -> Figure | None:
     """Draw the measured loss increase of each trial over the predicted one, both on logarithmic axes."""
     pairs = [
-        (trial["predicted_loss_increase"], trial["loss_increase"], trial["loss_increase_upper"])
+        (trial["predicted_loss_increase"], trial["loss_increase"], _value(trial, "loss_increase_upper"))
         for trial in report.trials
         if "loss_increase" in trial and trial["predicted_loss_increase"] > 0
     ]
@@ -266,8 +266,8 @@ def _changed_answers(report: CompressionReport) -> Figure | None:
     }
     drawn = right.barh(list(bars), [100 * share for share, _ in bars.values()], color=[c for _, c in bars.values()])
     right.bar_label(drawn, fmt="%.2f", padding=3)
-    bounds = [[100 * (drop.mean - drop.lower)], [100 * (drop.upper - drop.mean)]]
-    right.errorbar([100 * drop.mean], ["net loss"], xerr=bounds, color="black", capsize=4, marker="D")
+    mean, lower, upper = ([100 * value] for value in (drop.mean, drop.lower, drop.upper))
+    right.errorbar(mean, ["net loss"], xerr=_sides(mean, lower, upper), color="black", capsize=4, marker="D")
     right.axvline(0, color="black", linewidth=0.8)
     right.set_ylim(len(bars) + 0.6, -0.6)
     right.margins(x=0.15)
@@ -286,12 +286,22 @@ def _figure(width: float, height: float, title: str) -> Figure:
 def _points(
     ax: Axes, x: list[float], means: list[float], lowers: list[float], uppers: list[float], **style: Any
 ) -> None:
-    """Draw points with error bars; a bound that is infinite is left out."""
-    sides = [
+    """Draw points with error bars."""
+    sides = _sides(means, lowers, uppers)
+    ax.errorbar(x, means, yerr=sides, **{"capsize": 3, "linestyle": "none", "marker": "o", **style})
+
+
+def _sides(means: list[float], lowers: list[float], uppers: list[float]) -> list[list[float]]:
+    """Return the lengths of error bars; a bound that is infinite is left out."""
+    return [
         [abs(b - m) if math.isfinite(b) else 0.0 for b, m in zip(side, means, strict=True)]
         for side in (lowers, uppers)
     ]
-    ax.errorbar(x, means, yerr=sides, **{"capsize": 3, "linestyle": "none", "marker": "o", **style})
+
+
+def _value(trial: dict[str, Any], key: str) -> float:
+    """Return a number of a trial; an upper bound that there is none is infinite."""
+    return math.inf if trial[key] is None else float(trial[key])
 
 
 def _legend_of(figure: Figure, axes: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -62,8 +63,8 @@ class Difference:
 
     Attributes:
         mean: mean difference per labelled unit.
-        lower: one-sided lower confidence bound.
-        upper: one-sided upper confidence bound.
+        lower: one-sided lower confidence bound; without one, minus infinity, which is null in JSON.
+        upper: one-sided upper confidence bound; without one, infinity, which is null in JSON.
     """
 
     mean: float
@@ -143,7 +144,8 @@ class CompressionReport:
         config: the configuration, without the manifest.
         layers: targeted layer to what became of it.
         refitted: whether the factors were refitted to the shifted inputs (and that helped).
-        trials: every point measured on the way, with predicted and measured loss increase.
+        trials: every point measured on the way, with predicted and measured loss increase; an upper bound is None
+            where there is none, as for a single example or batch.
         skipped: layer that could have been factorized to the reason it was not a target.
         dense: the dense model on held-out data.
         compressed: the compressed model on the same data.
@@ -198,13 +200,13 @@ class CompressionReport:
         return "none" if self.certificate is None else self.certificate.verdict
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data, with the derived ratios beside the fields."""
+        """Return plain data, with the derived ratios beside the fields, and None for what is not finite."""
         derived = ("keep_ratio", "model_keep_ratio", "predicted_loss_increase", "verdict")
-        return {**asdict(self), **{name: getattr(self, name) for name in derived}}
+        return dict(finite({**asdict(self), **{name: getattr(self, name) for name in derived}}))
 
     def to_json(self) -> str:
         """Return the report as indented JSON."""
-        return json.dumps(self.to_dict(), indent=2) + "\n"
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> CompressionReport:
@@ -247,5 +249,20 @@ def _certificate(data: dict[str, Any] | None) -> Certificate | None:
         return None
     values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in data.items()}
     for name in ("loss_increase", "accuracy_drop", "tempered_loss_increase"):
-        values[name] = None if values[name] is None else Difference(**values[name])
+        values[name] = None if values[name] is None else _difference(values[name])
     return Certificate(**values)
+
+
+def _difference(data: dict[str, Any]) -> Difference:
+    """Return the difference that JSON turned into a dictionary, with null for a bound that does not exist."""
+    endless = {"lower": -math.inf, "upper": math.inf}
+    return Difference(**data | {name: bound for name, bound in endless.items() if data[name] is None})
+
+
+def finite(data: Any) -> Any:
+    """Return plain data with None for each number that is infinite or not a number: JSON has neither."""
+    if isinstance(data, dict):
+        return {name: finite(value) for name, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data

@@ -17,7 +17,7 @@ from .curves import LossCurve
 from .errors import CertificateError
 from .outcomes import PairedOutcomes
 from .rank_selection import kept_share
-from .report import Certificate, CompressionReport, LayerReport, Measurement
+from .report import Certificate, CompressionReport, LayerReport, Measurement, finite
 from .trials import Trial
 
 
@@ -36,7 +36,7 @@ def visited_point(calibration: Calibration, trial: Trial, config: LosslessLowRan
         record |= {"accuracy_drop": trial.accuracy_drop.mean, "accuracy_drop_upper": trial.accuracy_drop.upper}
     if trial.loss is not None:
         record["passes"] = trial.passes(config.loss_margin, config.metric_margin)
-    return record
+    return dict(finite(record))
 
 
 def make_report(

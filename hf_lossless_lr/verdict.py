@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from typing import NamedTuple
@@ -91,6 +92,8 @@ def certificate_sentence(certificate: Certificate) -> str:
 def _at_most(claim: Claim) -> tuple[str, str]:
     """Return how much worse it is at most, and "worse"; or how much better it is at least, and "better"."""
     upper = claim.found.upper
+    if upper == math.inf:
+        return f"possibly any number of {claim.unit}", "worse"
     if upper < 0:
         return f"at least {claim.amount(_rounded(-upper, claim.scale, ROUND_FLOOR))}", "better"
     number = _rounded(upper, claim.scale, ROUND_CEILING)

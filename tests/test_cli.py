@@ -177,6 +177,12 @@ class TestCompress:
         assert main([*command, "--json", str(tmp_path / "report.json")]) == 0
         assert (tmp_path / "report.json").read_text() == (tmp_path / "out" / "compression_report.json").read_text()
 
+    def test_writes_json_also_where_one_example_gives_no_bound(self, command, tmp_path):
+        assert main(command) == 0
+        text = (tmp_path / "out" / "compression_report.json").read_text()
+        report = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+        assert [trial["loss_increase_upper"] for trial in report["trials"]] == [None]
+
     def test_works_in_a_lower_precision(self, command, tmp_path):
         assert main([*command, "--dtype", "bfloat16"]) == 0
         model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")

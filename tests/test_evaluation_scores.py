@@ -1,5 +1,6 @@
 """Scores: metrics of summed counts, their jackknife errors, and the paired comparison of two models."""
 
+import json
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ from scipy.stats import t as student
 
 from hf_lossless_lr.bounds import mean_upper_bound, proportion_upper_bound
 from hf_lossless_lr.errors import DataError
-from hf_lossless_lr.evaluation.scores import Metric, Scores, compare
+from hf_lossless_lr.evaluation.scores import Metric, Scores, compare, summarize, table
 
 ACCURACY = Metric("accuracy", lambda sums: sums[..., 1] / sums[..., 0])
 SHARE = Metric(ACCURACY.name, ACCURACY.of_sums, right=lambda counts: counts[..., 1])
@@ -75,6 +76,22 @@ class TestValues:
         counts = losses(4)
         values = [scores(part, PERPLEXITY).values()["perplexity"] for part in (counts, counts[::-1])]
         assert values[0] == pytest.approx(values[1], rel=1e-9)
+
+
+class TestSummary:
+    @pytest.mark.parametrize("metric", [ACCURACY, SHARE, PERPLEXITY])
+    def test_of_one_example_has_no_error(self, metric):
+        one = scores(losses(0, 1), metric)
+        (entry,) = summarize([one], 0.95)[metric.name]["values"]
+        assert entry == {"value": float(metric.of_sums(one.counts[0])), "standard_error": None}
+        assert f"{entry['value']:.4f} ± unknown" in table(summarize([one], 0.95))
+
+    def test_of_one_example_has_no_bounds(self):
+        summary = summarize([scores(losses(seed, 1), PERPLEXITY) for seed in (0, 1)], 0.95)
+        json.dumps(summary, allow_nan=False)
+        drop = summary["perplexity"]["drop"]
+        assert (drop["lower"], drop["upper"]) == (None, None)
+        assert table(summary).endswith(f"   {drop['mean']:+.4f} (unknown to unknown)")
 
 
 class TestCompare:

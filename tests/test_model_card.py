@@ -4,6 +4,7 @@ import copy
 import inspect
 import io
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from transformers.utils import logging
 
 from hf_lossless_lr import CompressionReport, LosslessLowRankConfig, LowRankCompressor
 from hf_lossless_lr.model_card import CHANGED_WEIGHTS, attach_card, model_card
-from hf_lossless_lr.report import REPORT_NAME
+from hf_lossless_lr.report import REPORT_NAME, Difference
 from hf_lossless_lr.verdict import verdict_sentence
 
 NAME = "bert-sequence-classification"
@@ -89,6 +90,10 @@ class TestCard:
         about = "at 95 % confidence, from 3,000 held-out examples with 3,100 labelled units"
         assert about in model_card(REPORT)
         assert "beyond its margin is 0.0012." in model_card(REPORT)
+
+    def test_says_where_there_is_no_bound(self):
+        card = model_card(certified(loss_increase=Difference(0.1, -math.inf, math.inf)))
+        assert table(card, "difference, positive is worse")["loss (nats)"] == ["+0.1000", "unknown", "unknown", "0.01"]
 
     def test_leaves_out_what_a_head_does_not_have(self):
         nothing = dict.fromkeys(

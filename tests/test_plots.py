@@ -12,6 +12,7 @@ from reports import CERTIFICATE, REPORT, certified, layer, trial, uncertified
 
 from hf_lossless_lr import ConfigurationError
 from hf_lossless_lr.plots import DENSE, FULL, KEPT, figures, layers_by_type, write_figures
+from hf_lossless_lr.report import Difference
 
 ALL = ("rank_per_layer", "kept_per_layer_type", "loss_and_size", "predicted_and_measured", "changed_answers")
 
@@ -181,8 +182,9 @@ class TestTrials:
         (loss, _) = figures(replace(uncertified("none"), trials=REPORT.trials))["loss_and_size"].axes
         assert set(points(loss)) == {"trial", "trial outside the margins"}
 
-    def test_without_a_finite_bound_are_drawn_without_it(self):
-        report = replace(REPORT, trials=[trial(0.5, 1e-3, 2e-3, math.inf, passes=False)])
+    @pytest.mark.parametrize("upper", [None, math.inf])
+    def test_without_a_bound_are_drawn_without_it(self, upper):
+        report = replace(REPORT, trials=[trial(0.5, 1e-3, 2e-3, upper, passes=False)])
         drawn = figures(report)
         assert points(drawn["loss_and_size"].axes[0])["trial outside the margins"] == [(0.5, 2e-3, (2e-3, 2e-3))]
         (found,) = points(drawn["predicted_and_measured"].axes[0]).values()
@@ -210,6 +212,7 @@ class TestPrediction:
         [
             trial(1.0, 0.0, 0.0, 0.0),
             trial(0.5, 1e-3, -2e-3, -1e-3),
+            trial(0.5, 1e-3, -2e-3, None),
             trial(0.5, 1e-3, -2e-3, math.inf),
             {"keep_ratio": 0.5, "predicted_loss_increase": 1e-3, "refitted": False},
         ],
@@ -219,6 +222,11 @@ class TestPrediction:
 
 
 class TestAnswers:
+    def test_without_bounds_are_drawn_without_them(self):
+        report = certified(accuracy_drop=Difference(0.002, -math.inf, math.inf))
+        (segment,) = figures(report)["changed_answers"].axes[1].containers[1].lines[2][0].get_segments()
+        assert segment[:, 0] == pytest.approx([0.2, 0.2])
+
     def test_are_the_shares_of_the_certificate(self):
         left, right = figures(REPORT)["changed_answers"].axes
         assert bars(left, DENSE) == {0: pytest.approx(89.33)}

@@ -96,6 +96,21 @@ class TestReport:
         assert type(again.certificate.loss_increase) is Difference
         assert type(again.certificate.reasons) is type(again.certificate.loss) is tuple
 
+    def test_has_null_in_json_for_what_is_not_finite(self, report):
+        report = replace(report, certificate=NO_CLASSES, trials=[{"loss_increase_upper": math.inf}])
+
+        def refuse(name):
+            pytest.fail(f"{name} is no JSON")
+
+        data = json.loads(report.to_json(), parse_constant=refuse)
+        assert data["trials"] == [{"loss_increase_upper": None}]
+        assert data["certificate"]["loss_increase"] == {"mean": 0.1, "lower": None, "upper": None}
+
+    def test_of_before_is_read_with_numbers_that_are_no_json(self, report):
+        data = json.loads(replace(report, certificate=NO_CLASSES).to_json())
+        data["certificate"]["loss_increase"] = {"mean": 0.1, "lower": -math.inf, "upper": math.inf}
+        assert CompressionReport.from_json(json.dumps(data)).certificate == NO_CLASSES
+
     def test_shows_the_certificate_and_the_verdict_in_json(self, report):
         data = json.loads(replace(report, certificate=CERTIFICATE, uncertified=None).to_json())
         assert data["certificate"]["status"] == "lossless"

@@ -1,5 +1,6 @@
 """From trials and outcomes to a report: its figures, its certificate, and which of several models can have one."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -237,6 +238,8 @@ class TestVisitedPoint:
             "accuracy_drop": 0.01,
             "accuracy_drop_upper": 0.01,
         }
+        record = self.record(case, Difference(0.1, -math.inf, math.inf), None)
+        assert (record["loss_increase_upper"], record["passes"]) == (None, False)
         record = self.record(case, Difference(0.1, -0.2, 0.6), None)
         assert record["passes"] is False
         assert "accuracy_drop" not in record

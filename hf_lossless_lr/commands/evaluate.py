@@ -94,5 +94,5 @@ def evaluate(arguments: Any) -> int:
         except CertificateError as error:
             print(f"no certificate: {error}")
     if arguments.json:
-        write_atomically(arguments.json, json.dumps(summary, indent=2) + "\n")
+        write_atomically(arguments.json, json.dumps(summary, indent=2, allow_nan=False) + "\n")
     return 0

@@ -12,7 +12,7 @@ from .. import verify as verify_pair
 from ..config import LosslessLowRankConfig
 from ..console import comparison_table
 from ..files import write_atomically
-from ..report import REPORT_NAME
+from ..report import REPORT_NAME, finite
 from ..verdict import certificate_sentence
 from .arguments import (
     NOT_AS_REQUIRED,
@@ -71,7 +71,7 @@ def verify(arguments: Any) -> int:
         **margins,
     )
     if arguments.json:
-        write_atomically(arguments.json, json.dumps(asdict(certificate), indent=2) + "\n")
+        write_atomically(arguments.json, json.dumps(finite(asdict(certificate)), indent=2, allow_nan=False) + "\n")
     accuracy = certificate.accuracy or (None, None)
     rows = {
         "parameters": (dense.num_parameters(), compressed.num_parameters()),

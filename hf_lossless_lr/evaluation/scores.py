@@ -10,7 +10,7 @@ import numpy as np
 
 from ..bounds import proportion_upper_bound, statistic_upper_bound
 from ..errors import DataError
-from ..report import Difference
+from ..report import Difference, finite
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,15 @@ class Scores:
         The error is the jackknife's, `sqrt((n − 1)/n Σ (θ_i − mean θ)²)`, with `θ_i` the metric without example `i`.
 
         Returns:
-            Name of the metric to its value and error.
+            Name of the metric to its value and error; the error of a single example is not a number.
         """
         total, count = self.counts.sum(0), len(self.counts)
         result = {}
         for metric in self.metrics:
-            left_out = metric.of_sums(total - self.counts)
-            error = np.sqrt((count - 1) / count * ((left_out - left_out.mean()) ** 2).sum())
+            error = np.nan
+            if count > 1:
+                left_out = metric.of_sums(total - self.counts)
+                error = np.sqrt((count - 1) / count * ((left_out - left_out.mean()) ** 2).sum())
             result[metric.name] = (float(metric.of_sums(total)), float(error))
         return result
 
@@ -107,7 +109,7 @@ def summarize(models: Sequence[Scores], confidence: float) -> dict[str, dict[str
 
     Returns:
         Name of the metric to `values`, each a `value` and a `standard_error`; for two models also to their `drop`, the
-        `mean`, `lower` and `upper` of `compare`.
+        `mean`, `lower` and `upper` of `compare`. What is not finite, such as a bound from one example, is None.
 
     Raises:
         DataError: if the two are not scores of the same task and examples.
@@ -120,7 +122,7 @@ def summarize(models: Sequence[Scores], confidence: float) -> dict[str, dict[str
     if len(models) == 2:
         for name, drop in compare(models[0], models[1], confidence).items():
             summary[name]["drop"] = asdict(drop)
-    return summary
+    return dict(finite(summary))
 
 
 def table(summary: Mapping[str, Mapping[str, Any]]) -> str:
@@ -131,8 +133,13 @@ def table(summary: Mapping[str, Mapping[str, Any]]) -> str:
     for name, found in summary.items():
         line = f"{name:{width}}"
         for entry in found["values"]:
-            line += f"{entry['value']:.4f} ± {entry['standard_error']:.4f}".rjust(20)
+            line += f"{_number(entry['value'])} ± {_number(entry['standard_error'])}".rjust(20)
         if "drop" in found:
-            line += "   {mean:+.4f} ({lower:+.4f} to {upper:+.4f})".format(**found["drop"])
+            drop = {key: _number(value, "+") for key, value in found["drop"].items()}
+            line += "   {mean} ({lower} to {upper})".format(**drop)
         lines.append(line)
     return "\n".join(lines)
+
+
+def _number(value: float | None, sign: str = "") -> str:
+    return "unknown" if value is None else f"{value:{sign}.4f}"
