@@ -309,7 +309,28 @@ WRONG = {  # options to change or add, and the message
     ),
     "pattern": (lambda command: [*command, "--target_modules", "q_proj"], "target_modules: 'q_proj' matches no layer"),
     "few examples": (lambda command: [*command, "--calibration_examples", "5"], "calib_dataset: has 5 examples; at"),
-    "no examples": (lambda command: [*command, "--calibration_examples", "0"], "calib_dataset: is empty"),
+    "no examples": (
+        lambda command: [*command, "--calibration_examples", "0"],
+        "--calibration_examples: must be at least 1, got 0.",
+    ),
+    "no evaluation examples": (
+        lambda command: [*command, "--eval_examples", "-1"],
+        "--eval_examples: must be at least 1, got -1.",
+    ),
+    "no tokens": (lambda command: [*command, "--max_length", "0"], "--max_length: must be at least 1, got 0."),
+    "a number of no evaluation examples": (
+        lambda command: [*changed(command, eval_data_files=None), "--eval_examples", "9"],
+        "--eval_examples: name the evaluation data with --eval_split or --eval_data_files",
+    ),
+    "task": (
+        lambda command: changed(command, task="image-classification"),
+        "cannot load ",
+    ),
+    "columns of a published task": (
+        lambda command: [*changed(command, task="sst2"), "--columns", "sentence", "label"],
+        "--columns is for text-classification, token-classification, text-generation, image-classification; sst2 has",
+    ),
+    "solved examples": (lambda command: [*command, "--shots_files", "x"], "--shots_files is for mmlu, not for text-"),
     "size": (lambda command: [*command, "--keep_ratio", "0.0001"], "keep_ratio=0.0001 cannot be reached"),
 }
 

@@ -4,11 +4,13 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from mmlu_questions import byte_tokenizer, dev_rows, llama, questions
 from tiny_models import TINY_MODELS
 from word_tokenizer import WORDS, word_tokenizer
 
 from hf_lossless_lr import CompressionReport
 from hf_lossless_lr.cli import main
+from hf_lossless_lr.errors import DataError
 from hf_lossless_lr.report import REPORT_NAME
 
 COUNT = 60
@@ -71,6 +73,8 @@ class TestEvaluate:
         [
             (("--split", "nothing"), "has no split 'nothing'"),
             (("--confidence", "0.2"), "confidence: must be a number in"),
+            (("--max_length", "0"), "--max_length: must be at least 1, got 0."),
+            (("--examples", "0"), "--examples: must be at least 1, got 0."),
             (("--json", "/no/such/file"), "--json: there is no folder /no/such"),
             (("--shots_files", "x.jsonl"), "--shots_files is for mmlu, not for swag"),
         ],
@@ -78,6 +82,53 @@ class TestEvaluate:
     def test_explains_what_is_wrong(self, options, message, place, capsys):
         assert main(["evaluate", place.model, "--task", "swag", "--dataset", place.data, *options]) == 1
         assert message in capsys.readouterr().err
+
+
+class TestData:
+    @pytest.mark.parametrize("command", ["evaluate", "verify", "compress"])
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            ((), ("nyu-mll/glue", "sst2")),
+            (("--dataset_config", "mine"), ("nyu-mll/glue", "mine")),
+            (("--dataset", "json"), ("json", None)),
+            (("--dataset", "json", "--dataset_config", "mine"), ("json", "mine")),
+        ],
+    )
+    def test_are_those_of_the_task_unless_others_are_named(self, command, options, expected, tmp_path, monkeypatch):
+        monkeypatch.setattr("hf_lossless_lr.commands.arguments.load_auto", lambda *_, **__: None)
+        asked = []
+
+        def load_split(*arguments):
+            asked.append(arguments)
+            raise DataError("enough")
+
+        monkeypatch.setattr("hf_lossless_lr.commands.arguments.load_split", load_split)
+        rest = {"evaluate": ("m",), "verify": ("m", "m"), "compress": ("m", "--output", str(tmp_path / "out"))}
+        assert main([command, *rest[command], "--task", "sst2", *options]) == 1
+        assert [arguments[:2] for arguments in asked] == [expected]
+
+
+class TestSolvedExamples:
+    """MMLU from local files, the solved examples included."""
+
+    @pytest.fixture
+    def local(self, tmp_path):
+        llama().save_pretrained(tmp_path / "model")
+        byte_tokenizer().save_pretrained(tmp_path / "model")
+        for name, rows in (("dev", dev_rows()), ("test", questions((16, 16, 16)))):
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = ("--task", "mmlu", "--dataset", "json", "--data_files", str(tmp_path / "test.jsonl"))
+        return str(tmp_path / "model"), (*data, "--shots_files", str(tmp_path / "dev.jsonl"), "--max_length", "400")
+
+    def test_are_taken_from_files_by_every_command(self, local, tmp_path, capsys):
+        model, data = local
+        out = str(tmp_path / "out")
+        assert main(["compress", model, *data, "--output", out, "--keep_ratio", "0.8"]) == 0
+        assert main(["verify", model, out, *data, "--examples", "40"]) == 0
+        assert "on 40 held-out examples" in capsys.readouterr().out
+        assert main(["evaluate", model, *data]) == 0
+        assert "accuracy_by_subject" in capsys.readouterr().out
 
 
 class TestCompress:

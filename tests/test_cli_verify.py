@@ -85,6 +85,8 @@ class TestVerify:
             (("--examples", "20"), "20 examples are too few"),
             (("--confidence", "1.5"), "confidence: must be a number in"),
             (("--data_files", "/no/such.jsonl"), "cannot load the data set"),
+            (("--examples", "0"), "--examples: must be at least 1, got 0."),
+            (("--task", "image-classification"), "with AutoModelForImageClassification; does it fit --task? Unrecog"),
             (("--json", "/no/such/file"), "--json: there is no folder /no/such"),
         ],
     )

@@ -11,7 +11,9 @@ from datasets import Dataset
 
 from ..certificate import CERTIFIED
 from ..data import TASKS, Task, choose_columns, load_split
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, LosslessLowRankError
+from ..evaluation.mmlu import mmlu
+from ..evaluation.task import EvaluationTask
 from ..evaluation.tasks import EVALUATION_TASKS
 from ..report import Certificate
 
@@ -21,18 +23,18 @@ NOTHING_COMPRESSED, NOT_AS_REQUIRED = 3, 4  # exit codes
 MAX_LENGTH = 128  # tokens, where the task has no length of its own
 
 
-def task_of(name: str) -> Task:
+def task_of(arguments: Any) -> Task:
     """Return a task of the pipelines, or a published one in the same form.
 
     Args:
-        name: its name.
+        arguments: the task, and its solved examples if there are any.
 
     Returns:
         The task.
     """
-    if name in TASKS:
-        return TASKS[name]
-    published = EVALUATION_TASKS[name]
+    published = published_task(arguments)
+    if published is None:
+        return TASKS[arguments.task]
     return Task(
         published.auto_model,
         published.processor,
@@ -40,6 +42,13 @@ def task_of(name: str) -> Task:
         (),
         published.collator,
     )
+
+
+def published_task(arguments: Any) -> EvaluationTask | None:
+    """Return a published task, with the solved examples that are given; None for a task of the pipelines."""
+    if arguments.shots_files is None:
+        return EVALUATION_TASKS.get(arguments.task)
+    return mmlu(load_data(arguments, arguments.shots_files, "dev", None))
 
 
 @dataclass(kw_only=True)
@@ -53,7 +62,12 @@ class DataArguments:
     )
     dataset_config: str | None = field(default=None, metadata={"help": "configuration of the data set"})
     data_files: list[str] | None = field(default=None, metadata={"help": "files, for a format"})
-    columns: list[str] | None = field(default=None, metadata={"help": "columns of the data set, the label last"})
+    shots_files: list[str] | None = field(
+        default=None, metadata={"help": "files of MMLU's solved examples, for a format"}
+    )
+    columns: list[str] | None = field(
+        default=None, metadata={"help": "columns of the data set, the label last; not for published tasks"}
+    )
     max_length: int | None = field(
         default=None,
         metadata={
@@ -70,25 +84,37 @@ class DataArguments:
     )
 
 
-def check_files(arguments: Any, *names: str) -> None:
-    """Check, before any work is done, that files can be written in the end.
+def check_arguments(arguments: Any) -> None:
+    """Check, before any work is done, what the parser cannot.
 
     Args:
-        arguments: the parsed arguments.
-        names: options that name a file.
+        arguments: the parsed arguments of a command.
 
     Raises:
-        ConfigurationError: if a file is a folder, or the folder for it does not exist.
+        ConfigurationError: if a number is less than 1, an option does not fit the task, or a file cannot be written.
     """
-    for name in names:
-        path = getattr(arguments, name)
-        if path is None:
-            continue
-        folder = Path(path).absolute().parent
-        if not folder.is_dir():
-            raise ConfigurationError(f"--{name}: there is no folder {folder}; make it, or choose another file.")
-        if Path(path).is_dir():
-            raise ConfigurationError(f"--{name}: {path} is a folder; name a file in it.")
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    for name in ("max_length", "examples", "calibration_examples", "eval_examples"):
+        if given.get(name, 1) < 1:
+            raise ConfigurationError(f"--{name}: must be at least 1, got {given[name]}.")
+    if "columns" in given and arguments.task in EVALUATION_TASKS:
+        raise ConfigurationError(
+            f"--columns is for {', '.join(TASKS)}; {arguments.task} has columns of its own, so rename those of the "
+            "data set."
+        )
+    if "shots_files" in given and arguments.task != "mmlu":
+        raise ConfigurationError(f"--shots_files is for mmlu, not for {arguments.task}.")
+    for name in ("json", "statistics"):
+        if name in given:
+            _check_file(name, Path(given[name]))
+
+
+def _check_file(option: str, path: Path) -> None:
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ConfigurationError(f"--{option}: there is no folder {folder}; make it, or choose another file.")
+    if path.is_dir():
+        raise ConfigurationError(f"--{option}: {path} is a folder; name a file in it.")
 
 
 def load_model(arguments: DataArguments, name: str) -> Any:
@@ -101,7 +127,7 @@ def load_model(arguments: DataArguments, name: str) -> Any:
     Returns:
         The model.
     """
-    return load_auto(task_of(arguments.task).auto_model, name, dtype=arguments.dtype)
+    return load_auto(task_of(arguments).auto_model, name, dtype=arguments.dtype)
 
 
 def load_processor(arguments: DataArguments, name: str) -> Any:
@@ -114,7 +140,7 @@ def load_processor(arguments: DataArguments, name: str) -> Any:
     Returns:
         The tokenizer or processor.
     """
-    return load_auto(task_of(arguments.task).processor, name)
+    return load_auto(task_of(arguments).processor, name)
 
 
 def load_auto(auto_class: str, name: str, **options: Any) -> Any:
@@ -130,11 +156,41 @@ def load_auto(auto_class: str, name: str, **options: Any) -> Any:
 
     Raises:
         ConfigurationError: if it cannot be loaded.
+        LosslessLowRankError: if it is a compressed checkpoint with a mistake in it.
     """
     try:
         return getattr(transformers, auto_class).from_pretrained(name, **options)
+    except LosslessLowRankError:
+        raise
     except (OSError, ImportError) as error:
         raise ConfigurationError(f"cannot load {name!r} with {auto_class}: {error}") from error
+    except ValueError as error:  # whose other lines list all that would have been right
+        reason = str(error).partition("\n")[0]
+        raise ConfigurationError(f"cannot load {name!r} with {auto_class}; does it fit --task? {reason}") from error
+
+
+def load_data(arguments: Any, files: list[str] | None, split: str, count: int | None) -> Dataset:
+    """Load a split of the data set, which is the task's if no other is named.
+
+    Args:
+        arguments: the task, its data set and the configuration of that.
+        files: files of the split, for a format.
+        split: the split.
+        count: examples to take, from the start; None for all.
+
+    Returns:
+        The data as they are.
+
+    Raises:
+        ConfigurationError: if no data set is named and the task has none.
+    """
+    path, configuration = arguments.dataset, arguments.dataset_config
+    if path is None:
+        if arguments.task not in EVALUATION_TASKS:
+            raise ConfigurationError(f"--dataset: name the data set; {arguments.task} has no data set of its own.")
+        path, default = EVALUATION_TASKS[arguments.task].dataset[:2]
+        configuration = configuration or default
+    return load_split(path, configuration, files, split, count)
 
 
 def load_examples(
@@ -156,15 +212,10 @@ def load_examples(
     Raises:
         ConfigurationError: if no data set is named and the task has none.
     """
-    task, published = task_of(arguments.task), EVALUATION_TASKS.get(arguments.task)
-    path, configuration = arguments.dataset, arguments.dataset_config
-    if path is None:
-        if published is None:
-            raise ConfigurationError(f"--dataset: name the data set; {arguments.task} has no data set of its own.")
-        path, configuration = published.dataset[:2]
+    task, published = task_of(arguments), EVALUATION_TASKS.get(arguments.task)
     # Examples are counted after a text is cut into blocks.
     blocks = task.auto_model == "AutoModelForCausalLM" and arguments.task != "mmlu"
-    dataset = load_split(path, configuration, files, split, None if blocks else count)
+    dataset = load_data(arguments, files, split, None if blocks else count)
     columns = choose_columns(task, dataset.column_names, arguments.columns)
     if published is not None:
         dataset = published.align(dataset, model)

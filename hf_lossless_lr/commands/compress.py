@@ -22,7 +22,7 @@ from .arguments import (
     NOT_AS_REQUIRED,
     NOTHING_COMPRESSED,
     DataArguments,
-    check_files,
+    check_arguments,
     complaint,
     load_examples,
     load_model,
@@ -42,7 +42,9 @@ class CompressArguments(DataArguments):
         default=None, metadata={"help": "split to evaluate on; default: a fifth of the calibration examples"}
     )
     calibration_examples: int = field(default=1024, metadata={"help": "calibration examples, from the start"})
-    eval_examples: int | None = field(default=None, metadata={"help": "evaluation examples; default all"})
+    eval_examples: int | None = field(
+        default=None, metadata={"help": "evaluation examples, from the start; default all"}
+    )
     statistics: str | None = field(
         default=None, metadata={"help": "file of calibration statistics: read if it exists, else written, to resume"}
     )
@@ -58,18 +60,24 @@ def compress(arguments: Any) -> int:
         Exit code.
 
     Raises:
-        ConfigurationError: if the output exists already, or another file to write has no folder to be in.
+        ConfigurationError: if the output exists already, or an option has a value that cannot be used.
     """
     config = LosslessLowRankConfig(**{f.name: getattr(arguments, f.name) for f in fields(CompressionOptions)})
     output = Path(arguments.output)
     if output.exists():
         raise ConfigurationError(f"--output: {output} exists already; choose another folder or remove it.")
-    check_files(arguments, "json", "statistics")
+    check_arguments(arguments)
+    held_out = arguments.eval_data_files is not None or arguments.eval_split is not None
+    if arguments.eval_examples is not None and not held_out:
+        raise ConfigurationError(
+            "--eval_examples: name the evaluation data with --eval_split or --eval_data_files; without them, a fifth "
+            "of the calibration examples is held out."
+        )
     model, processor = load_model(arguments, arguments.model), load_processor(arguments, arguments.model)
     split, count = arguments.calibration_split, arguments.calibration_examples
     calibration = load_examples(arguments, model, processor, arguments.data_files, split, count)
     evaluation = None
-    if arguments.eval_data_files is not None or arguments.eval_split is not None:
+    if held_out:
         split = arguments.eval_split or "validation"
         count = arguments.eval_examples
         evaluation = load_examples(arguments, model, processor, arguments.eval_data_files, split, count)
@@ -78,7 +86,7 @@ def compress(arguments: Any) -> int:
         model,
         calibration,
         eval_dataset=evaluation,
-        data_collator=task_of(arguments.task).collator(processor),
+        data_collator=task_of(arguments).collator(processor),
         statistics_path=arguments.statistics,
     )
     compressor.compress_to()

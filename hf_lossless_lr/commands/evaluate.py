@@ -8,15 +8,13 @@ from typing import Any
 
 from .. import verify
 from ..config import LosslessLowRankConfig
-from ..data import load_split
-from ..errors import CertificateError, ConfigurationError
-from ..evaluation.mmlu import mmlu
+from ..errors import CertificateError
 from ..evaluation.scores import summarize, table
 from ..evaluation.task import ScoringOptions
 from ..evaluation.tasks import EVALUATION_TASKS
 from ..files import write_atomically
 from ..verdict import certificate_sentence
-from .arguments import check_files, load_auto
+from .arguments import check_arguments, load_auto, load_data, published_task
 
 _DEFAULTS = LosslessLowRankConfig()
 
@@ -58,17 +56,10 @@ def evaluate(arguments: Any) -> int:
     Raises:
         ConfigurationError: if an option does not fit the task, or has a value that cannot be used.
     """
-    check_files(arguments, "json")
+    check_arguments(arguments)
     LosslessLowRankConfig(confidence=arguments.confidence, batch_size=arguments.batch_size)  # refuses bad values
-    task = EVALUATION_TASKS[arguments.task]
-    path, configuration, _, split = task.dataset
-    if arguments.dataset is not None:
-        path, configuration = arguments.dataset, arguments.dataset_config
-    data = load_split(path, configuration, arguments.data_files, arguments.split or split, arguments.examples)
-    if arguments.shots_files is not None:
-        if arguments.task != "mmlu":
-            raise ConfigurationError(f"--shots_files is for mmlu, not for {arguments.task}.")
-        task = mmlu(load_split(path, configuration, arguments.shots_files, "dev", None))
+    task = published_task(arguments) or EVALUATION_TASKS[arguments.task]
+    data = load_data(arguments, arguments.data_files, arguments.split or task.dataset[-1], arguments.examples)
     options = ScoringOptions(arguments.batch_size, arguments.max_length or task.max_length)
     processor = load_auto(task.processor, arguments.model)
     models = [

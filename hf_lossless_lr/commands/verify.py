@@ -17,7 +17,7 @@ from ..verdict import certificate_sentence
 from .arguments import (
     NOT_AS_REQUIRED,
     DataArguments,
-    check_files,
+    check_arguments,
     complaint,
     load_examples,
     load_model,
@@ -55,7 +55,7 @@ def verify(arguments: Any) -> int:
     Raises:
         ConfigurationError: if an option has a value that cannot be used.
     """
-    check_files(arguments, "json")
+    check_arguments(arguments)
     margins = {name: getattr(arguments, name) for name in ("loss_margin", "metric_margin", "confidence", "batch_size")}
     LosslessLowRankConfig(**margins)  # refuses values out of range
     folder = Path(arguments.compressed)
@@ -66,7 +66,7 @@ def verify(arguments: Any) -> int:
         dense,
         compressed,
         load_examples(arguments, dense, processor, arguments.data_files, arguments.split, arguments.examples),
-        data_collator=task_of(arguments.task).collator(processor),
+        data_collator=task_of(arguments).collator(processor),
         used={digest for part, digest in used.items() if part != "evaluation"},
         **margins,
     )
