@@ -1,9 +1,11 @@
 """`hf-lossless-lr evaluate`, and the published tasks as tasks of `compress`."""
 
+import copy
 import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 from mmlu_questions import byte_tokenizer, dev_rows, llama, questions
 from tiny_models import TINY_MODELS
 from word_tokenizer import WORDS, word_tokenizer
@@ -107,6 +109,47 @@ class TestData:
         rest = {"evaluate": ("m",), "verify": ("m", "m"), "compress": ("m", "--output", str(tmp_path / "out"))}
         assert main([command, *rest[command], "--task", "sst2", *options]) == 1
         assert [arguments[:2] for arguments in asked] == [expected]
+
+
+class TestOrderOfLabels:
+    NAMES = ("entailment", "neutral", "contradiction")
+
+    @pytest.fixture
+    def pair(self, tmp_path):
+        """A model, the same one with its classes in another order, and data for both."""
+        one, _ = TINY_MODELS["bert-sequence-classification"]()
+        other, order = copy.deepcopy(one), [2, 0, 1]
+        with torch.no_grad():
+            other.classifier.weight.copy_(one.classifier.weight[order])
+            other.classifier.bias.copy_(one.classifier.bias[order])
+        for name, model, places in (("one", one, [0, 1, 2]), ("other", other, order)):
+            model.config.id2label = {index: self.NAMES[place] for index, place in enumerate(places)}
+            model.config.label2id = {label: index for index, label in model.config.id2label.items()}
+            model.save_pretrained(tmp_path / name)
+            word_tokenizer().save_pretrained(tmp_path / name)
+        rows = [{"premise": WORDS[n % 12], "hypothesis": WORDS[n // 12], "label": n % 3} for n in range(COUNT)]
+        (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = ("--task", "mnli", "--dataset", "json", "--data_files", str(tmp_path / "data.jsonl"))
+        return (str(tmp_path / "one"), str(tmp_path / "other")), data
+
+    def test_that_differs_leaves_the_scores_alone_but_gives_no_certificate(self, pair, tmp_path, capsys):
+        models, data = pair
+        assert main(["evaluate", *models, *data, "--json", str(tmp_path / "scores.json")]) == 0
+        first, second = json.loads((tmp_path / "scores.json").read_text())["accuracy"]["values"]
+        assert first == second
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.startswith("no certificate: the models order their labels differently")
+
+    def test_that_differs_is_refused_by_verify(self, pair, capsys):
+        models, data = pair
+        assert main(["verify", *models, *data]) == 1
+        assert "error: the models order their labels differently" in capsys.readouterr().err
+
+    def test_that_is_the_same_is_no_obstacle_even_if_it_is_not_that_of_the_data(self, pair, capsys):
+        (_, other), data = pair
+        for command in ("evaluate", "verify"):
+            assert main([command, other, other, *data]) == 0
+            assert " on 60 held-out examples" in capsys.readouterr().out.splitlines()[-1]
 
 
 class TestSolvedExamples:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from datasets import Dataset
 
 from ..certificate import CERTIFIED
 from ..data import TASKS, Task, choose_columns, load_split
-from ..errors import ConfigurationError, LosslessLowRankError
+from ..errors import CertificateError, ConfigurationError, LosslessLowRankError
 from ..evaluation.mmlu import mmlu
 from ..evaluation.task import EvaluationTask
 from ..evaluation.tasks import EVALUATION_TASKS
@@ -193,23 +194,55 @@ def load_data(arguments: Any, files: list[str] | None, split: str, count: int | 
     return load_split(path, configuration, files, split, count)
 
 
+def align(task: EvaluationTask, dataset: Dataset, models: Sequence[Any]) -> Dataset:
+    """Put the labels of a data set into the order of the classes of models that are to be compared.
+
+    Args:
+        task: the task.
+        dataset: the data set.
+        models: one model or more.
+
+    Returns:
+        The data set with labels that are right for all of the models.
+
+    Raises:
+        CertificateError: if no labels are.
+    """
+    first, *others = (task.align(dataset, model) for model in models)
+    for other in others:
+        # A column of labels that were put into another order has other names.
+        columns = [name for name, feature in first.features.items() if feature != other.features[name]]
+        if any(list(first[name]) != list(other[name]) for name in columns):
+            raise CertificateError(
+                "the models order their labels differently, so answers cannot be paired class by class; give the "
+                "classes of one of them, and its model.config.id2label, the order of the other's."
+            )
+    return first
+
+
 def load_examples(
-    arguments: DataArguments, model: Any, processor: Any, files: list[str] | None, split: str, count: int | None
+    arguments: DataArguments,
+    models: Sequence[Any],
+    processor: Any,
+    files: list[str] | None,
+    split: str,
+    count: int | None,
 ) -> Dataset:
-    """Load a split and prepare it for a model.
+    """Load a split and prepare it for a model, or for several that are to be compared.
 
     Args:
         arguments: the task and its data set.
-        model: the model, for the order of its classes.
+        models: the models, for the order of their classes.
         processor: tokenizer or processor.
         files: files of the split, for a format.
         split: the split.
         count: examples to take, from the start; None for all.
 
     Returns:
-        Examples as the model takes them.
+        Examples as the models take them.
 
     Raises:
+        CertificateError: if the models order their classes differently.
         ConfigurationError: if no data set is named and the task has none.
     """
     task, published = task_of(arguments), EVALUATION_TASKS.get(arguments.task)
@@ -218,7 +251,7 @@ def load_examples(
     dataset = load_data(arguments, files, split, None if blocks else count)
     columns = choose_columns(task, dataset.column_names, arguments.columns)
     if published is not None:
-        dataset = published.align(dataset, model)
+        dataset = align(published, dataset, models)
     length = arguments.max_length or (MAX_LENGTH if published is None else published.max_length)
     examples = task.prepare(dataset, processor, columns, length)
     return examples.select(range(min(count or len(examples), len(examples))))

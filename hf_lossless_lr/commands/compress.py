@@ -75,12 +75,12 @@ def compress(arguments: Any) -> int:
         )
     model, processor = load_model(arguments, arguments.model), load_processor(arguments, arguments.model)
     split, count = arguments.calibration_split, arguments.calibration_examples
-    calibration = load_examples(arguments, model, processor, arguments.data_files, split, count)
+    calibration = load_examples(arguments, [model], processor, arguments.data_files, split, count)
     evaluation = None
     if held_out:
         split = arguments.eval_split or "validation"
         count = arguments.eval_examples
-        evaluation = load_examples(arguments, model, processor, arguments.eval_data_files, split, count)
+        evaluation = load_examples(arguments, [model], processor, arguments.eval_data_files, split, count)
     compressor = LowRankCompressor(config)
     compressor.calibrate(
         model,

@@ -14,7 +14,7 @@ from ..evaluation.task import ScoringOptions
 from ..evaluation.tasks import EVALUATION_TASKS
 from ..files import write_atomically
 from ..verdict import certificate_sentence
-from .arguments import check_arguments, load_auto, load_data, published_task
+from .arguments import align, check_arguments, load_auto, load_data, published_task
 
 _DEFAULTS = LosslessLowRankConfig()
 
@@ -76,7 +76,7 @@ def evaluate(arguments: Any) -> int:
             certificate = verify(
                 models[0],
                 models[1],
-                task.prepare(task.align(data, models[0]), processor, options.max_length),
+                task.prepare(align(task, data, models), processor, options.max_length),
                 confidence=arguments.confidence,
                 batch_size=arguments.batch_size,
                 data_collator=task.collator(processor),

@@ -60,12 +60,12 @@ def verify(arguments: Any) -> int:
     LosslessLowRankConfig(**margins)  # refuses values out of range
     folder = Path(arguments.compressed)
     used = read_report(folder).fingerprints if (folder / REPORT_NAME).is_file() else {}
-    dense, compressed = (load_model(arguments, name) for name in (arguments.dense, arguments.compressed))
+    models = dense, compressed = [load_model(arguments, name) for name in (arguments.dense, arguments.compressed)]
     processor = load_processor(arguments, arguments.dense)
     certificate = verify_pair(
         dense,
         compressed,
-        load_examples(arguments, dense, processor, arguments.data_files, arguments.split, arguments.examples),
+        load_examples(arguments, models, processor, arguments.data_files, arguments.split, arguments.examples),
         data_collator=task_of(arguments).collator(processor),
         used={digest for part, digest in used.items() if part != "evaluation"},
         **margins,
