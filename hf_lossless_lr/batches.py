@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence, Sized
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset
 from transformers import DataCollatorWithPadding, PreTrainedModel, default_data_collator
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .errors import DataError
+from .fingerprint import content_digest, tensors_fingerprint
 from .heads import batch_examples, label_names
 
 MIN_EXAMPLES = 8
@@ -26,7 +30,12 @@ def make_dataloader(
     processing_class: Any = None,
     name: str = "calib_dataset",
 ) -> DataLoader:
-    """Build a loader that yields the same batches in the same order each time.
+    """Build a loader that yields the same batches in the same order each time, and in each process.
+
+    A collator may draw random numbers, such as the masks of a language model: it gets a seed that its examples
+    determine, in the global generators of torch (on the CPU), NumPy and Python, which are then as they were. Numbers
+    from elsewhere (a generator of the collator's own, a random transform of the dataset) cannot be repeated; they are
+    refused if the first batch shows them.
 
     Args:
         data: a `datasets.Dataset` or torch `Dataset` of examples, a `DataLoader` (the examples that its sampler draws,
@@ -42,25 +51,26 @@ def make_dataloader(
         A `DataLoader` without shuffling.
 
     Raises:
-        DataError: if the data is empty, too small, of an unknown kind, or has no column that the model takes.
+        DataError: if the data is empty, too small, of an unknown kind, different each time, or has no column that the
+            model takes.
     """
     if isinstance(data, DataLoader):
-        if isinstance(data.dataset, IterableDataset) or data.batch_size is None:
-            loader = _batches_loader(list(data), name)
-        else:
-            loader = _loader(Subset(data.dataset, _drawn(data.sampler)), data.batch_size, data.collate_fn)
+        with _seeded(""):  # its sampler draws the same in each process
+            loader = _of_loader(data, name)
     elif isinstance(data, IterableDataset):
         examples = _Columns(list(data), model, name)
-        loader = _loader(examples, batch_size, _collator(data_collator, processing_class))
+        loader = _loader(examples, batch_size, _repeatable(_collator(data_collator, processing_class)))
     elif isinstance(data, (Mapping, str)) or not isinstance(data, (Dataset, Iterable)):
         raise DataError(
             f"{name}: expected a Dataset, a DataLoader or an iterable of batches, got {type(data).__name__}."
         )
     elif _is_examples(data):
-        loader = _loader(_Columns(data, model, name), batch_size, _collator(data_collator, processing_class))
+        examples = _Columns(data, model, name)
+        loader = _loader(examples, batch_size, _repeatable(_collator(data_collator, processing_class)))
     else:
         loader = _batches_loader(list(cast(Iterable[Any], data)), name)
     _check_size(loader, name)
+    _check_repeats(loader, name)
     return loader
 
 
@@ -77,6 +87,12 @@ def ready_batches(loader: DataLoader) -> bool:
 def subset(loader: DataLoader, indices: Sequence[int]) -> DataLoader:
     """Return a loader of some of the items, in the given order."""
     return _loader(Subset(loader.dataset, indices), loader.batch_size, loader.collate_fn)
+
+
+def _of_loader(data: DataLoader, name: str) -> DataLoader:
+    if isinstance(data.dataset, IterableDataset) or data.batch_size is None:
+        return _batches_loader(list(data), name)
+    return _loader(Subset(data.dataset, _drawn(data.sampler)), data.batch_size, _repeatable(data.collate_fn))
 
 
 def _drawn(sampler: Any) -> Sequence[int]:
@@ -131,8 +147,35 @@ def _collator(data_collator: Any, processing_class: Any) -> Any:
     return default_data_collator
 
 
+def _repeatable(collate: Any) -> Any:
+    """Return a collator that draws the same random numbers for the same examples each time."""
+
+    def collate_again(items: Any) -> Any:
+        with _seeded("".join(map(content_digest, items))):
+            return collate(items)
+
+    return collate_again
+
+
+@contextmanager
+def _seeded(content: str) -> Iterator[None]:
+    """Seed the global generators by some content; they are as they were afterwards."""
+    seed = int(content_digest(content)[:8], 16)
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
+
+
 def _loader(dataset: Any, batch_size: int | None, collate_fn: Any) -> DataLoader:
-    return DataLoader(dataset, batch_size=batch_size, shuffle=False, collate_fn=collate_fn)
+    generator = torch.Generator()  # else each pass draws from the global one
+    return DataLoader(dataset, batch_size=batch_size, shuffle=False, collate_fn=collate_fn, generator=generator)
 
 
 def _single(items: list[Any]) -> Any:
@@ -157,3 +200,15 @@ def _check_size(loader: DataLoader, name: str) -> None:
         raise DataError(f"{name}: is empty.")
     if count < MIN_EXAMPLES:
         raise DataError(f"{name}: has {count} examples; at least {MIN_EXAMPLES} are needed.")
+
+
+def _check_repeats(loader: DataLoader, name: str) -> None:
+    if ready_batches(loader):
+        return
+    first, again = next(iter(loader)), next(iter(loader))
+    if isinstance(first, Mapping) and tensors_fingerprint(first) != tensors_fingerprint(again):
+        raise DataError(
+            f"{name}: its first batch is another one each time, so that no two models can be compared on it. Random "
+            "numbers come from a generator of the collator's own (leave out its seed) or from a transform of the "
+            "dataset (use the one for evaluation), or pass ready-made batches."
+        )

@@ -1,13 +1,23 @@
 """From every accepted kind of data to the same deterministic batches."""
 
+import random
+
 import datasets
+import numpy as np
 import pytest
 import torch
 from example_data import BATCH_SIZE, EXAMPLE_KINDS, KINDS, ListDataset, StreamDataset, as_loader, collate, cut
-from tiny_models import IGNORED, as_examples, bert_sequence_classification, split_batch
+from processes import accelerator, in_two_processes, needs_processes
+from tiny_models import IGNORED, as_examples, bert_masked_lm, bert_sequence_classification, split_batch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
-from transformers import BatchEncoding, DataCollatorForTokenClassification, PreTrainedTokenizerFast
+from transformers import (
+    BatchEncoding,
+    DataCollatorForLanguageModeling,
+    DataCollatorForTokenClassification,
+    PreTrainedTokenizerFast,
+)
+from word_tokenizer import word_tokenizer
 
 from hf_lossless_lr.batches import MIN_EXAMPLES, make_dataloader
 from hf_lossless_lr.errors import DataError
@@ -98,7 +108,9 @@ class TestMakeDataloader:
             return collate(items)
 
         loader = DataLoader(ListDataset(examples), batch_size=5, collate_fn=own, drop_last=True)
-        assert len(list(make_dataloader(loader, model, batch_size=2))) == 3
+        made = make_dataloader(loader, model, batch_size=2)
+        calls.clear()
+        assert len(list(made)) == 3
         assert calls == [5, 5, 1]
 
     @pytest.mark.parametrize("kind", EXAMPLE_KINDS)
@@ -149,6 +161,100 @@ class TestMakeDataloader:
         data = datasets.Dataset.from_list([{"text": "words", **example} for example in examples])
         for got in make_dataloader(data, model, batch_size=BATCH_SIZE):
             assert torch.isfinite(model(**got).loss)
+
+
+def unmasked(count=COUNT):
+    model, batch = bert_masked_lm(count)
+    return model, [{k: v for k, v in example.items() if k != "labels"} for example in as_examples(batch)]
+
+
+def masking(**options):
+    return DataCollatorForLanguageModeling(word_tokenizer(), mlm_probability=0.4, **options)
+
+
+def states():
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
+DRAWS = {"torch": lambda: torch.rand(()), "numpy": np.random.random, "python": random.random}
+RANDOM_LOADERS = {
+    "subset": {"sampler": SubsetRandomSampler(range(9))},
+    "replacement": {"sampler": WeightedRandomSampler([1.0] * 40, 30)},
+    "batches": {"batch_sampler": torch.utils.data.BatchSampler(RandomSampler(range(40)), BATCH_SIZE, drop_last=True)},
+}
+
+
+def made_in_one_process():
+    model, examples = unmasked(40)
+    made = {"masks": make_dataloader(examples, model, batch_size=BATCH_SIZE, data_collator=masking())}
+    for name, options in RANDOM_LOADERS.items():
+        kinds = {"batch_size": BATCH_SIZE, **options} if "sampler" in options else options
+        made[name] = make_dataloader(DataLoader(examples, collate_fn=masking(), **kinds), model, batch_size=1)
+    return made
+
+
+def save_own_share(folder, rank):
+    torch.manual_seed(rank)
+    process = accelerator()
+    shares = {name: [dict(b) for b in process.prepare(loader)] for name, loader in made_in_one_process().items()}
+    torch.save(shares, folder / f"{rank}.pt")
+
+
+class TestRandomNumbers:
+    def test_of_a_collator_are_the_same_each_time(self):
+        model, examples = unmasked()
+        loader = make_dataloader(examples, model, batch_size=BATCH_SIZE, data_collator=masking())
+        batches = list(loader)
+        assert all((b["labels"] != IGNORED).any() for b in batches)
+        assert not torch.equal(batches[0]["labels"] == IGNORED, batches[1]["labels"] == IGNORED)
+        torch.manual_seed(1)
+        check_same(loader, batches)
+        check_same(make_dataloader(examples, model, batch_size=BATCH_SIZE, data_collator=masking()), batches)
+
+    @pytest.mark.parametrize("generator", DRAWS)
+    def test_may_come_from_any_global_generator(self, generator, model, examples):
+        def noisy(items):
+            return {**collate(items), "labels": torch.tensor([float(DRAWS[generator]()) for _ in items])}
+
+        loader = as_loader(examples, batch_size=BATCH_SIZE)
+        for made in (
+            make_dataloader(examples, model, batch_size=BATCH_SIZE, data_collator=noisy),
+            make_dataloader(DataLoader(loader.dataset, BATCH_SIZE, collate_fn=noisy), model, batch_size=1),
+        ):
+            labels = torch.cat([b["labels"] for b in made])
+            assert torch.equal(torch.cat([b["labels"] for b in made]), labels)
+            assert len(labels.unique()) == COUNT
+
+    def test_of_the_user_stay_as_they_were(self):
+        before = states()
+        for loader in made_in_one_process().values():
+            list(loader)
+        assert states() == before
+
+    @needs_processes
+    def test_are_the_same_in_each_process(self, tmp_path):
+        in_two_processes(save_own_share, tmp_path)
+        shares = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+        for name, loader in made_in_one_process().items():
+            expected = list(loader)
+            assert len(expected) > 2
+            for rank in (0, 1):
+                check_same(shares[rank][name], expected[rank::2])
+
+    def test_of_a_generator_of_its_own_are_refused(self):
+        model, examples = unmasked()
+        with pytest.raises(
+            DataError, match=r"eval_dataset: its first batch is another one each time.*leave out its seed"
+        ):
+            make_dataloader(examples, model, batch_size=BATCH_SIZE, data_collator=masking(seed=0), name="eval_dataset")
+
+    def test_of_a_dataset_are_refused(self, model, examples):
+        def change(batch):
+            return {**batch, "input_ids": [random.sample(row, len(row)) for row in batch["input_ids"]]}
+
+        data = datasets.Dataset.from_list(examples).with_transform(change)
+        with pytest.raises(DataError, match=r"another one each time.*use the one for evaluation"):
+            make_dataloader(data, model, batch_size=BATCH_SIZE)
 
 
 class TestRefusal:

@@ -33,7 +33,8 @@ def loader_of(model, data, **options):
 
 def digests_of(model, data, **options):
     """The digest of each example; a ready-made batch has to be one example, as its digests have no order."""
-    return [digest for item in item_digests(loader_of(model, data, **options), model) for digest in item]
+    loader = loader_of(model, data, **{"data_collator": list} | options)  # no need to pad them
+    return [digest for item in item_digests(loader, model) for digest in item]
 
 
 # --- digests --------------------------------------------------------------------------------------------------------
