@@ -42,7 +42,7 @@ class DataSplits:
         calibration: for the statistics and the refit.
         selection: for choosing by measurement (is the refit kept, which point of the path); None where nothing is.
         evaluation: for the certificate; read once a compressed model, and for nothing else.
-        fingerprints: SHA-256 of the examples of each part, whatever their order.
+        fingerprints: SHA-256 of the examples of each part, and of the whole `calib_dataset`, whatever their order.
     """
 
     calibration: DataLoader
@@ -111,6 +111,7 @@ def split_data(
     options = {"batch_size": config.batch_size, "processing_class": processing_class, "data_collator": data_collator}
     calibration = make_dataloader(calib_dataset, model, **options)
     digests = item_digests(calibration, model)
+    fingerprints = {"calib_dataset": combined_digest(digests)}  # by which `verify` knows it again
     if eval_dataset is None:
         kept, held_out = split_holdout(calibration, digests, config.seed)
         evaluation, evaluation_digests = subset(calibration, held_out), [digests[index] for index in held_out]
@@ -119,7 +120,7 @@ def split_data(
         evaluation = make_dataloader(eval_dataset, model, name="eval_dataset", **options)
         evaluation_digests = item_digests(evaluation, model)
         calibration, digests = without(calibration, digests, evaluation_digests)
-    fingerprints = {"evaluation": combined_digest(evaluation_digests)}
+    fingerprints["evaluation"] = combined_digest(evaluation_digests)
     selection = None
     if config.selection_fraction:
         shortage = "choosing by measurement; pass more (and smaller) items"

@@ -43,7 +43,8 @@ def verify(
         batch_size: examples per forward pass.
         data_collator: collator for examples; default as in `Trainer`.
         processing_class: tokenizer or processor, for the default collator.
-        used: fingerprints of data that had a part in making the model, from `report.fingerprints`.
+        used: fingerprints of data that had a part in making the model, from `report.fingerprints`: of `calib_dataset`
+            as it was given, of its calibration part and of its selection part. Other subsets of it are not recognized.
 
     Returns:
         The certificate.

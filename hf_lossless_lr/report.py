@@ -153,7 +153,7 @@ class CompressionReport:
         uncertified: why there is no certificate, or None.
         calibration: number of examples and labelled units of the calibration data, and the loss on them.
         evaluation: number of examples and labelled units of the held-out data.
-        fingerprints: SHA-256 of the examples of each part of the data.
+        fingerprints: SHA-256 of the examples of each part of the data, and of the whole `calib_dataset`.
         model_fingerprint: SHA-256 of the dense model's state dict.
         epsilon: elementwise noise bound of each layer, for the paper's objectives.
         versions: versions of this package and of what it ran on.

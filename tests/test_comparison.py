@@ -7,8 +7,9 @@ import torch
 from compressions import certifiable
 from tiny_models import split_batch
 
-from hf_lossless_lr import CertificateError, DataError, verify
+from hf_lossless_lr import CertificateError, DataError, LosslessLowRankConfig, verify
 from hf_lossless_lr.batches import make_dataloader
+from hf_lossless_lr.calibration import split_data
 from hf_lossless_lr.splits import combined_digest, item_digests
 
 EXAMPLES = 300  # with 200, even no change at all leaves an upper bound above one point
@@ -65,6 +66,16 @@ class TestVerify:
         with pytest.raises(CertificateError, match="made from"):
             verify(model, model, batches, used=used)
         assert verify(model, model, batches[:-1], used=used).status == "lossless"
+
+    def test_refuses_the_data_that_calibrated_the_model_whole_and_in_parts(self, pair):
+        model, batches = pair
+        made_from, others = batches[:10], batches[10:]
+        data = split_data(model, LosslessLowRankConfig(selection_fraction=0.25), made_from, None, None, None)
+        used = {digest for part, digest in data.fingerprints.items() if part != "evaluation"}
+        for part in (made_from, made_from[::-1], list(data.calibration), list(data.selection)):
+            with pytest.raises(CertificateError, match="made from"):
+                verify(model, model, part, used=used)
+        assert verify(model, model, others, used=used).examples == sum(len(b["labels"]) for b in others)
 
     def test_refuses_few_examples(self, pair):
         model, batches = pair

@@ -470,7 +470,7 @@ class TestReport:
         }
         dense = bert()[0]
         assert report.calibration["loss"] == pytest.approx(measured(dense, batch)[0], rel=FLOAT32)
-        assert report.fingerprints.keys() == {"calibration", "evaluation"}
+        assert report.fingerprints.keys() == {"calib_dataset", "calibration", "evaluation"}
         assert all(len(fingerprint) == 64 for fingerprint in report.fingerprints.values())
         assert report.versions["torch"] == torch.__version__
         assert report.versions["hf-lossless-lr"] == importlib.metadata.version("hf-lossless-lr")
