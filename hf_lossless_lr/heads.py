@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.utils import find_labels
 
-from .errors import DataError, NumericalError
+from .errors import ConfigurationError, DataError, NumericalError
 
 IGNORE_INDEX = -100
 _SHIFTED = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) | set(
@@ -25,6 +25,7 @@ _SHIFTED -= {  # they compare each position with its own label
     *(f"{name}ForCausalLM" for name in ("Marian", "Mvp", "PLBart", "Pegasus", "ProphetNet", "TrOCR", "Whisper")),
     *("XLMWithLMHeadModel", "XLNetLMHeadModel"),
 }
+_CTC = set(modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES.values())
 
 
 def label_names(model: PreTrainedModel) -> list[str]:
@@ -42,12 +43,14 @@ def batch_examples(batch: Mapping[str, Any]) -> int:
     return len(_first_tensor(batch))
 
 
-def _target(model: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor:
-    """Return the labels that the loss compares, without the first token of a left-to-right language model.
+def _is_one_of(model: PreTrainedModel, names: set[str]) -> bool:
+    """Return whether these have the model's class, or one of Transformers that the user's own derives from."""
+    return any(base.__name__ in names for base in type(model).__mro__)
 
-    A class of the user's own is told by the class of Transformers that it derives from.
-    """
-    shifted = any(base.__name__ in _SHIFTED for base in type(model).__mro__) and not model.config.is_encoder_decoder
+
+def _target(model: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor:
+    """Return the labels that the loss compares, without the first token of a left-to-right language model."""
+    shifted = _is_one_of(model, _SHIFTED) and not model.config.is_encoder_decoder
     return labels[..., 1:] if shifted and labels.ndim == 2 else labels
 
 
@@ -55,7 +58,7 @@ def labelled_units(model: PreTrainedModel, batch: Mapping[str, Any]) -> int:
     """Return how many labelled units the loss of this batch averages over.
 
     Integer labels count each entry that is not `-100` (shifted by one for causal language models); everything else
-    (floating-point labels, the positions of a span) counts examples.
+    (floating-point labels, the positions of a span, the transcript of a CTC head) counts examples.
 
     Args:
         model: the model whose loss it is.
@@ -65,6 +68,7 @@ def labelled_units(model: PreTrainedModel, batch: Mapping[str, Any]) -> int:
         The number of units, possibly 0.
 
     Raises:
+        ConfigurationError: if a CTC head sums its loss.
         DataError: if the batch has no labels.
     """
     names = [name for name in label_names(model) if isinstance(batch.get(name), torch.Tensor)]
@@ -74,7 +78,13 @@ def labelled_units(model: PreTrainedModel, batch: Mapping[str, Any]) -> int:
             f"{', '.join(batch)}. For a language model use DataCollatorForLanguageModeling, or labels=input_ids."
         )
     labels = batch[names[0]]
-    if labels.is_floating_point() or names[0] == "start_positions":
+    if _is_one_of(model, _CTC) and model.config.ctc_loss_reduction != "mean":
+        raise ConfigurationError(
+            f"{type(model).__name__} sums its loss over a batch (ctc_loss_reduction="
+            f"{model.config.ctc_loss_reduction!r}), so that it depends on the batch size. Set "
+            'model.config.ctc_loss_reduction = "mean".'
+        )
+    if labels.is_floating_point() or names[0] == "start_positions" or _is_one_of(model, _CTC):
         return batch_examples(batch)
     return int((_target(model, labels) != IGNORE_INDEX).sum())
 
@@ -103,7 +113,7 @@ def questions(model: PreTrainedModel, batch: Mapping[str, Any], outputs: Any) ->
 
     Returns:
         Two for question answering (start and end of the span), one for other classifying heads, none for regression,
-        multi-label heads and outputs without logits.
+        multi-label and CTC heads, and outputs without logits.
     """
     if "start_positions" in batch and hasattr(outputs, "start_logits"):
         examples = torch.arange(len(outputs.start_logits), device=outputs.start_logits.device)
@@ -113,6 +123,8 @@ def questions(model: PreTrainedModel, batch: Mapping[str, Any], outputs: Any) ->
         ]
     labels, logits = batch.get("labels"), getattr(outputs, "logits", None)
     if not isinstance(labels, torch.Tensor) or not isinstance(logits, torch.Tensor) or labels.is_floating_point():
+        return []
+    if _is_one_of(model, _CTC):
         return []
     target = _target(model, labels)
     if logits.ndim != target.ndim + 1 or logits.shape[-1] < 2:
@@ -149,6 +161,7 @@ def forward_loss(model: PreTrainedModel, batch: Mapping[str, Any], index: int) -
         Loss in nats, outputs, units.
 
     Raises:
+        ConfigurationError: if a CTC head sums its loss.
         DataError: if there are no labels or the model returns no loss.
         NumericalError: if the loss is not finite.
     """

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_models import IGNORED, TINY_MODELS, build, rows, split_batch
+from tiny_models import IGNORED, TINY_MODELS, build, generator, rows, split_batch
 from torch import tensor
 
-from hf_lossless_lr.errors import DataError
+from hf_lossless_lr.errors import ConfigurationError, DataError
 from hf_lossless_lr.heads import batch_examples, correct_predictions, label_names, labelled_units, questions
 
 LOSS_RTOL = 1e-5  # float32 forward passes of one example against those of the whole batch
@@ -76,6 +76,28 @@ def decoder(name):
     return build(f"{name}ForCausalLM", f"{name}Config", **options)
 
 
+def speech(reduction):
+    """A CTC head, six recordings and their transcripts, one as long as the frames that the head sees."""
+    model = build(
+        "Wav2Vec2ForCTC",
+        "Wav2Vec2Config",
+        vocab_size=12,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=48,
+        conv_dim=(16, 16),
+        conv_stride=(4, 2),
+        conv_kernel=(8, 3),
+        num_feat_extract_layers=2,
+        num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=2,
+        ctc_loss_reduction=reduction,
+    )
+    labels = (torch.arange(6 * 39).view(6, 39) % 11 + 1).where(torch.arange(39) < 3 + torch.arange(6)[:, None] ** 2, N)
+    return model, {"input_values": torch.randn(6, 320, generator=generator(0)), "labels": labels}
+
+
 class TestLabelledUnits:
     @pytest.mark.parametrize(("name", "labels", "units"), UNITS)
     def test_are_counted(self, name, labels, units):
@@ -111,6 +133,22 @@ class TestLabelledUnits:
             whole = model(**batch).loss * labelled_units(model, batch)
             parts = sum(model(**one).loss * labelled_units(model, one) for one in split_batch(batch, 1))
         torch.testing.assert_close(whole, parts, rtol=LOSS_RTOL, atol=0.0)
+
+    def test_of_transcripts_are_what_the_loss_averages_over(self):
+        """The loss of each example is divided by the length of its transcript; the batch's is their mean."""
+        model, batch = speech("mean")
+        assert labelled_units(model, batch) == 6
+        with torch.no_grad():
+            outputs = model(**batch)
+            parts = sum(model(**one).loss * labelled_units(model, one) for one in split_batch(batch, 1))
+        torch.testing.assert_close(6 * outputs.loss, parts, rtol=LOSS_RTOL, atol=0.0)
+        assert outputs.logits.shape[:2] == batch["labels"].shape
+        assert questions(model, batch, outputs) == []
+
+    def test_of_a_summed_loss_are_an_error(self):
+        model, batch = speech("sum")
+        with pytest.raises(ConfigurationError, match=r'Wav2Vec2ForCTC sums .* Set model.config.ctc_loss.* = "mean"'):
+            labelled_units(model, batch)
 
     def test_are_what_the_loss_of_partly_labelled_examples_averages_over(self):
         model, batch = TINY_MODELS["bert-sequence-classification"]()
