@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+_TOKENS_FIRST = {"XLNetModel", "LongformerSelfAttention", "LEDEncoderSelfAttention"}  # (tokens, sequences) inside
+
 
 class PaddingMasks:
     """The masks of the current batch.
@@ -24,6 +26,8 @@ class PaddingMasks:
     def __init__(self, model: PreTrainedModel) -> None:
         self.encoder = model.get_encoder() if model.config.is_encoder_decoder else None
         self.in_encoder = set(map(id, self.encoder.modules())) if self.encoder is not None else set()
+        tokens_first = (module for module in model.modules() if type(module).__name__ in _TOKENS_FIRST)
+        self.in_tokens_first = {id(inner) for module in tokens_first for inner in module.modules()}
         self.encoder_output: torch.Tensor | None = None
         self.main: torch.Tensor | None = None
         self.decoder: torch.Tensor | None = None
@@ -48,9 +52,11 @@ class PaddingMasks:
             mask = self.decoder
         if mask is None:
             return None
+        if id(module) in self.in_tokens_first:
+            mask = mask.T
         if x.shape[:-1] in (mask.shape, mask.flatten().shape):
             return mask.flatten()
-        return mask.T.flatten() if x.shape[:-1] == mask.T.shape else None  # XLNet puts the tokens first
+        return mask.T.flatten() if x.shape[:-1] == mask.T.shape else None  # other models with the tokens first
 
 
 def _boolean_mask(mask: Any) -> torch.Tensor | None:
