@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -50,11 +51,11 @@ RIDGE = 0.1  # relative ridge towards the weight; 0.01 and 0.001 overfit 1,024 e
 class _Stream(greenlet.greenlet):
     """One batch on its way through the model."""
 
-    def __init__(self, model: PreTrainedModel, batch: Mapping[str, Any], index: int) -> None:
+    def __init__(self, model: PreTrainedModel, batch: Mapping[str, Any], index: int, masks: PaddingMasks) -> None:
         super().__init__(lambda: forward_loss(model, batch, index))
         self.gr_context = contextvars.copy_context()
-        self.masks = PaddingMasks(model)
-        self.masks.start(batch)
+        self.masks = masks
+        masks.start(batch)
         self.group: Group | None = None
         self.passed: set[Group] = set()
         self.rows: torch.Tensor | None = None
@@ -117,10 +118,11 @@ def refit(
     """
     left = set(targets)
     factorized = {name: target.factorized for name, target in targets.items()}
-    with evaluating(model), _pauses(model, targets, groups):
+    masks = PaddingMasks(model)  # what it knows of the model serves all streams
+    with evaluating(model), _pauses(model, masks.encoder, targets, groups):
         batches = list(enumerate(accelerator.prepare(loader)))
-        dense = [_Stream(model, batch, index) for index, batch in batches]
-        compressed = [_Stream(model, batch, index) for index, batch in batches]
+        dense = [_Stream(model, batch, index, copy(masks)) for index, batch in batches]
+        compressed = [_Stream(model, batch, index, copy(masks)) for index, batch in batches]
         finished: set[Group] = set()
         try:
             for group in logging.tqdm(groups, desc="Refitting", disable=not accelerator.is_main_process):
@@ -236,7 +238,9 @@ class _Autocast(NamedTuple):
 
 
 @contextmanager
-def _pauses(model: PreTrainedModel, targets: Mapping[str, RefitTarget], groups: Sequence[Group]) -> Iterator[None]:
+def _pauses(
+    model: PreTrainedModel, encoder: nn.Module | None, targets: Mapping[str, RefitTarget], groups: Sequence[Group]
+) -> Iterator[None]:
     """Hooks that pause a stream at the first layer of each group, before it or behind it; undone afterwards."""
     main = greenlet.getcurrent()
     caller = _Autocast.of(model.device.type)
@@ -270,13 +274,12 @@ def _pauses(model: PreTrainedModel, targets: Mapping[str, RefitTarget], groups: 
 
     handles = []
     for group in groups:
+        outputs = _compares_outputs([targets[name] for name in group])
         for name in group:
             dense, factorized = targets[name].dense, targets[name].factorized
-            outputs = _compares_outputs([targets[other] for other in group])
             watch = dense.register_forward_hook if outputs else dense.register_forward_pre_hook
             handles.append(watch(pause_at(group, dense)))
             handles.append(factorized.register_forward_pre_hook(pause_at(group, dense)))
-    encoder = PaddingMasks(model).encoder
     if encoder is not None:
         handles.append(encoder.register_forward_hook(encoder_hook))
     try:

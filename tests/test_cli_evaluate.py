@@ -98,7 +98,7 @@ class TestData:
         ],
     )
     def test_are_those_of_the_task_unless_others_are_named(self, command, options, expected, tmp_path, monkeypatch):
-        monkeypatch.setattr("hf_lossless_lr.commands.arguments.load_auto", lambda *_, **__: None)
+        monkeypatch.setattr(f"hf_lossless_lr.commands.{command}.load_auto", lambda *_, **__: None)
         asked = []
 
         def load_split(*arguments):

@@ -53,10 +53,9 @@ def published_task(arguments: Any) -> EvaluationTask | None:
 
 
 @dataclass(kw_only=True)
-class DataArguments:
-    """The task, its data, and what becomes of the result."""
+class SourceArguments:
+    """Where the data come from, and the precision to work in."""
 
-    task: str = field(metadata={"help": "task of the model", "choices": [*TASKS, *EVALUATION_TASKS]})
     dataset: str | None = field(
         default=None,
         metadata={"help": "hub id, folder, or a format: json, csv, parquet, text; default: the task's, if it has one"},
@@ -66,6 +65,16 @@ class DataArguments:
     shots_files: list[str] | None = field(
         default=None, metadata={"help": "files of MMLU's solved examples, for a format"}
     )
+    dtype: str = field(
+        default="float32", metadata={"help": "dtype to work in", "choices": ["float32", "bfloat16", "float16"]}
+    )
+
+
+@dataclass(kw_only=True)
+class DataArguments(SourceArguments):
+    """The task, its data, and what becomes of the result."""
+
+    task: str = field(metadata={"help": "task of the model", "choices": [*TASKS, *EVALUATION_TASKS]})
     columns: list[str] | None = field(
         default=None, metadata={"help": "columns of the data set, the label last; not for published tasks"}
     )
@@ -74,9 +83,6 @@ class DataArguments:
         metadata={
             "help": f"tokens an example is cut to (or blocks are cut into); default: the task's, or {MAX_LENGTH}"
         },
-    )
-    dtype: str = field(
-        default="float32", metadata={"help": "dtype to work in", "choices": ["float32", "bfloat16", "float16"]}
     )
     json: str | None = field(default=None, metadata={"help": "also write the result to this file"})
     require: str | None = field(
@@ -116,32 +122,6 @@ def _check_file(option: str, path: Path) -> None:
         raise ConfigurationError(f"--{option}: there is no folder {folder}; make it, or choose another file.")
     if path.is_dir():
         raise ConfigurationError(f"--{option}: {path} is a folder; name a file in it.")
-
-
-def load_model(arguments: DataArguments, name: str) -> Any:
-    """Load a model of the task.
-
-    Args:
-        arguments: task and dtype.
-        name: hub id or folder.
-
-    Returns:
-        The model.
-    """
-    return load_auto(task_of(arguments).auto_model, name, dtype=arguments.dtype)
-
-
-def load_processor(arguments: DataArguments, name: str) -> Any:
-    """Load the tokenizer or processor of a model of the task.
-
-    Args:
-        arguments: the task.
-        name: hub id or folder.
-
-    Returns:
-        The tokenizer or processor.
-    """
-    return load_auto(task_of(arguments).processor, name)
 
 
 def load_auto(auto_class: str, name: str, **options: Any) -> Any:
@@ -222,6 +202,7 @@ def align(task: EvaluationTask, dataset: Dataset, models: Sequence[Any]) -> Data
 
 def load_examples(
     arguments: DataArguments,
+    task: Task,
     models: Sequence[Any],
     processor: Any,
     files: list[str] | None,
@@ -231,7 +212,8 @@ def load_examples(
     """Load a split and prepare it for a model, or for several that are to be compared.
 
     Args:
-        arguments: the task and its data set.
+        arguments: the data set.
+        task: the task, from `task_of`.
         models: the models, for the order of their classes.
         processor: tokenizer or processor.
         files: files of the split, for a format.
@@ -245,7 +227,7 @@ def load_examples(
         CertificateError: if the models order their classes differently.
         ConfigurationError: if no data set is named and the task has none.
     """
-    task, published = task_of(arguments), EVALUATION_TASKS.get(arguments.task)
+    published = EVALUATION_TASKS.get(arguments.task)
     # Examples are counted after a text is cut into blocks.
     blocks = task.auto_model == "AutoModelForCausalLM" and arguments.task != "mmlu"
     dataset = load_data(arguments, files, split, None if blocks else count)

@@ -24,9 +24,8 @@ from .arguments import (
     DataArguments,
     check_arguments,
     complaint,
+    load_auto,
     load_examples,
-    load_model,
-    load_processor,
     task_of,
 )
 
@@ -73,20 +72,22 @@ def compress(arguments: Any) -> int:
             "--eval_examples: name the evaluation data with --eval_split or --eval_data_files; without them, a fifth "
             "of the calibration examples is held out."
         )
-    model, processor = load_model(arguments, arguments.model), load_processor(arguments, arguments.model)
+    task = task_of(arguments)
+    model = load_auto(task.auto_model, arguments.model, dtype=arguments.dtype)
+    processor = load_auto(task.processor, arguments.model)
     split, count = arguments.calibration_split, arguments.calibration_examples
-    calibration = load_examples(arguments, [model], processor, arguments.data_files, split, count)
+    calibration = load_examples(arguments, task, [model], processor, arguments.data_files, split, count)
     evaluation = None
     if held_out:
         split = arguments.eval_split or "validation"
         count = arguments.eval_examples
-        evaluation = load_examples(arguments, [model], processor, arguments.eval_data_files, split, count)
+        evaluation = load_examples(arguments, task, [model], processor, arguments.eval_data_files, split, count)
     compressor = LowRankCompressor(config)
     compressor.calibrate(
         model,
         calibration,
         eval_dataset=evaluation,
-        data_collator=task_of(arguments).collator(processor),
+        data_collator=task.collator(processor),
         statistics_path=arguments.statistics,
     )
     compressor.compress_to()

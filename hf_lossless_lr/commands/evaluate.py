@@ -14,32 +14,20 @@ from ..evaluation.task import ScoringOptions
 from ..evaluation.tasks import EVALUATION_TASKS
 from ..files import write_atomically
 from ..verdict import certificate_sentence
-from .arguments import align, check_arguments, load_auto, load_data, published_task
+from .arguments import SourceArguments, align, check_arguments, load_auto, load_data, published_task
 
 _DEFAULTS = LosslessLowRankConfig()
 
 
 @dataclass(kw_only=True)
-class EvaluateArguments:
+class EvaluateArguments(SourceArguments):
     """The task and its data."""
 
     task: str = field(metadata={"help": "task", "choices": list(EVALUATION_TASKS)})
-    dataset: str | None = field(
-        default=None,
-        metadata={"help": "hub id, folder, or a format: json, csv, parquet, text; default: the hub's"},
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "configuration of the data set"})
-    data_files: list[str] | None = field(default=None, metadata={"help": "files, for a format"})
-    shots_files: list[str] | None = field(
-        default=None, metadata={"help": "files of MMLU's solved examples, for a format"}
-    )
     split: str | None = field(default=None, metadata={"help": "split; default: the one that figures are published on"})
     examples: int | None = field(default=None, metadata={"help": "examples, from the start; default all"})
     max_length: int | None = field(default=None, metadata={"help": "tokens an input is cut to; default: the task's"})
     batch_size: int = field(default=_DEFAULTS.batch_size, metadata={"help": "examples per forward pass"})
-    dtype: str = field(
-        default="float32", metadata={"help": "dtype to work in", "choices": ["float32", "bfloat16", "float16"]}
-    )
     confidence: float = field(default=_DEFAULTS.confidence, metadata={"help": "confidence level of one-sided bounds"})
     json: str | None = field(default=None, metadata={"help": "also write the figures to this file"})
 

@@ -19,9 +19,8 @@ from .arguments import (
     DataArguments,
     check_arguments,
     complaint,
+    load_auto,
     load_examples,
-    load_model,
-    load_processor,
     task_of,
 )
 from .report import read_report
@@ -60,13 +59,14 @@ def verify(arguments: Any) -> int:
     LosslessLowRankConfig(**margins)  # refuses values out of range
     folder = Path(arguments.compressed)
     used = read_report(folder).fingerprints if (folder / REPORT_NAME).is_file() else {}
-    models = dense, compressed = [load_model(arguments, name) for name in (arguments.dense, arguments.compressed)]
-    processor = load_processor(arguments, arguments.dense)
+    task, names = task_of(arguments), (arguments.dense, arguments.compressed)
+    models = dense, compressed = [load_auto(task.auto_model, name, dtype=arguments.dtype) for name in names]
+    processor = load_auto(task.processor, arguments.dense)
     certificate = verify_pair(
         dense,
         compressed,
-        load_examples(arguments, models, processor, arguments.data_files, arguments.split, arguments.examples),
-        data_collator=task_of(arguments).collator(processor),
+        load_examples(arguments, task, models, processor, arguments.data_files, arguments.split, arguments.examples),
+        data_collator=task.collator(processor),
         used={digest for part, digest in used.items() if part != "evaluation"},
         **margins,
     )
