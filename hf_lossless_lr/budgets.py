@@ -15,19 +15,19 @@ from .sizes import Budget, flop_sizes, forward_flops, forward_seconds, latency_s
 
 
 def budget_of(calibration: Calibration, config: LosslessLowRankConfig) -> Budget:
-    """Return the sizes that the configured budget counts.
+    """Return the sizes that the configured size counts.
 
     FLOPs and latency are those of the first calibration batch, padding included. Latency is measured on the main
     process, on the device and in the dtype of the model; once for a calibration, so that its ratios go by one table.
 
     Args:
         calibration: the calibration of a model, which is dense and on the accelerator's device.
-        config: for `budget`, `scope` and `rank_multiple`.
+        config: for `size`, `scope` and `rank_multiple`.
 
     Returns:
         The budget.
     """
-    key = config.budget, config.scope, config.rank_multiple
+    key = config.size, config.scope, config.rank_multiple
     if key not in calibration.budgets:
         calibration.budgets[key] = _count(calibration, config)
     return calibration.budgets[key]
@@ -36,7 +36,7 @@ def budget_of(calibration: Calibration, config: LosslessLowRankConfig) -> Budget
 def _count(calibration: Calibration, config: LosslessLowRankConfig) -> Budget:
     model, targets, curves = calibration.model, calibration.targets, calibration.curves
     whole = config.scope == "model"
-    if config.budget == "parameters":
+    if config.size == "parameters":
         dense = sum(curve.dense_parameters for curve in curves.values())
         return Budget(parameter_sizes(curves), float(calibration.dense_parameters - dense) if whole else 0.0)
     batch = {
@@ -45,7 +45,7 @@ def _count(calibration: Calibration, config: LosslessLowRankConfig) -> Budget:
     }
     examples = batch_examples(batch)
     flops = forward_flops(model, targets, batch, examples)
-    if config.budget == "flops":
+    if config.size == "flops":
         return Budget(flop_sizes(curves, flops.rows), flops.fixed if whole else 0.0)
     measured: list[Any] = [None]
     if calibration.accelerator.is_main_process:

@@ -41,13 +41,13 @@ class DataSplits:
     Attributes:
         calibration: for the statistics and the refit.
         selection: for choosing by measurement (is the refit kept, which point of the path); None where nothing is.
-        evaluation: for the certificate; read once a compressed model, and for nothing else.
+        held_out: for the certificate; read once a compressed model, and for nothing else.
         fingerprints: SHA-256 of the examples of each part, and of the whole `calib_dataset`, whatever their order.
     """
 
     calibration: DataLoader
     selection: DataLoader | None
-    evaluation: DataLoader
+    held_out: DataLoader
     fingerprints: dict[str, str]
 
 
@@ -95,7 +95,7 @@ def split_data(
     data_collator: Any,
     processing_class: Any,
 ) -> DataSplits:
-    """Make disjoint loaders: a fifth is held out where no evaluation set is given, then the selection split if used.
+    """Make disjoint loaders: a fifth is held out where no `eval_dataset` is given, then the selection split if used.
 
     Args:
         model: the model.
@@ -113,14 +113,14 @@ def split_data(
     digests = item_digests(calibration, model)
     fingerprints = {"calib_dataset": combined_digest(digests)}  # by which `verify` knows it again
     if eval_dataset is None:
-        kept, held_out = split_holdout(calibration, digests, config.seed)
-        evaluation, evaluation_digests = subset(calibration, held_out), [digests[index] for index in held_out]
+        kept, apart = split_holdout(calibration, digests, config.seed)
+        held_out, held_out_digests = subset(calibration, apart), [digests[index] for index in apart]
         calibration, digests = subset(calibration, kept), [digests[index] for index in kept]
     else:
-        evaluation = make_dataloader(eval_dataset, model, name="eval_dataset", **options)
-        evaluation_digests = item_digests(evaluation, model)
-        calibration, digests = without(calibration, digests, evaluation_digests)
-    fingerprints["evaluation"] = combined_digest(evaluation_digests)
+        held_out = make_dataloader(eval_dataset, model, name="eval_dataset", **options)
+        held_out_digests = item_digests(held_out, model)
+        calibration, digests = without(calibration, digests, held_out_digests)
+    fingerprints["held_out"] = combined_digest(held_out_digests)
     selection = None
     if config.selection_fraction:
         shortage = "choosing by measurement; pass more (and smaller) items"
@@ -131,7 +131,7 @@ def split_data(
         selection = subset(calibration, chosen)
         calibration, digests = subset(calibration, kept), [digests[index] for index in kept]
     fingerprints["calibration"] = combined_digest(digests)
-    return DataSplits(calibration, selection, evaluation, fingerprints)
+    return DataSplits(calibration, selection, held_out, fingerprints)
 
 
 def calibrate(
@@ -161,7 +161,7 @@ def calibrate(
     seconds: dict[str, float] = {}
     with on_device(model, accelerator.device):
         fingerprint = tensors_fingerprint(model.state_dict())
-        for loader in (data.evaluation, data.selection):  # what is wrong with them shows now, not after the work
+        for loader in (data.held_out, data.selection):  # what is wrong with them shows now, not after the work
             if loader is not None:
                 _try_first(model, loader, accelerator)
         with timed(seconds, "statistics"):

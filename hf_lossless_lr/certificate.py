@@ -20,6 +20,7 @@ from .bounds import (
 )
 from .errors import CertificateError
 from .outcomes import TEMPERATURES, PairedOutcomes
+from .renamed import refusing_old_names
 from .report import Certificate, Difference
 
 MIN_EXAMPLES = 30
@@ -80,8 +81,9 @@ def _one_answer_each(outcomes: PairedOutcomes) -> bool:
     return outcomes.by_example and bool((outcomes.units == 1).all())
 
 
+@refusing_old_names
 def certify(
-    outcomes: PairedOutcomes, loss_margin: float, metric_margin: float, confidence: float, fingerprint: str = ""
+    outcomes: PairedOutcomes, loss_margin: float, accuracy_margin: float, confidence: float, fingerprint: str = ""
 ) -> Certificate:
     """State whether the compressed model is as good as the dense one.
 
@@ -95,9 +97,9 @@ def certify(
     All bounds must hold at once, so no correction for their number is needed (intersection–union test).
 
     Args:
-        outcomes: answers to the certificate set, with `temperatures=True`.
+        outcomes: answers to the held-out data, with `temperatures=True`.
         loss_margin: largest loss increase that counts as lossless, in nats per labelled unit.
-        metric_margin: largest drop of the accuracy that counts as lossless, as a fraction.
+        accuracy_margin: largest drop of the accuracy that counts as lossless, as a fraction.
         confidence: level of each one-sided bound.
         fingerprint: fingerprint of the examples.
 
@@ -110,7 +112,7 @@ def certify(
     """
     _check(outcomes)
     temperatures, increase = at_fitted_temperatures(outcomes)
-    endpoints = _endpoints(outcomes, increase, loss_margin, metric_margin, confidence)
+    endpoints = _endpoints(outcomes, increase, loss_margin, accuracy_margin, confidence)
     chance, chance_doubt = _chance(outcomes)
     doubts = [doubt for doubt in (chance_doubt, _temperature_doubt(temperatures)) if doubt]
     status = _status(endpoints, doubts)
@@ -126,7 +128,7 @@ def certify(
         status=status,
         reasons=tuple(reasons),
         loss_margin=loss_margin,
-        metric_margin=metric_margin,
+        accuracy_margin=accuracy_margin,
         confidence=confidence,
         p_value=max(endpoint.p_value for endpoint in endpoints.values()),
         examples=outcomes.examples,
@@ -157,12 +159,16 @@ def _check(outcomes: PairedOutcomes) -> None:
         )
     if outcomes.labels is not None and len(np.unique(outcomes.labels)) == 1:
         raise CertificateError(
-            f"all labels of the certificate set are {outcomes.labels[0]}: one class cannot show what a model knows."
+            f"all labels of the held-out data are {outcomes.labels[0]}: one class cannot show what a model knows."
         )
 
 
 def _endpoints(
-    outcomes: PairedOutcomes, tempered: np.ndarray | None, loss_margin: float, metric_margin: float, confidence: float
+    outcomes: PairedOutcomes,
+    tempered: np.ndarray | None,
+    loss_margin: float,
+    accuracy_margin: float,
+    confidence: float,
 ) -> dict[str, _Endpoint]:
     """Return what a verdict tests: the loss; where known, the loss at fitted temperatures and the accuracy."""
     endpoints = {}
@@ -174,10 +180,10 @@ def _endpoints(
     accuracy, drop = accuracy_difference(outcomes, confidence, bootstrap=True), outcomes.accuracy_drop
     if accuracy is not None and drop is not None:
         if _one_answer_each(outcomes):
-            p_value = proportion_p_value(int((drop > 0).sum()), int((drop < 0).sum()), len(drop), metric_margin)
+            p_value = proportion_p_value(int((drop > 0).sum()), int((drop < 0).sum()), len(drop), accuracy_margin)
         else:
-            p_value = mean_p_value(drop, outcomes.units, metric_margin)
-        endpoints[ACCURACY] = _Endpoint(drop, accuracy, metric_margin, p_value)
+            p_value = mean_p_value(drop, outcomes.units, accuracy_margin)
+        endpoints[ACCURACY] = _Endpoint(drop, accuracy, accuracy_margin, p_value)
     return endpoints
 
 

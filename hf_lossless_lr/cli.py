@@ -11,6 +11,7 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from . import LosslessLowRankError, __version__
+from .commands.arguments import refuse_old_options
 from .commands.compress import CompressArguments, compress
 from .commands.evaluate import EvaluateArguments, evaluate
 from .commands.report import report
@@ -35,6 +36,7 @@ def build_parser() -> HfArgumentParser:
         dataclass_types=[CompressArguments, CompressionOptions],
     )
     compress.add_argument("model", help="hub id or local folder of a trained model")
+    refuse_old_options(compress)
     judge = commands.add_parser(
         "verify",
         help="state a verdict on any pair of checkpoints",
@@ -44,6 +46,7 @@ def build_parser() -> HfArgumentParser:
     )
     judge.add_argument("dense", help="hub id or local folder of the model to compare with")
     judge.add_argument("compressed", help="hub id or local folder of the model to judge")
+    refuse_old_options(judge)
     scores = commands.add_parser(
         "evaluate",
         help="score a model on a published task, or two models side by side",

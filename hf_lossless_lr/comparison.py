@@ -14,17 +14,19 @@ from .calibration import on_device
 from .certificate import certify
 from .errors import CertificateError
 from .outcomes import paired_outcomes
+from .renamed import refusing_old_names
 from .report import Certificate
 from .splits import combined_digest, item_digests
 
 
+@refusing_old_names
 def verify(
     dense: PreTrainedModel,
     compressed: PreTrainedModel,
     eval_dataset: Any,
     *,
     loss_margin: float = 0.01,
-    metric_margin: float = 0.01,
+    accuracy_margin: float = 0.01,
     confidence: float = 0.95,
     batch_size: int = 32,
     data_collator: Any = None,
@@ -38,7 +40,7 @@ def verify(
         compressed: the model to judge: any other model of the same task.
         eval_dataset: examples that had no part in making either, as in `LowRankCompressor.compress`.
         loss_margin: largest loss increase that counts as lossless, in nats per labelled unit.
-        metric_margin: largest drop of the accuracy that counts as lossless, as a fraction.
+        accuracy_margin: largest drop of the accuracy that counts as lossless, as a fraction.
         confidence: level of each one-sided bound.
         batch_size: examples per forward pass.
         data_collator: collator for examples; default as in `Trainer`.
@@ -68,4 +70,4 @@ def verify(
     accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(even_batches=False))
     with on_device(dense, accelerator.device), on_device(compressed, accelerator.device):
         outcomes = paired_outcomes(dense, compressed, loader, accelerator, "Comparing", temperatures=True)
-    return certify(outcomes, loss_margin, metric_margin, confidence, fingerprint)
+    return certify(outcomes, loss_margin, accuracy_margin, confidence, fingerprint)

@@ -63,7 +63,7 @@ class LowRankCompressor:
         self.config = config if config is not None else LosslessLowRankConfig()
         self.report: CompressionReport | None = None
         self._calibration: Calibration | None = None
-        self._certified: list[CompressionReport] = []  # models judged on the certificate set so far
+        self._certified: list[CompressionReport] = []  # models judged on the held-out data so far
         self._restore_dense = ExitStack()  # what turns the calibrated model back into the dense one
 
     def compress(
@@ -145,7 +145,7 @@ class LowRankCompressor:
     def compress_to(self, keep_ratio: float | None = None) -> PreTrainedModel:
         """Compress the calibrated model, in place of an earlier compression of it.
 
-        Several ratios share one certificate set. That is sound from the largest ratio down to the first that is not
+        Several ratios share the held-out data. That is sound from the largest ratio down to the first that is not
         certified (fixed-sequence testing), so ask in descending order: a ratio above an earlier one gets no
         certificate, and after one that is not certified none can be.
 
@@ -172,8 +172,8 @@ class LowRankCompressor:
         with on_device(model, calibration.accelerator.device, dense), ExitStack() as undo:
             undo.callback(vars(model.config).update, dict(vars(model.config)))
             trial, trials, epsilon = self._choose(calibration, config)
-            with timed(calibration.seconds, "certificate"):
-                data, accelerator = calibration.data.evaluation, calibration.accelerator
+            with timed(calibration.seconds, "held_out"):
+                data, accelerator = calibration.data.held_out, calibration.accelerator
                 outcomes = paired_outcomes(model, trial.layers, data, accelerator, "Evaluating", temperatures=True)
             self._put(calibration, trial, config, undo)
             report = make_report(calibration, config, trial, trials, epsilon, outcomes, self._certified)
@@ -237,17 +237,17 @@ class LowRankCompressor:
                 costs,
                 kept,
                 measure,
-                lambda trial: trial.passes(config.loss_margin, config.metric_margin),
+                lambda trial: trial.passes(config.loss_margin, config.accuracy_margin),
                 config.loss_margin,
             )
         if not path.steps:
             logger.warning("no rank meets objective=%r in any layer; the model stays dense.", config.objective)
         elif found is None:
             logger.warning(
-                "no compressed model met loss_margin=%s and metric_margin=%s on the selection split; the model stays "
-                "dense. Raise the margins, or give more calibration data.",
+                "no compressed model met loss_margin=%s and accuracy_margin=%s on the selection split; the model "
+                "stays dense. Raise the margins, or give more calibration data.",
                 config.loss_margin,
-                config.metric_margin,
+                config.accuracy_margin,
             )
         if found is None:
             return Trial(path.ranks_after(0), {}, False, None, None)

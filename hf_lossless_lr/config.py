@@ -15,11 +15,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .curves import STORAGES
 from .errors import CheckpointError, ConfigurationError
+from .renamed import Renamed, refuse_old_names, with_present_names
 
 METHOD = "lossless_lr"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had other names of some options
 OBJECTIVES = ("budget", "uniform", "lossless", "compact", "paper-lossless", "paper-compact")
-BUDGETS = ("parameters", "flops", "latency")
+SIZES = ("parameters", "flops", "latency")
 SCOPES = ("targeted", "model")
 METRICS = ("kronecker", "activation", "activation-diagonal", "fisher", "identity")
 DEFAULT_KEEP_RATIO = 0.5
@@ -31,16 +32,16 @@ def _option(default: Any, text: str, **metadata: Any) -> Any:
 
 
 @dataclass
-class CompressionOptions:
+class CompressionOptions(Renamed):
     """The choices of a compression run; `LosslessLowRankConfig` adds the record of what was done.
 
     Attributes:
         objective: what to aim for. `budget`: lowest predicted loss at `keep_ratio`. `uniform`: `keep_ratio` in each
             layer. `lossless`: lowest measured loss among models that compress. `compact`: the smallest model whose
             measured loss and accuracy are not inferior, by upper confidence bounds within `loss_margin` and
-            `metric_margin`. `paper-lossless`, `paper-compact`: Algorithms 1 and 2 of arXiv 2412.06867.
+            `accuracy_margin`. `paper-lossless`, `paper-compact`: Algorithms 1 and 2 of arXiv 2412.06867.
         keep_ratio: size kept divided by original size, in (0, 1]; for `budget` and `uniform` only (default 0.5 there).
-        budget: what the size counts: `parameters`, `flops` of a calibration batch, or its `latency`, measured on the
+        size: what `keep_ratio` counts: `parameters`, `flops` of a calibration batch, or its `latency`, measured on the
             model's device.
         scope: whether the size is that of the `targeted` weights or of the whole `model`.
         metric: metric of the factorization (default `kronecker`, and `identity` for the paper's objectives).
@@ -58,7 +59,7 @@ class CompressionOptions:
         seed: seed of the splits.
         batch_size: examples per forward pass.
         loss_margin: largest acceptable loss increase, in nats per labelled unit.
-        metric_margin: largest acceptable drop of the task metric, as a fraction (0.01 is one point).
+        accuracy_margin: largest acceptable drop of the accuracy, as a fraction (0.01 is one point).
         confidence: confidence level of one-sided bounds, in (0.5, 1).
         epsilon: elementwise noise bound of the paper's objectives; None calibrates it by eq. 8 of the paper.
         epsilon_tolerance: gap between measured and first-order loss change that eq. 8 accepts, in nats.
@@ -67,9 +68,9 @@ class CompressionOptions:
     objective: str = _option("budget", "what to aim for", choices=OBJECTIVES)
     keep_ratio: float | None = _option(
         None,
-        f"share of the targeted parameters to keep, in (0, 1]; default {DEFAULT_KEEP_RATIO} for budget and uniform",
+        f"share of the size to keep, in (0, 1]; default {DEFAULT_KEEP_RATIO} for budget and uniform",
     )
-    budget: str = _option("parameters", "what keep_ratio counts", choices=BUDGETS)
+    size: str = _option("parameters", "what keep_ratio counts", choices=SIZES)
     scope: str = _option("targeted", "what keep_ratio is a share of: targeted weights or whole model", choices=SCOPES)
     metric: str | None = _option(None, "metric of the factorization; default kronecker", choices=METRICS)
     target_modules: list[str] | None = _option(
@@ -88,10 +89,15 @@ class CompressionOptions:
     seed: int = _option(0, "seed of the held-out split")
     batch_size: int = _option(32, "examples per forward pass")
     loss_margin: float = _option(0.01, "largest acceptable loss increase in nats")
-    metric_margin: float = _option(0.01, "largest acceptable drop of the metric, as a fraction")
+    accuracy_margin: float = _option(0.01, "largest acceptable drop of the accuracy, as a fraction")
     confidence: float = _option(0.95, "confidence level of one-sided bounds")
     epsilon: float | None = _option(None, "elementwise noise bound of the paper's objectives; default: eq. 8")
     epsilon_tolerance: float = _option(1e-4, "gap in nats that eq. 8 of the paper accepts")
+
+    def __new__(cls, *values: Any, **options: Any) -> CompressionOptions:
+        """Refuse the old names of options before the constructor sees them."""
+        refuse_old_names(options)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         """Validate every value and resolve the defaults that depend on the objective."""
@@ -100,7 +106,7 @@ class CompressionOptions:
         if self.metric is None:
             self.metric = "identity" if paper else "kronecker"
         _choice("metric", self.metric, METRICS)
-        _choice("budget", self.budget, BUDGETS)
+        _choice("size", self.size, SIZES)
         _choice("scope", self.scope, SCOPES)
         _choice("storage", self.storage, ("auto", *STORAGES))
         if self.objective in ("budget", "uniform"):
@@ -151,7 +157,7 @@ class CompressionOptions:
     def _check_numbers(self) -> None:
         _number("damping", self.damping, 0, math.inf, "[0, inf)")
         _number("loss_margin", self.loss_margin, 0, math.inf, "[0, inf)")
-        _number("metric_margin", self.metric_margin, 0, 1, "[0, 1]")
+        _number("accuracy_margin", self.accuracy_margin, 0, 1, "[0, 1]")
         _number("confidence", self.confidence, 0.5, 1, "(0.5, 1)", exclude_low=True, exclude_high=True)
         _number("epsilon_tolerance", self.epsilon_tolerance, 0, math.inf, "(0, inf)", exclude_low=True)
         for name in ("rank_multiple", "batch_size", "seed"):
@@ -219,6 +225,9 @@ class LosslessLowRankConfig(CompressionOptions, QuantizationConfigMixin):
         Raises:
             ConfigurationError: if the dictionary has an unknown field.
         """
+        if config_dict.get("format_version") == 1:
+            config_dict = {**with_present_names(config_dict), "format_version": FORMAT_VERSION}
+        refuse_old_names(config_dict)
         known = {f.name for f in fields(cls)}
         for name in config_dict:
             if name not in known:

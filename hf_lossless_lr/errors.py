@@ -18,7 +18,7 @@ class TargetError(LosslessLowRankError):
 
 
 class DataError(LosslessLowRankError):
-    """A calibration or evaluation set cannot be used."""
+    """A calibration or held-out set cannot be used."""
 
 
 class CertificateError(LosslessLowRankError):

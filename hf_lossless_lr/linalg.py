@@ -51,7 +51,9 @@ SLABS = 4  # column slabs of a Gram matrix
 
 
 def gram(rows: torch.Tensor) -> torch.Tensor:
-    """Return `XᵀX`, of which only the part above the diagonal is computed (in slabs of columns).
+    """Return `XᵀX`, of which only the part above the diagonal is computed (in slabs of columns) and then mirrored.
+
+    So the result is symmetric bit for bit, whatever order the processor's matrix product sums in.
 
     Args:
         rows: X.  # shape: (rows, features)
@@ -60,13 +62,12 @@ def gram(rows: torch.Tensor) -> torch.Tensor:
         The symmetric product, in the dtype of its input.  # shape: (features, features)
     """
     size = rows.shape[1]
-    width = -(-size // SLABS)
-    result = rows.new_empty((size, size))
+    width = max(1, -(-size // SLABS))
+    upper = rows.new_zeros((size, size))
     for start in range(0, size, width):
-        stop = start + width
-        result[start:stop, start:] = rows[:, start:stop].T @ rows[:, start:]
-        result[stop:, start:stop] = result[start:stop, stop:].T
-    return result
+        upper[start : start + width, start:] = rows[:, start : start + width].T @ rows[:, start:]
+    upper = upper.triu()
+    return upper + upper.triu(1).T
 
 
 def damped(matrix: torch.Tensor, damping: float) -> torch.Tensor:

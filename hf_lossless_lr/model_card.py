@@ -164,7 +164,7 @@ def _patterns(names: Iterable[str]) -> str:
 
 
 def _origin(report: CompressionReport) -> list[str]:
-    parts = {"calibration": report.calibration, "evaluation": report.evaluation}
+    parts = {"calibration": report.calibration, "held_out": report.held_out}
     rows = [
         (part, f"{parts[part]['examples']:,}" if part in parts else "", f"`{digest}`")
         for part, digest in sorted(report.fingerprints.items())

@@ -210,7 +210,7 @@ def _combine(records: Sequence[_Record]) -> PairedOutcomes:
     records = [record for record in records if record.units]
     examples = sum(len(np.unique(r.by_unit["example"])) if r.by_unit else r.examples for r in records)
     if not records:
-        raise DataError("no example of the evaluation set has a label: every label is -100.")
+        raise DataError("no held-out example has a label: every label is -100.")
     if any(not record.by_unit for record in records):
         losses = np.stack([record.loss for record in records], axis=1)
         return PairedOutcomes(losses, np.array([record.units for record in records]), examples, by_example=False)

@@ -187,7 +187,7 @@ def _loss_and_size(report: CompressionReport) -> Figure | None:
         return None
     panels = [("loss_increase", "loss increase (nats)", 1, "loss_margin")]
     if any("accuracy_drop" in trial for trial in trials):
-        panels.append(("accuracy_drop", "accuracy drop (points)", 100, "metric_margin"))
+        panels.append(("accuracy_drop", "accuracy drop (points)", 100, "accuracy_margin"))
     figure = _figure(8, 1.2 + 2.9 * len(panels), "Measured cost and size of each trial")
     axes = figure.subplots(len(panels), squeeze=False, sharex=True)[:, 0]
     for ax, (key, label, scale, margin) in zip(axes, panels, strict=True):

@@ -11,6 +11,7 @@ from typing import Any
 
 from .errors import CheckpointError
 from .files import write_atomically
+from .renamed import Renamed, with_present_names
 
 REPORT_NAME = "compression_report.json"
 
@@ -73,7 +74,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Certificate:
+class Certificate(Renamed):
     """A statistical statement about a compressed model, from held-out examples that had no part in making it.
 
     Pairs are (dense, compressed).
@@ -82,7 +83,7 @@ class Certificate:
         status: `improved`, `lossless`, `inconclusive` or `lossy`.
         reasons: why it is not better than that.
         loss_margin: largest loss increase that counts as lossless, in nats per labelled unit.
-        metric_margin: largest drop of the metric that counts as lossless, as a fraction.
+        accuracy_margin: largest drop of the accuracy that counts as lossless, as a fraction.
         confidence: confidence level of each bound.
         p_value: largest p-value among the hypotheses "worse than the margin".
         examples: number of examples.
@@ -106,7 +107,7 @@ class Certificate:
     status: str
     reasons: tuple[str, ...]
     loss_margin: float
-    metric_margin: float
+    accuracy_margin: float
     confidence: float
     p_value: float
     examples: int
@@ -130,13 +131,13 @@ class Certificate:
         """The status, with its margins where they are what it states."""
         if self.status != "lossless":
             return self.status
-        points = 100 * self.metric_margin
+        points = 100 * self.accuracy_margin
         metric = f", {points:g} point{'' if points == 1 else 's'}" if self.accuracy_drop is not None else ""
         return f"lossless@({self.loss_margin:g} nats{metric})"
 
 
 @dataclass(frozen=True)
-class CompressionReport:
+class CompressionReport(Renamed):
     """Everything that a compression run decided and measured.
 
     Attributes:
@@ -152,7 +153,7 @@ class CompressionReport:
         certificate: what the held-out data show, or None.
         uncertified: why there is no certificate, or None.
         calibration: number of examples and labelled units of the calibration data, and the loss on them.
-        evaluation: number of examples and labelled units of the held-out data.
+        held_out: number of examples and labelled units of the held-out data.
         fingerprints: SHA-256 of the examples of each part of the data, and of the whole `calib_dataset`.
         model_fingerprint: SHA-256 of the dense model's state dict.
         epsilon: elementwise noise bound of each layer, for the paper's objectives.
@@ -171,7 +172,7 @@ class CompressionReport:
     certificate: Certificate | None
     uncertified: str | None
     calibration: dict[str, Any]
-    evaluation: dict[str, Any]
+    held_out: dict[str, Any]
     fingerprints: dict[str, str]
     model_fingerprint: str
     epsilon: dict[str, float] | None
@@ -222,7 +223,9 @@ class CompressionReport:
             CheckpointError: if the text is no report.
         """
         try:
-            data = json.loads(text)
+            data = with_present_names(json.loads(text))
+            for part in ("config", "fingerprints"):
+                data[part] = with_present_names(data[part])
             values = {field.name: data[field.name] for field in fields(cls)}
             values["layers"] = {name: LayerReport(**layer) for name, layer in values["layers"].items()}
             values["certificate"] = _certificate(data["certificate"])
@@ -247,7 +250,9 @@ def _certificate(data: dict[str, Any] | None) -> Certificate | None:
     """Return the certificate that JSON turned into a dictionary."""
     if data is None:
         return None
-    values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in data.items()}
+    values: dict[str, Any] = {
+        k: tuple(value) if isinstance(value, list) else value for k, value in with_present_names(data).items()
+    }
     for name in ("loss_increase", "accuracy_drop", "tempered_loss_increase"):
         values[name] = None if values[name] is None else _difference(values[name])
     return Certificate(**values)

@@ -35,7 +35,7 @@ def visited_point(calibration: Calibration, trial: Trial, config: LosslessLowRan
     if trial.accuracy_drop is not None:
         record |= {"accuracy_drop": trial.accuracy_drop.mean, "accuracy_drop_upper": trial.accuracy_drop.upper}
     if trial.loss is not None:
-        record["passes"] = trial.passes(config.loss_margin, config.metric_margin)
+        record["passes"] = trial.passes(config.loss_margin, config.accuracy_margin)
     return dict(finite(record))
 
 
@@ -56,7 +56,7 @@ def make_report(
         trial: the chosen trial.
         trials: records of every point visited.
         epsilon: noise bounds of the paper's objectives.
-        outcomes: both models' answers to the evaluation data.
+        outcomes: both models' answers to the held-out data.
         earlier: reports of models that were judged on the same data.
 
     Returns:
@@ -67,7 +67,7 @@ def make_report(
     parameters = (calibration.dense_parameters, calibration.model.num_parameters())
     dense, compressed = (Measurement(*values) for values in zip(loss, accuracy, parameters, strict=True))
     kept = kept_share(calibration.curves, trial.ranks)
-    certificate, uncertified = _certificate(trial, config, outcomes, fingerprints["evaluation"], kept, earlier)
+    certificate, uncertified = _certificate(trial, config, outcomes, fingerprints["held_out"], kept, earlier)
     return CompressionReport(
         model=type(calibration.model).__name__,
         config={f.name: getattr(config, f.name) for f in fields(CompressionOptions)},
@@ -87,7 +87,7 @@ def make_report(
             "units": statistics.units,
             "loss": statistics.loss,
         },
-        evaluation={"examples": outcomes.examples, "units": int(outcomes.units.sum())},
+        held_out={"examples": outcomes.examples, "units": int(outcomes.units.sum())},
         fingerprints=fingerprints,
         model_fingerprint=calibration.model_fingerprint,
         epsilon=epsilon,
@@ -109,11 +109,11 @@ def _certificate(
         return None, "nothing was compressed"
     if any(report.keep_ratio < kept for report in earlier):
         return None, (
-            "the certificate set was used already, for a model that keeps less; ask for ratios in descending order, "
+            "the held-out data were used already, for a model that keeps less; ask for ratios in descending order, "
             "or calibrate with another eval_dataset"
         )
     try:
-        certificate = certify(outcomes, config.loss_margin, config.metric_margin, config.confidence, fingerprint)
+        certificate = certify(outcomes, config.loss_margin, config.accuracy_margin, config.confidence, fingerprint)
     except CertificateError as error:
         return None, str(error)
     if all(report.certificate is not None and report.certificate.status in CERTIFIED for report in earlier):

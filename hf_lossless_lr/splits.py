@@ -95,7 +95,7 @@ def split_holdout(
     digests: Digests,
     seed: int,
     fraction: float = HOLDOUT_FRACTION,
-    shortage: str = "evaluation; pass eval_dataset, or more data",
+    shortage: str = "verification; pass eval_dataset, or more data",
 ) -> tuple[list[int], list[int]]:
     """Choose a share of the items to hold out, deterministically; what is in both parts is taken out of the first.
 
@@ -127,12 +127,12 @@ def split_holdout(
 
 
 def without(loader: DataLoader, digests: Digests, others: Digests) -> tuple[DataLoader, Digests]:
-    """Take items out of the calibration data that the evaluation data has, too.
+    """Take items out of the calibration data that the held-out data has, too.
 
     Args:
         loader: the calibration data.
         digests: its `item_digests`.
-        others: those of the evaluation data.
+        others: those of the held-out data.
 
     Returns:
         The loader of what is left, and its digests.

@@ -47,11 +47,11 @@ class Trial:
         """Measured loss increase on the selection split, in nats."""
         return self.loss.mean if self.loss is not None else 0.0
 
-    def passes(self, loss_margin: float, metric_margin: float) -> bool:
+    def passes(self, loss_margin: float, accuracy_margin: float) -> bool:
         """Return whether the trial is not inferior: both upper confidence bounds are inside the margins."""
         if self.loss is None or self.loss.upper > loss_margin:
             return False
-        return self.accuracy_drop is None or self.accuracy_drop.upper <= metric_margin
+        return self.accuracy_drop is None or self.accuracy_drop.upper <= accuracy_margin
 
 
 def build_layers(calibration: Calibration, ranks: Mapping[str, int | None], storage: str) -> dict[str, Any]:

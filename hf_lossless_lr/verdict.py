@@ -47,7 +47,7 @@ def claims_of(certificate: Certificate) -> list[Claim]:
     if tempered is not None:
         claims.append(Claim("the loss at fitted temperatures", "nats", 1, tempered, margin, tempered=True))
     if drop is not None:
-        claims.append(Claim("the accuracy", "points", 100, drop, certificate.metric_margin))
+        claims.append(Claim("the accuracy", "points", 100, drop, certificate.accuracy_margin))
     return claims
 
 

@@ -63,5 +63,5 @@ def evaluate(
             totals += torch.tensor(sums, dtype=torch.float64, device=totals.device)
     total, units, answered, right, examples = accelerator.reduce(totals, "sum").tolist()
     if units == 0:
-        raise DataError("no example of the evaluation set has a label: every label is -100.")
+        raise DataError("no held-out example has a label: every label is -100.")
     return Evaluation(total / units, right / units if answered == units else None, int(examples), int(units))

@@ -34,7 +34,7 @@ def flops(model, batch, parts):
 @pytest.mark.parametrize("keep_ratio", [0.8, 0.6])
 @pytest.mark.parametrize("scope", ["targeted", "model"])
 def test_in_flops_is_kept_and_nearly_used_up(scope, keep_ratio):
-    compressor, model, batch = calibrated(budget="flops", scope=scope, keep_ratio=keep_ratio)
+    compressor, model, batch = calibrated(size="flops", scope=scope, keep_ratio=keep_ratio)
     with torch.no_grad():
         model(**batch)
     parts = None if scope == "model" else list(compressor._calibration.targets)
@@ -73,7 +73,7 @@ class Clock:
 @pytest.mark.parametrize("scope", ["targeted", "model"])
 def test_in_latency_is_kept_by_what_is_measured_once(scope, monkeypatch):
     clock = Clock(monkeypatch)
-    compressor, model, _ = calibrated(budget="latency", scope=scope, storage="two-factor")  # linear in the rank
+    compressor, model, _ = calibrated(size="latency", scope=scope, storage="two-factor")  # linear in the rank
     clock.names = set(compressor._calibration.targets)
     fixed = FIXED_SECONDS if scope == "model" else 0.0
     dense = fixed + clock.of(model)
@@ -86,7 +86,7 @@ def test_in_latency_is_kept_by_what_is_measured_once(scope, monkeypatch):
 
 def test_is_measured_again_for_other_options(monkeypatch):
     clock = Clock(monkeypatch)
-    compressor, _, _ = calibrated(budget="latency")
+    compressor, _, _ = calibrated(size="latency")
     compressor.compress_to(0.8)
     before = clock.calls
     compressor.config.rank_multiple = 4

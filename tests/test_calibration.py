@@ -87,7 +87,7 @@ class TestManyRatios:
             compressor.compress_to(0.5)
             reports.append(compressor.report)
         assert reports[0].seconds == reports[1].seconds
-        assert {"statistics", "refit", "certificate"} < reports[0].seconds.keys()
+        assert {"statistics", "refit", "held_out"} < reports[0].seconds.keys()
 
     def test_without_a_ratio_are_those_of_the_configuration(self):
         compressor, model = calibrated(keep_ratio=0.6)
@@ -199,7 +199,7 @@ class TestStatisticsFile:
             calibrated(tmp_path / "few", target_modules=["query"])
 
 
-PARTS = ("calibration", "selection", "evaluation")
+PARTS = ("calibration", "selection", "held_out")
 
 
 def split_into(calibration, evaluation=None, **options):
@@ -252,7 +252,7 @@ class TestSplits:
     def test_take_the_selection_from_the_calibration_alone(self):
         evaluation, batch = (TINY_MODELS[NAME](count, seed=seed)[1] for count, seed in ((9, 1), (40, 0)))
         data = split_into(as_examples(batch), as_examples(evaluation), selection_fraction=0.5)
-        assert [len(loader.dataset) for loader in (data.calibration, data.selection, data.evaluation)] == [20, 20, 9]
+        assert [len(loader.dataset) for loader in (data.calibration, data.selection, data.held_out)] == [20, 20, 9]
 
     @pytest.mark.parametrize("fraction", [0.0, 0.0625, 0.25, 0.5])
     def test_are_disjoint_by_content(self, fraction):
@@ -260,7 +260,7 @@ class TestSplits:
         for seed in range(8):
             parts = numbers_in(split_into(numbered(numbers), seed=seed, selection_fraction=fraction))
             assert len(parts) == (3 if fraction else 2)
-            assert len(parts["evaluation"]) == 12
+            assert len(parts["held_out"]) == 12
             contents = [set(part) for part in parts.values()]
             assert sum(map(len, contents)) == len(set().union(*contents)) == 29
             lost = 60 - sum(map(len, parts.values()))
@@ -270,7 +270,7 @@ class TestSplits:
     def test_leave_out_of_the_calibration_what_the_evaluation_data_has_too(self, fraction):
         data = split_into(numbered(range(40)), numbered(range(30, 50)), selection_fraction=fraction)
         parts = numbers_in(data)
-        assert parts["evaluation"] == list(range(30, 50))
+        assert parts["held_out"] == list(range(30, 50))
         assert sorted(parts["calibration"] + parts.get("selection", [])) == list(range(30))
 
     def test_of_the_same_data_twice_are_an_error_with_the_counts(self):
@@ -299,7 +299,7 @@ class TestSplits:
         assert split_into(calibration[::-1], evaluation[::-1], **options).fingerprints == fingerprints
         changed = split_into(calibration, [*evaluation[1:], {"input_ids": [60], "labels": 0}], **options).fingerprints
         assert changed["calibration"] == fingerprints["calibration"]
-        assert changed["evaluation"] != fingerprints["evaluation"]
+        assert changed["held_out"] != fingerprints["held_out"]
 
     def test_depend_on_the_seed(self):
         assert split(40, seed=1) == split(40, seed=1) != split(40, seed=2)

@@ -125,8 +125,8 @@ def case(endpoint):
 
 def judge(answers, endpoint="loss", margin=0.5):
     """Certify with a margin for one endpoint, and wide ones for the others."""
-    loss_margin, metric_margin = (0.5, margin) if endpoint == "accuracy" else (margin, 0.5)
-    return certify(answers, loss_margin, metric_margin, 0.95)
+    loss_margin, accuracy_margin = (0.5, margin) if endpoint == "accuracy" else (margin, 0.5)
+    return certify(answers, loss_margin, accuracy_margin, 0.95)
 
 
 def difference(certificate, endpoint):
@@ -213,7 +213,7 @@ class TestStatus:
 @pytest.mark.usefixtures("quick")
 class TestVerdict:
     @pytest.mark.parametrize(
-        ("loss_margin", "metric_margin", "text"),
+        ("loss_margin", "accuracy_margin", "text"),
         [
             (0.5, 0.5, "lossless@(0.5 nats, 50 points)"),
             (0.5, 0.1, "lossless@(0.5 nats, 10 points)"),
@@ -221,11 +221,11 @@ class TestVerdict:
             (0.01, 1.0, "lossless@(0.01 nats, 100 points)"),
         ],
     )
-    def test_states_the_margins(self, loss_margin, metric_margin, text):
-        assert certify(outcomes(noise(0.0, 0.01)), loss_margin, metric_margin, 0.95).verdict == text
+    def test_states_the_margins(self, loss_margin, accuracy_margin, text):
+        assert certify(outcomes(noise(0.0, 0.01)), loss_margin, accuracy_margin, 0.95).verdict == text
 
     def test_of_one_point_is_singular(self):
-        certificate = replace(judge(outcomes(noise(0.0))), metric_margin=0.01)
+        certificate = replace(judge(outcomes(noise(0.0))), accuracy_margin=0.01)
         assert certificate.verdict == "lossless@(0.5 nats, 1 point)"
 
     def test_states_no_points_where_there_is_no_accuracy(self):
@@ -497,7 +497,7 @@ class TestErrors:
         assert certify(two, 0.1, 0.01, 0.95).clusters == "batches"
 
     def test_of_one_class(self):
-        with pytest.raises(CertificateError, match="all labels of the certificate set are 7: one class cannot show"):
+        with pytest.raises(CertificateError, match="all labels of the held-out data are 7: one class cannot show"):
             judge(replace(outcomes(noise(0.0)), labels=np.full(COUNT, 7)))
 
 
@@ -674,7 +674,7 @@ class TestRecord:
     def test_says_what_was_measured(self):
         answers = outcomes(noise(0.02), noise(0.01, seed=1), lost=5, gained=2)
         certificate = certify(answers, 0.07, 0.3, 0.9, fingerprint="f00")
-        assert (certificate.loss_margin, certificate.metric_margin, certificate.confidence) == (0.07, 0.3, 0.9)
+        assert (certificate.loss_margin, certificate.accuracy_margin, certificate.confidence) == (0.07, 0.3, 0.9)
         assert (certificate.examples, certificate.units, certificate.clusters) == (COUNT, COUNT, "examples")
         assert certificate.fingerprint == "f00"
         assert certificate.loss == answers.mean_loss

@@ -137,7 +137,7 @@ class TestCompress:
             "seed": 3,
             "batch_size": 5,
             "loss_margin": 0.5,
-            "metric_margin": 0.1,
+            "accuracy_margin": 0.1,
             "confidence": 0.9,
             "epsilon_tolerance": 0.01,
             "target_modules": ["query", "key", "value"],
@@ -159,7 +159,7 @@ class TestCompress:
     def test_holds_out_a_fifth_without_evaluation_data(self, command, tmp_path, capsys):
         assert main(changed(command, eval_data_files=None)) == 0
         report = CompressionReport.from_json((tmp_path / "out" / "compression_report.json").read_text())
-        assert (report.calibration["examples"], report.evaluation["examples"]) == (15, 4)  # and 1 to select on
+        assert (report.calibration["examples"], report.held_out["examples"]) == (15, 4)  # and 1 to select on
         assert "measured on 4 held-out examples" in capsys.readouterr().out
 
     def test_reads_the_splits_of_a_folder(self, place, tmp_path):
@@ -171,7 +171,7 @@ class TestCompress:
         arguments += ["--eval_split", "test", "--eval_examples", "10", "--calibration_examples", "11"]
         assert main([*arguments, "--output", str(tmp_path / "deep" / "out")]) == 0
         report = CompressionReport.from_json((tmp_path / "deep" / "out" / "compression_report.json").read_text())
-        assert (report.calibration["examples"], report.evaluation["examples"]) == (10, 10)  # and 1 to select on
+        assert (report.calibration["examples"], report.held_out["examples"]) == (10, 10)  # and 1 to select on
 
     def test_writes_the_report_to_a_second_place(self, command, tmp_path):
         assert main([*command, "--json", str(tmp_path / "report.json")]) == 0
@@ -214,7 +214,7 @@ class TestTwoProcesses:
         [
             ([], 0),
             (["--require", "improved"], 4),
-            (["--objective", "compact", "--loss_margin", "0", "--metric_margin", "0"], 3),
+            (["--objective", "compact", "--loss_margin", "0", "--accuracy_margin", "0"], 3),
         ],
     )
     def test_write_and_print_once_and_exit_alike(self, options, code, command, tmp_path):
@@ -275,7 +275,7 @@ class TestTasks:
         assert main(["compress", model, "--task", task, *arguments, "--output", str(tmp_path / "out")]) == 0
         report = CompressionReport.from_json((tmp_path / "out" / "compression_report.json").read_text())
         rest = examples - examples // 5
-        assert report.evaluation["examples"] == examples // 5
+        assert report.held_out["examples"] == examples // 5
         assert report.calibration["examples"] == rest - max(rest // 16, 1)  # and a sixteenth to select on
         assert report.keep_ratio <= 0.5
         again = getattr(transformers, TASKS[task].auto_model).from_pretrained(tmp_path / "out")
@@ -320,7 +320,7 @@ WRONG = {  # options to change or add, and the message
     "no tokens": (lambda command: [*command, "--max_length", "0"], "--max_length: must be at least 1, got 0."),
     "a number of no evaluation examples": (
         lambda command: [*changed(command, eval_data_files=None), "--eval_examples", "9"],
-        "--eval_examples: name the evaluation data with --eval_split or --eval_data_files",
+        "--eval_examples: name the held-out data with --eval_split or --eval_data_files",
     ),
     "task": (
         lambda command: changed(command, task="image-classification"),

@@ -100,7 +100,7 @@ def compress(place, tmp_path, monkeypatch):
         monkeypatch.setattr(reporting, "certify", decide)
         data = ["--data_files", str(place / "train.jsonl"), "--eval_data_files", str(place / "validation.jsonl")]
         command = ["compress", str(place / "model"), "--task", "text-classification", "--dataset", "json", *data]
-        options = ["--refit", "False", "--loss_margin", "10", "--metric_margin", "1"]
+        options = ["--refit", "False", "--loss_margin", "10", "--accuracy_margin", "1"]
         return main([*command, *options, "--output", str(tmp_path / "out"), *arguments])
 
     return run

@@ -71,7 +71,7 @@ class TestVerify:
         assert verify(place.dense, "--require", "improved") == 4
 
     def test_takes_margins_and_a_number_of_examples(self, verify, place, capsys):
-        assert verify(place.dense, "--loss_margin", "0.5", "--metric_margin", "0.1", "--examples", "50") == 0
+        assert verify(place.dense, "--loss_margin", "0.5", "--accuracy_margin", "0.1", "--examples", "50") == 0
         assert capsys.readouterr().out.splitlines()[-1].startswith("lossless@(0.5 nats, 10 points): on 50 ")
 
     def test_writes_the_certificate(self, verify, place, tmp_path):

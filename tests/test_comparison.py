@@ -50,7 +50,7 @@ class TestVerify:
     def test_depends_on_the_margins(self, pair):
         model, batches = pair
         other = disturbed(model, 0.5)
-        assert verify(model, other, batches, loss_margin=100.0, metric_margin=1.0).status == "lossless"
+        assert verify(model, other, batches, loss_margin=100.0, accuracy_margin=1.0).status == "lossless"
 
     def test_leaves_both_models_in_their_modes(self, pair):
         model, batches = pair

@@ -102,7 +102,7 @@ class TestData:
         model, batch = bert()
         loss, accuracy = measured(model, batch)
         report = run(model, [other_inputs(batch)], KINDS[kind](batch))
-        assert report.evaluation == {"examples": COUNT, "units": COUNT}
+        assert report.held_out == {"examples": COUNT, "units": COUNT}
         assert report.dense.loss == pytest.approx(loss, rel=FLOAT32)
         assert report.dense.accuracy == pytest.approx(accuracy)
 
@@ -137,7 +137,7 @@ class TestData:
         spy("hf_lossless_lr.calibration.collect_statistics")
         report = run(model, examples)
         assert report.calibration["examples"] == 12
-        assert report.evaluation["examples"] == 3
+        assert report.held_out["examples"] == 3
         everything = [example["input_ids"] for example in examples]
         assert sorted(seen["paired_outcomes"] + seen["collect_statistics"]) == sorted(everything)
         held_out = [index for index, row in enumerate(everything) if row in seen["paired_outcomes"]]
@@ -179,7 +179,7 @@ class TestData:
         report = run(model, examples, [*evaluation, *(examples[index] for index in (2, 5))])
         assert said == ["2 calibration items are in eval_dataset, too; they are left out of the calibration."]
         assert report.calibration["examples"] == COUNT - 2
-        assert report.evaluation["examples"] == COUNT + 2
+        assert report.held_out["examples"] == COUNT + 2
         run(other, [example for index, example in enumerate(examples) if index not in (2, 5)], evaluation)
         check_same_state(model.state_dict(), other.state_dict())
 
@@ -263,7 +263,7 @@ class TestCompressing:
     )
     def test_works_for_every_objective_and_metric(self, objective, metric):
         paper = objective.startswith("paper-")
-        extra = {"epsilon": 1.0} if paper else {"loss_margin": 10.0, "metric_margin": 1.0}
+        extra = {"epsilon": 1.0} if paper else {"loss_margin": 10.0, "accuracy_margin": 1.0}
         model, batch = bert()
         _, report = compress(model, batch, objective=objective, metric=metric, **extra)
         assert (report.config["objective"], report.config["metric"]) == (objective, metric)
@@ -284,7 +284,7 @@ class TestCompressing:
         for margin in (1e-3, 0.3, 1e6):
             model, batch = bert()
             report = compress(
-                model, batch, objective="compact", loss_margin=margin, metric_margin=1.0, storage="pivoted"
+                model, batch, objective="compact", loss_margin=margin, accuracy_margin=1.0, storage="pivoted"
             )[1]
             sizes.append(report.compressed.parameters)
         assert sizes[0] > sizes[1] > sizes[2]
@@ -375,7 +375,7 @@ class TestWhenNothingQualifies:
         _, report = compress(model, batch, **NOTHING_QUALIFIES[case])
         before.check(model)
         assert said == [
-            "no compressed model met loss_margin=0.0 and metric_margin=0.01 on the selection split; the model stays "
+            "no compressed model met loss_margin=0.0 and accuracy_margin=0.01 on the selection split; the model stays "
             "dense. Raise the margins, or give more calibration data."
             if case == "compact"
             else f"no rank meets objective={case!r} in any layer; the model stays dense."
@@ -431,7 +431,7 @@ class TestReport:
             assert measurement.loss == pytest.approx(loss, rel=FLOAT32)
             assert measurement.accuracy == pytest.approx(accuracy)
         assert report.dense.loss != report.compressed.loss
-        assert report.evaluation == {"examples": 9, "units": 9}
+        assert report.held_out == {"examples": 9, "units": 9}
 
     def test_has_the_parameters_that_can_be_counted(self, case):
         model, _, _, facts, report = case
@@ -470,11 +470,11 @@ class TestReport:
         }
         dense = bert()[0]
         assert report.calibration["loss"] == pytest.approx(measured(dense, batch)[0], rel=FLOAT32)
-        assert report.fingerprints.keys() == {"calib_dataset", "calibration", "evaluation"}
+        assert report.fingerprints.keys() == {"calib_dataset", "calibration", "held_out"}
         assert all(len(fingerprint) == 64 for fingerprint in report.fingerprints.values())
         assert report.versions["torch"] == torch.__version__
         assert report.versions["hf-lossless-lr"] == importlib.metadata.version("hf-lossless-lr")
-        assert list(report.seconds) == ["statistics", "factorization", "replacement", "certificate"]
+        assert list(report.seconds) == ["statistics", "factorization", "replacement", "held_out"]
         assert all(seconds > 0 for seconds in report.seconds.values())
 
     def test_predicts_what_the_layers_cost(self, case):
@@ -799,7 +799,7 @@ class TestRefusal:
     def test_of_one_batch_to_split_asks_for_an_evaluation_set(self):
         model, batch = bert()
         with pytest.raises(
-            DataError, match=r"1 items \(.*\) are too few to hold some out for evaluation; pass eval_d"
+            DataError, match=r"1 items \(.*\) are too few to hold some out for verification; pass eval_d"
         ):
             LowRankCompressor().compress(model, [batch])
 
@@ -839,7 +839,7 @@ LAUNCHED = {  # name of the case: model, options, how the data is given, whether
     "shared layers": ("albert", {"metric": "activation", "storage": "two-factor"}, "batches", True),
     "uniform": ("llama", {"objective": "uniform", "keep_ratio": 0.4}, "batches", True),
     "the paper": ("bert-sequence-classification", {"objective": "paper-compact"}, "batches", True),
-    "certified": ("bert-sequence-classification", {"loss_margin": 9.0, "metric_margin": 1.0}, "batches", True),
+    "certified": ("bert-sequence-classification", {"loss_margin": 9.0, "accuracy_margin": 1.0}, "batches", True),
 }
 
 
@@ -863,7 +863,7 @@ def facts_of(model, report):
     return {
         "ranks": {name: layer.rank for name, layer in report.layers.items()},
         "losses": losses,
-        "data": [report.calibration["examples"], report.fingerprints, report.evaluation],
+        "data": [report.calibration["examples"], report.fingerprints, report.held_out],
         "accuracies": [report.dense.accuracy, report.compressed.accuracy],
         "manifest": getattr(model.config, "quantization_config", LosslessLowRankConfig()).modules,
         "parameters": report.compressed.parameters,

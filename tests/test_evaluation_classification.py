@@ -695,7 +695,7 @@ class TestExamples:
         run_example(monkeypatch, "compress_bert_swag", "--model", folder, *self.options(tmp_path, *more))
         check_run(tmp_path, capsys.readouterr().out, "accuracy", dense.values()["accuracy"])
         report = json.loads((tmp_path / "out" / "compression_report.json").read_text())
-        assert report["evaluation"]["examples"] == 30
+        assert report["held_out"]["examples"] == 30
 
     def test_swin(self, tmp_path, monkeypatch, capsys):
         names = ["cat", "cow", "dog"]

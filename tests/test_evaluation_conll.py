@@ -376,7 +376,7 @@ class TestCompression:
         collator = CONLL2003.collator(word_tokenizer())
         compressor = LowRankCompressor(LosslessLowRankConfig(keep_ratio=0.5, batch_size=8))
         model = compressor.compress(model, parts[0], eval_dataset=parts[1], data_collator=collator)
-        assert compressor.report.evaluation["examples"] == 32
+        assert compressor.report.held_out["examples"] == 32
         certificate = verify(dense, model, parts[1], data_collator=collator, batch_size=8)
         assert certificate.loss[0] == pytest.approx(compressor.report.dense.loss)
         assert compare(score(dense, held_out), score(model, held_out), 0.95).keys() == values(model, held_out).keys()

@@ -546,7 +546,7 @@ class TestCompression:
         collator = SQUAD_V2.collator(tokenizer())
         compressor = LowRankCompressor(LosslessLowRankConfig(keep_ratio=0.5, batch_size=8))
         model = compressor.compress(model, parts[0], eval_dataset=parts[1], data_collator=collator)
-        assert compressor.report.evaluation["examples"] == len(parts[1])
+        assert compressor.report.held_out["examples"] == len(parts[1])
         certificate = verify(dense, model, parts[1], data_collator=collator, batch_size=8)
         assert certificate.loss[0] == pytest.approx(compressor.report.dense.loss)
         options = ScoringOptions(8, LENGTH)

@@ -312,7 +312,7 @@ class TestSave:
 
     def test_of_a_model_with_nothing_compressed_is_that_of_any_model(self, tmp_path):
         model, batch = build(NAME)
-        model, report = compress(model, batch, objective="compact", loss_margin=0.0, metric_margin=0.0)
+        model, report = compress(model, batch, objective="compact", loss_margin=0.0, accuracy_margin=0.0)
         assert not factorized_layers(model)
         assert report.uncertified == "nothing was compressed"
         model.save_pretrained(tmp_path)

@@ -206,7 +206,7 @@ class TestExamplesWithoutLabels:
 
     def test_alone_are_an_error(self):
         dense, compressed, batch = without_labels("llama", range(COUNT))
-        with pytest.raises(DataError, match="no example of the evaluation set has a label: every label is -100"):
+        with pytest.raises(DataError, match="no held-out example has a label: every label is -100"):
             compare(dense, compressed, split_batch(batch, SIZE))
 
 

@@ -167,7 +167,7 @@ class TestTrials:
         assert accuracy.get_xlabel() == "parameters kept / dense parameters, in the targeted layers"
 
     def test_are_compared_with_the_dense_model_and_the_margins(self):
-        report = replace(REPORT, config=REPORT.config | {"loss_margin": 0.02, "metric_margin": 0.005})
+        report = replace(REPORT, config=REPORT.config | {"loss_margin": 0.02, "accuracy_margin": 0.005})
         loss, accuracy = figures(report)["loss_and_size"].axes
         for axes, margin in ((loss, 0.02), (accuracy, 0.5)):
             lines = {line.get_label(): line.get_ydata()[0] for line in axes.lines}

@@ -16,7 +16,7 @@ CERTIFICATE = Certificate(
     status="lossless",
     reasons=("the first reason", "the second"),
     loss_margin=0.01,
-    metric_margin=0.02,
+    accuracy_margin=0.02,
     confidence=0.95,
     p_value=1e-30,
     examples=500,
@@ -66,8 +66,8 @@ def report():
         certificate=None,
         uncertified="too few examples",
         calibration={"examples": 12, "units": 30, "loss": 0.4},
-        evaluation={"examples": 3, "units": 8},
-        fingerprints={"calibration": "00" * 32, "evaluation": "ab" * 32},
+        held_out={"examples": 3, "units": 8},
+        fingerprints={"calibration": "00" * 32, "held_out": "ab" * 32},
         model_fingerprint="ff" * 32,
         epsilon=None,
         versions={"python": "3.11"},
@@ -147,15 +147,15 @@ class TestVerdict:
         assert replace(report, certificate=certificate).verdict == certificate.verdict == status
 
     @pytest.mark.parametrize(
-        ("certificate", "loss_margin", "metric_margin", "verdict"),
+        ("certificate", "loss_margin", "accuracy_margin", "verdict"),
         [
             (CERTIFICATE, 0.01, 0.01, "lossless@(0.01 nats, 1 point)"),
             (CERTIFICATE, 0.0, 0.005, "lossless@(0 nats, 0.5 points)"),
             (NO_CLASSES, 0.02, 0.01, "lossless@(0.02 nats)"),
         ],
     )
-    def test_of_a_lossless_model_names_the_margins(self, report, certificate, loss_margin, metric_margin, verdict):
-        certificate = replace(certificate, loss_margin=loss_margin, metric_margin=metric_margin)
+    def test_of_a_lossless_model_names_the_margins(self, report, certificate, loss_margin, accuracy_margin, verdict):
+        certificate = replace(certificate, loss_margin=loss_margin, accuracy_margin=accuracy_margin)
         assert replace(report, certificate=certificate).verdict == verdict
 
     def test_of_a_model_without_a_certificate_is_none(self, report):

@@ -17,9 +17,9 @@ from hf_lossless_lr.report import Difference
 from hf_lossless_lr.reporting import visited_point
 from hf_lossless_lr.trials import Trial
 
-WIDE = {"loss_margin": 9.0, "metric_margin": 1.0}  # margins that every model meets
+WIDE = {"loss_margin": 9.0, "accuracy_margin": 1.0}  # margins that every model meets
 USED = (
-    "the certificate set was used already, for a model that keeps less; ask for ratios in descending order, or "
+    "the held-out data were used already, for a model that keeps less; ask for ratios in descending order, or "
     "calibrate with another eval_dataset"
 )
 DEMOTED = "a model that keeps more was not certified on the same examples"
@@ -65,7 +65,7 @@ class TestFigures:
         for measured, scores in zip((report.dense, report.compressed), logits, strict=True):
             assert measured.loss == pytest.approx(float(cross_entropy(scores, labels)), rel=10 * FLOAT32)
             assert measured.accuracy == pytest.approx(float((scores.argmax(-1) == labels).double().mean()))
-        assert report.evaluation == {"examples": 40, "units": 40}
+        assert report.held_out == {"examples": 40, "units": 40}
 
     def test_are_those_of_the_certificate(self, case):
         certificate = case[0].certificate
@@ -73,7 +73,7 @@ class TestFigures:
         assert certificate.loss == (report.dense.loss, report.compressed.loss)
         assert certificate.accuracy == (report.dense.accuracy, report.compressed.accuracy)
         assert (certificate.examples, certificate.units) == (40, 40)
-        assert certificate.fingerprint == report.fingerprints["evaluation"]
+        assert certificate.fingerprint == report.fingerprints["held_out"]
 
     def test_survive_json_with_a_certificate(self, case):
         assert case[0].certificate is not None
@@ -82,14 +82,14 @@ class TestFigures:
 
 class TestCertificate:
     def test_is_that_of_the_outcomes_at_the_margins_and_the_confidence_of_the_configuration(self):
-        options = {"loss_margin": 0.5, "metric_margin": 0.25, "confidence": 0.9}
+        options = {"loss_margin": 0.5, "accuracy_margin": 0.25, "confidence": 0.9}
         compressor, evaluation = calibrated(keep_ratio=0.5, **options)
         dense = certifiable()[0]
         model = compressor.compress_to()
-        loader = compressor._calibration.data.evaluation
+        loader = compressor._calibration.data.held_out
         accelerator = compressor._calibration.accelerator
         outcomes = paired_outcomes(dense, model, loader, accelerator, temperatures=True)
-        fingerprint = compressor.report.fingerprints["evaluation"]
+        fingerprint = compressor.report.fingerprints["held_out"]
         assert compressor.report.certificate == certify(outcomes, 0.5, 0.25, 0.9, fingerprint)
         assert compressor.report.uncertified is None
         assert len(evaluation["labels"]) == compressor.report.certificate.examples
@@ -98,7 +98,7 @@ class TestCertificate:
         ("margins", "verdicts"),
         [
             (WIDE, {"lossless@(9 nats, 100 points)", "improved"}),
-            ({"loss_margin": 0.0, "metric_margin": 0.0}, {"inconclusive", "lossy"}),
+            ({"loss_margin": 0.0, "accuracy_margin": 0.0}, {"inconclusive", "lossy"}),
         ],
     )
     def test_gives_the_verdict(self, margins, verdicts):

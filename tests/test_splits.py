@@ -338,7 +338,7 @@ class TestSplitHoldout:
     def test_that_leaves_nothing_says_what_it_was_for(self, model):
         loader = numbered(model, [7] * 9)
         text = r"calib_dataset: 9 items \(examples, or ready-made batches\) are too few to hold some out for "
-        with pytest.raises(DataError, match=text + r"evaluation; pass eval_dataset, or more data\.$"):
+        with pytest.raises(DataError, match=text + r"verification; pass eval_dataset, or more data\.$"):
             split(loader, model, 0)
         with pytest.raises(DataError, match=text + r"a test\.$"):
             split(loader, model, 0, shortage="a test")

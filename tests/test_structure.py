@@ -13,7 +13,8 @@ FILES = sorted(PACKAGE_DIR.rglob("*.py"))
 
 # A module imports only from strictly lower levels. Every file (or subpackage) of the package is listed here.
 _NAMES_BY_LEVEL = {
-    0: "errors files",
+    -1: "errors",
+    0: "files renamed",
     1: "linalg curves report heads masks fingerprint timing modes bounds",
     2: "modules batches allocation verdict",
     3: "config layouts splits",

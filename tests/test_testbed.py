@@ -52,7 +52,7 @@ def test_the_dense_model_is_as_good_as_the_testbed_says(runs):
     for _, report in runs.values():
         assert 0.2 < report.dense.loss < 0.35
         assert 0.86 < report.dense.accuracy < 0.93
-        assert report.evaluation["examples"] == VALIDATION
+        assert report.held_out["examples"] == VALIDATION
 
 
 def test_both_methods_keep_at_most_half(runs):

@@ -109,7 +109,7 @@ class TestRefusal:
     def test_of_data_in_which_every_label_is_ignored(self):
         model, batch = TINY_MODELS["llama"](COUNT)
         batch["labels"][:] = IGNORED
-        with pytest.raises(DataError, match="no example of the evaluation set has a label: every label is -100"):
+        with pytest.raises(DataError, match="no held-out example has a label: every label is -100"):
             measure(model, split_batch(batch, 4))
 
     def test_of_a_loss_that_is_not_finite_names_the_batch(self):

@@ -9,3 +9,4 @@ TIE = 1e-12  # absolute: nats between two sums that differ only in the order of 
 FLOAT32 = 2e-5  # float32 sums of some ten to a hundred terms
 BFLOAT16 = 4e-2  # two bfloat16 products one after the other, 8 bits of mantissa each
 FACTOR_CAST = {"float64": ROUNDING, "float32": FLOAT32, "bfloat16": BFLOAT16}  # by the dtype that factors are cast to
+LIBRARIES = 1e-9  # whole float64 models on another processor or another torch: a few hundred sums one after the other

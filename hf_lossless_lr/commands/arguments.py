@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..errors import CertificateError, ConfigurationError, LosslessLowRankError
 from ..evaluation.mmlu import mmlu
 from ..evaluation.task import EvaluationTask
 from ..evaluation.tasks import EVALUATION_TASKS
+from ..renamed import RENAMED
 from ..report import Certificate
 
 NOTHING_COMPRESSED, NOT_AS_REQUIRED = 3, 4  # exit codes
@@ -89,6 +91,23 @@ class DataArguments(SourceArguments):
         default=None,
         metadata={"help": "exit with code 4 if the verdict is less than this", "choices": list(CERTIFIED)[::-1]},
     )
+
+
+class _OldOption(argparse.Action):
+    """An option that has another name now."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *values: Any) -> None:
+        """Refuse the old name, with the present one."""
+        parser.error(f"--{self.dest} is called --{RENAMED[self.dest]} now")
+
+
+def refuse_old_options(parser: argparse.ArgumentParser) -> None:
+    """Let a parser answer to the old names of its options with the present ones."""
+    present = {action.dest for action in parser._actions}
+    for old, new in RENAMED.items():
+        if new in present:
+            spellings = dict.fromkeys([f"--{old}", f"--{old.replace('_', '-')}"])
+            parser.add_argument(*spellings, action=_OldOption, help=argparse.SUPPRESS)
 
 
 def check_arguments(arguments: Any) -> None:

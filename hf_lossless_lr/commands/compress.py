@@ -35,14 +35,14 @@ class CompressArguments(DataArguments):
     """What to calibrate and evaluate on, and where to write the result."""
 
     output: str = field(metadata={"help": "folder for the compressed checkpoint; must not exist"})
-    eval_data_files: list[str] | None = field(default=None, metadata={"help": "evaluation files, for a format"})
+    eval_data_files: list[str] | None = field(default=None, metadata={"help": "held-out files, for a format"})
     calibration_split: str = field(default="train", metadata={"help": "split to calibrate on"})
     eval_split: str | None = field(
-        default=None, metadata={"help": "split to evaluate on; default: a fifth of the calibration examples"}
+        default=None, metadata={"help": "split that is held out; default: a fifth of the calibration examples"}
     )
     calibration_examples: int = field(default=1024, metadata={"help": "calibration examples, from the start"})
     eval_examples: int | None = field(
-        default=None, metadata={"help": "evaluation examples, from the start; default all"}
+        default=None, metadata={"help": "held-out examples, from the start; default all"}
     )
     statistics: str | None = field(
         default=None, metadata={"help": "file of calibration statistics: read if it exists, else written, to resume"}
@@ -66,10 +66,10 @@ def compress(arguments: Any) -> int:
     if output.exists():
         raise ConfigurationError(f"--output: {output} exists already; choose another folder or remove it.")
     check_arguments(arguments)
-    held_out = arguments.eval_data_files is not None or arguments.eval_split is not None
-    if arguments.eval_examples is not None and not held_out:
+    named = arguments.eval_data_files is not None or arguments.eval_split is not None
+    if arguments.eval_examples is not None and not named:
         raise ConfigurationError(
-            "--eval_examples: name the evaluation data with --eval_split or --eval_data_files; without them, a fifth "
+            "--eval_examples: name the held-out data with --eval_split or --eval_data_files; without them, a fifth "
             "of the calibration examples is held out."
         )
     task = task_of(arguments)
@@ -77,16 +77,16 @@ def compress(arguments: Any) -> int:
     processor = load_auto(task.processor, arguments.model)
     split, count = arguments.calibration_split, arguments.calibration_examples
     calibration = load_examples(arguments, task, [model], processor, arguments.data_files, split, count)
-    evaluation = None
-    if held_out:
+    held_out = None
+    if named:
         split = arguments.eval_split or "validation"
         count = arguments.eval_examples
-        evaluation = load_examples(arguments, task, [model], processor, arguments.eval_data_files, split, count)
+        held_out = load_examples(arguments, task, [model], processor, arguments.eval_data_files, split, count)
     compressor = LowRankCompressor(config)
     compressor.calibrate(
         model,
         calibration,
-        eval_dataset=evaluation,
+        eval_dataset=held_out,
         data_collator=task.collator(processor),
         statistics_path=arguments.statistics,
     )
@@ -119,7 +119,7 @@ def _finish(
         print(f"hf-lossless-lr: no model met objective {report.config['objective']}; nothing written", file=sys.stderr)
         return
     print(comparison_table(report_rows(report)))
-    print(f"measured on {report.evaluation['examples']} held-out examples; written to {output}")
+    print(f"measured on {report.held_out['examples']} held-out examples; written to {output}")
     print(verdict_sentence(report))
     if problem is not None:
         print(f"hf-lossless-lr: {problem}; {output} is written all the same", file=sys.stderr)

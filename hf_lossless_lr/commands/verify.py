@@ -36,8 +36,8 @@ class VerifyArguments(DataArguments):
     examples: int | None = field(default=None, metadata={"help": "examples, from the start; default all"})
     batch_size: int = field(default=_DEFAULTS.batch_size, metadata={"help": "examples per forward pass"})
     loss_margin: float = field(default=_DEFAULTS.loss_margin, metadata={"help": "acceptable loss increase in nats"})
-    metric_margin: float = field(
-        default=_DEFAULTS.metric_margin, metadata={"help": "acceptable drop of the accuracy, as a fraction"}
+    accuracy_margin: float = field(
+        default=_DEFAULTS.accuracy_margin, metadata={"help": "acceptable drop of the accuracy, as a fraction"}
     )
     confidence: float = field(default=_DEFAULTS.confidence, metadata={"help": "confidence level of one-sided bounds"})
 
@@ -55,7 +55,9 @@ def verify(arguments: Any) -> int:
         ConfigurationError: if an option has a value that cannot be used.
     """
     check_arguments(arguments)
-    margins = {name: getattr(arguments, name) for name in ("loss_margin", "metric_margin", "confidence", "batch_size")}
+    margins = {
+        name: getattr(arguments, name) for name in ("loss_margin", "accuracy_margin", "confidence", "batch_size")
+    }
     LosslessLowRankConfig(**margins)  # refuses values out of range
     folder = Path(arguments.compressed)
     used = read_report(folder).fingerprints if (folder / REPORT_NAME).is_file() else {}
@@ -67,7 +69,7 @@ def verify(arguments: Any) -> int:
         compressed,
         load_examples(arguments, task, models, processor, arguments.data_files, arguments.split, arguments.examples),
         data_collator=task.collator(processor),
-        used={digest for part, digest in used.items() if part != "evaluation"},
+        used={digest for part, digest in used.items() if part != "held_out"},
         **margins,
     )
     if arguments.json:
