@@ -17,11 +17,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
 from hf_lossless_lr import LosslessLowRankConfig
-from hf_lossless_lr.batches import make_dataloader
-from hf_lossless_lr.calibration import DataSplits, calibrate
-from hf_lossless_lr.rank_selection import select_budget
-from hf_lossless_lr.targets import find_targets
-from hf_lossless_lr.trials import run_trial
+from hf_lossless_lr.data.loaders import make_dataloader
+from hf_lossless_lr.data.splits import DataSplits
+from hf_lossless_lr.layers.targets import find_targets
+from hf_lossless_lr.pipeline.calibration import calibrate
+from hf_lossless_lr.pipeline.trial import run_trial
+from hf_lossless_lr.ranks.select import select_budget
 
 
 def plain_pass(model, loader, backward: bool) -> float:

@@ -23,9 +23,10 @@ import numpy as np
 from scipy.special import ndtr, ndtri
 from scipy.stats import t as student
 
-from hf_lossless_lr.bounds import examples_needed, proportion_p_value
-from hf_lossless_lr.certificate import CERTIFIED, MIN_EXAMPLES, at_fitted_temperatures, certify
-from hf_lossless_lr.outcomes import PairedOutcomes
+from hf_lossless_lr.verdict.bounds import examples_needed, proportion_p_value
+from hf_lossless_lr.verdict.certificate import CERTIFIED, MIN_EXAMPLES, certify
+from hf_lossless_lr.verdict.outcomes import PairedOutcomes
+from hf_lossless_lr.verdict.temperatures import at_fitted_temperatures
 
 CASES = {"minilm-sst2": (0.5, 0.35), "swin-mnist": (0.2, 0.1), "llama-small": (0.5,)}
 CONFIDENCE = 0.95
@@ -247,7 +248,7 @@ def verdict_rates(
         return float(bca_bound(differences[None], units[None], generator)[0])
 
     statuses = []
-    with patch("hf_lossless_lr.certificate.bootstrap_upper_bound", fast):
+    with patch("hf_lossless_lr.verdict.certificate.bootstrap_upper_bound", fast):
         for _ in range(replications):
             sample = take(population, generator.choice(len(chances), examples, p=chances))
             statuses.append(certify(sample, MARGIN, MARGIN, CONFIDENCE).status)
@@ -332,8 +333,8 @@ def collect(testbed: Path) -> dict[str, PairedOutcomes]:
     from transformers.utils import logging
 
     from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
-    from hf_lossless_lr.batches import make_dataloader
-    from hf_lossless_lr.outcomes import paired_outcomes
+    from hf_lossless_lr.data.loaders import make_dataloader
+    from hf_lossless_lr.verdict.outcomes import paired_outcomes
 
     logging.disable_progress_bar()
     results = {}

@@ -15,11 +15,12 @@ from datasets import Dataset
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
-from hf_lossless_lr.data import load_split
-from hf_lossless_lr.evaluation.scores import summarize, table
+from hf_lossless_lr.evaluation.scores import summarize
+from hf_lossless_lr.evaluation.sources import load_split
 from hf_lossless_lr.evaluation.squad import SQUAD
 from hf_lossless_lr.evaluation.task import ScoringOptions
-from hf_lossless_lr.verdict import verdict_sentence
+from hf_lossless_lr.report.sentence import verdict_sentence
+from hf_lossless_lr.report.tables import score_table
 
 
 def load(folder: Path | None, split: str) -> Dataset:
@@ -60,7 +61,7 @@ def main() -> None:
     compressed = SQUAD.score(model, held_out, tokenizer, options)
     report, summary = compressor.report, summarize([dense, compressed], compressor.config.confidence)
     figures = {"keep_ratio": report.keep_ratio, "verdict": verdict_sentence(report), "metrics": summary}
-    print(table(summary))
+    print(score_table(summary))
     print(f"kept {report.keep_ratio:.1%} of the targeted parameters; {figures['verdict']}")
     if arguments.output:
         model.save_pretrained(arguments.output)

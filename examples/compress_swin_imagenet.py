@@ -16,11 +16,12 @@ from datasets import Dataset, load_dataset
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
-from hf_lossless_lr.data import load_split
-from hf_lossless_lr.evaluation.images import IMAGE_CLASSIFICATION as TASK
-from hf_lossless_lr.evaluation.scores import summarize, table
+from hf_lossless_lr.evaluation.imagenet import IMAGE_CLASSIFICATION as TASK
+from hf_lossless_lr.evaluation.scores import summarize
+from hf_lossless_lr.evaluation.sources import load_split
 from hf_lossless_lr.evaluation.task import ScoringOptions
-from hf_lossless_lr.verdict import verdict_sentence
+from hf_lossless_lr.report.sentence import verdict_sentence
+from hf_lossless_lr.report.tables import score_table
 
 
 def load(folder: Path | None, split: str, count: int | None) -> Dataset:
@@ -58,7 +59,7 @@ def main() -> None:
     compressed = TASK.score(model, validation, processor, options)
     report, summary = compressor.report, summarize([dense, compressed], compressor.config.confidence)
     figures = {"keep_ratio": report.keep_ratio, "verdict": verdict_sentence(report), "metrics": summary}
-    print(table(summary))
+    print(score_table(summary))
     print(f"kept {report.keep_ratio:.1%} of the targeted parameters; {figures['verdict']}")
     if arguments.output:
         model.save_pretrained(arguments.output)

@@ -16,8 +16,8 @@ from datasets import Dataset, load_dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
-from hf_lossless_lr.console import comparison_table, report_rows
-from hf_lossless_lr.verdict import verdict_sentence
+from hf_lossless_lr.report.sentence import verdict_sentence
+from hf_lossless_lr.report.tables import comparison_table, report_rows
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
 from hf_lossless_lr.evaluation.mmlu import MMLU, mmlu
-from hf_lossless_lr.evaluation.scores import summarize, table
+from hf_lossless_lr.evaluation.scores import summarize
 from hf_lossless_lr.evaluation.task import ScoringOptions
-from hf_lossless_lr.verdict import verdict_sentence
+from hf_lossless_lr.report.sentence import verdict_sentence
+from hf_lossless_lr.report.tables import score_table
 
 BATCH = 4
 
@@ -61,7 +62,7 @@ def main() -> None:
     report, compressed = compressor.report, task.score(model, scored, tokenizer, ScoringOptions(BATCH, length))
     summary = summarize([dense, compressed], compressor.config.confidence)
     print(f"{len(calibration)} questions to calibrate on, {len(scored)} others to score")
-    print(table(summary))
+    print(score_table(summary))
     print(f"kept {report.keep_ratio:.1%} of the targeted parameters; {verdict_sentence(report)}")
     if arguments.output:
         model.save_pretrained(arguments.output)

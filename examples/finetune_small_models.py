@@ -15,7 +15,7 @@ import transformers
 from datasets import Dataset
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
-from hf_lossless_lr.evaluation.tasks import EVALUATION_TASKS
+from hf_lossless_lr.evaluation.registry import EVALUATION_TASKS
 
 TAGS = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC"]
 HEADS = {  # options of the new head, epochs

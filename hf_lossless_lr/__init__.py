@@ -13,10 +13,7 @@ Example:
     ```
 """
 
-from .certificate import certify, certify_together
-from .comparison import verify
-from .compressor import LowRankCompressor
-from .config import LosslessLowRankConfig
+from .checkpoint import LosslessLowRankConfig, dequantize
 from .errors import (
     CertificateError,
     CheckpointError,
@@ -27,10 +24,10 @@ from .errors import (
     NumericalWarning,
     TargetError,
 )
-from .modules import FactorizedConv2d, FactorizedLinear
-from .outcomes import PairedOutcomes, paired_outcomes
-from .quantizer import dequantize
+from .layers import FactorizedConv2d, FactorizedLinear
+from .pipeline import LowRankCompressor, verify
 from .report import Certificate, CompressionReport
+from .verdict import PairedOutcomes, certify, certify_together, paired_outcomes
 
 __version__ = "0.1.0"
 

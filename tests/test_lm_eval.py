@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset
-from mmlu_questions import LETTERS, SUBJECTS, byte_tokenizer, dev_rows, llama, questions
+from support.mmlu_questions import LETTERS, SUBJECTS, byte_tokenizer, dev_rows, llama, questions
 from transformers import AutoModelForCausalLM
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
 from hf_lossless_lr.evaluation.mmlu import mmlu
 from hf_lossless_lr.evaluation.task import ScoringOptions
+from hf_lossless_lr.layers.factorized import is_factorized
 from hf_lossless_lr.lm_eval import main
-from hf_lossless_lr.modules import is_factorized
 
 OPTIONS = ScoringOptions(5, 1024)
 ROOT = Path(__file__).resolve().parent.parent

@@ -3,11 +3,11 @@
 from copy import deepcopy
 
 import pytest
-from reports import CERTIFICATE, REPORT
+from support.reports import CERTIFICATE, REPORT
 
 from hf_lossless_lr import ConfigurationError, LosslessLowRankConfig, certify, verify
-from hf_lossless_lr.cli import build_parser
-from hf_lossless_lr.config import CompressionOptions
+from hf_lossless_lr.checkpoint.options import CompressionOptions
+from hf_lossless_lr.commands.cli import build_parser
 from hf_lossless_lr.renamed import RENAMED
 
 OPTIONS = {"budget": "flops", "metric_margin": 0.02}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from compressions import check_same_answers, factorized_layers
+from support.compressions import check_same_answers, factorized_layers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor

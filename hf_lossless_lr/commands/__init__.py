@@ -1,1 +1,1 @@
-"""The commands of `hf-lossless-lr`, one a file."""
+"""The shell: one command a file. A command parses, calls, prints and returns an exit code."""

@@ -12,13 +12,12 @@ from typing import Any
 
 from accelerate import PartialState
 
-from .. import CompressionReport, LosslessLowRankConfig, LowRankCompressor
-from ..config import CompressionOptions
-from ..console import comparison_table, report_rows
+from ..checkpoint import CompressionOptions, LosslessLowRankConfig
 from ..errors import ConfigurationError
 from ..files import write_atomically
-from ..verdict import verdict_sentence
-from .arguments import (
+from ..pipeline import LowRankCompressor
+from ..report import CompressionReport, comparison_table, report_rows, verdict_sentence
+from .data_options import (
     NOT_AS_REQUIRED,
     NOTHING_COMPRESSED,
     DataArguments,

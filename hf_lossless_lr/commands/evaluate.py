@@ -6,15 +6,13 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from .. import verify
-from ..config import LosslessLowRankConfig
+from ..checkpoint import LosslessLowRankConfig
 from ..errors import CertificateError
-from ..evaluation.scores import summarize, table
-from ..evaluation.task import ScoringOptions
-from ..evaluation.tasks import EVALUATION_TASKS
+from ..evaluation import EVALUATION_TASKS, ScoringOptions, summarize
 from ..files import write_atomically
-from ..verdict import certificate_sentence
-from .arguments import SourceArguments, align, check_arguments, load_auto, load_data, published_task
+from ..pipeline import verify
+from ..report import certificate_sentence, score_table
+from .data_options import SourceArguments, align, check_arguments, load_auto, load_data, published_task
 
 _DEFAULTS = LosslessLowRankConfig()
 
@@ -57,7 +55,7 @@ def evaluate(arguments: Any) -> int:
     ]
     scores = [task.score(model, data, processor, options) for model in models]
     summary = summarize(scores, arguments.confidence)
-    print(table(summary))
+    print(score_table(summary))
     if arguments.other is not None:
         print(f"bounds are one-sided, at {arguments.confidence:.0%} confidence")
         try:

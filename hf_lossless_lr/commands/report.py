@@ -5,12 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .. import CompressionReport
-from ..console import comparison_table, report_rows
 from ..errors import CheckpointError
-from ..plots import write_figures
-from ..report import REPORT_NAME
-from ..verdict import verdict_sentence
+from ..report import REPORT_NAME, CompressionReport, comparison_table, report_rows, verdict_sentence, write_figures
 
 
 def read_report(folder: Path) -> CompressionReport:

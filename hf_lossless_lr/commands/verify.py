@@ -8,21 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import verify as verify_pair
-from ..config import LosslessLowRankConfig
-from ..console import comparison_table
+from ..checkpoint import LosslessLowRankConfig
 from ..files import write_atomically
-from ..report import REPORT_NAME, finite
-from ..verdict import certificate_sentence
-from .arguments import (
-    NOT_AS_REQUIRED,
-    DataArguments,
-    check_arguments,
-    complaint,
-    load_auto,
-    load_examples,
-    task_of,
-)
+from ..pipeline import verify as verify_pair
+from ..report import REPORT_NAME, certificate_sentence, comparison_table, finite
+from .data_options import NOT_AS_REQUIRED, DataArguments, check_arguments, complaint, load_auto, load_examples, task_of
 from .report import read_report
 
 _DEFAULTS = LosslessLowRankConfig()

@@ -12,13 +12,14 @@ from datasets import ClassLabel, Dataset
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..batches import make_dataloader
+from ..data import make_dataloader
 from ..errors import DataError, NumericalError
-from ..modes import evaluating
-from .scores import Metric, Scores
+from ..layers import evaluating
+from .scores import Score, Scores
 from .task import ScoringOptions
 
 logger = logging.get_logger(__name__)
+
 
 _PLACEHOLDER = re.compile(r"(label[ _-]?)?\d+", re.IGNORECASE)  # LABEL_0 and 0 say nothing
 _SHOWN = 5  # names of labels in a message
@@ -31,11 +32,9 @@ def divided(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     return np.divide(numerator, denominator, out=np.zeros(np.shape(denominator)), where=denominator != 0)
 
 
-def share(name: str, column: int) -> Metric:
+def share(name: str, column: int) -> Score:
     """Return the metric "sum of a column divided by the number of examples", where column 0 counts the examples."""
-    return Metric(
-        name, lambda sums: divided(sums[..., column], sums[..., 0]), right=lambda counts: counts[..., column]
-    )
+    return Score(name, lambda sums: divided(sums[..., column], sums[..., 0]), right=lambda counts: counts[..., column])
 
 
 ACCURACY = share("accuracy", 1)

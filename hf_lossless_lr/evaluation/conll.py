@@ -20,12 +20,13 @@ from datasets import ClassLabel, Dataset, List
 from transformers import DataCollatorForTokenClassification, PreTrainedModel
 from transformers.utils import logging
 
-from ..data import TASKS, choose_columns
+from ..data import IGNORE_INDEX
 from ..errors import ConfigurationError, DataError, NumericalError
-from ..heads import IGNORE_INDEX
-from ..modes import evaluating
+from ..layers import evaluating
 from .classification import divided, informative, model_labels
-from .scores import Metric, Scores
+from .pipelines import TASKS
+from .scores import Score, Scores
+from .sources import choose_columns
 from .task import EvaluationTask, ScoringOptions
 
 _TAGGING = TASKS["token-classification"]
@@ -191,10 +192,10 @@ def _score(model: PreTrainedModel, dataset: Dataset, tokenizer: Any, options: Sc
 
 
 METRICS = (
-    Metric("f1", lambda sums: divided(2 * sums[..., 0], sums[..., 1] + sums[..., 2])),
-    Metric("precision", lambda sums: divided(sums[..., 0], sums[..., 1])),
-    Metric("recall", lambda sums: divided(sums[..., 0], sums[..., 2])),
-    Metric("conlleval_f1", lambda sums: divided(2 * sums[..., 3], sums[..., 4] + sums[..., 5])),
+    Score("f1", lambda sums: divided(2 * sums[..., 0], sums[..., 1] + sums[..., 2])),
+    Score("precision", lambda sums: divided(sums[..., 0], sums[..., 1])),
+    Score("recall", lambda sums: divided(sums[..., 0], sums[..., 2])),
+    Score("conlleval_f1", lambda sums: divided(2 * sums[..., 3], sums[..., 4] + sums[..., 5])),
 )
 """Metrics of summed counts, fractions in [0, 1]; 0 where there is nothing to divide by."""
 

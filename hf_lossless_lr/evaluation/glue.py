@@ -16,7 +16,6 @@ import numpy as np
 from datasets import Dataset, Value
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
-from ..data import TASKS, choose_columns
 from ..errors import DataError
 from .classification import (
     ACCURACY,
@@ -29,7 +28,9 @@ from .classification import (
     model_labels,
     warn_of_other_order,
 )
-from .scores import Metric, Scores
+from .pipelines import TASKS
+from .scores import Score, Scores
+from .sources import choose_columns
 from .task import EvaluationTask, ScoringOptions, as_it_is
 
 _TEXT = TASKS["text-classification"]
@@ -60,9 +61,9 @@ def pearson_of_sums(sums: np.ndarray) -> np.ndarray:
     return divided(count * xy - x * y, np.where(constant, 0, np.sqrt(np.maximum(x_spread * y_spread, 0))))
 
 
-F1 = Metric("F1", f1_of_sums)
-MATTHEWS = Metric("Matthews correlation", matthews_of_sums)
-PEARSON = Metric("Pearson correlation", pearson_of_sums)
+F1 = Score("F1", f1_of_sums)
+MATTHEWS = Score("Matthews correlation", matthews_of_sums)
+PEARSON = Score("Pearson correlation", pearson_of_sums)
 
 
 class _Glue(NamedTuple):
@@ -70,7 +71,7 @@ class _Glue(NamedTuple):
 
     texts: tuple[str, ...]
     labels: tuple[str, ...]
-    metrics: tuple[Metric, ...]
+    metrics: tuple[Score, ...]
     split: str = "validation"
     config: str | None = None
 

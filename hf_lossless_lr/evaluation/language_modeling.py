@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, default_data_collator
 from transformers.utils import logging
 
 from ..errors import DataError, NumericalError
-from ..modes import evaluating
-from .scores import Metric, Scores
+from ..layers import evaluating
+from .scores import Score, Scores
 from .task import EvaluationTask, ScoringOptions
 
 C4_DOCUMENTS, C4_BLOCKS = 1100, 256
@@ -118,8 +118,8 @@ def _mean_loss(sums: np.ndarray) -> np.ndarray:
 
 
 METRICS = (
-    Metric("perplexity", lambda sums: np.exp(_mean_loss(sums)), higher_is_better=False),
-    Metric("loss", _mean_loss, higher_is_better=False),
+    Score("perplexity", lambda sums: np.exp(_mean_loss(sums)), higher_is_better=False),
+    Score("loss", _mean_loss, higher_is_better=False),
 )
 
 

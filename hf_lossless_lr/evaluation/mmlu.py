@@ -15,11 +15,11 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from ..data import load_split
+from ..data import IGNORE_INDEX
 from ..errors import DataError
-from ..heads import IGNORE_INDEX
 from .language_modeling import Passage, log_likelihoods
-from .scores import Metric, Scores
+from .scores import Score, Scores
+from .sources import load_split
 from .task import EvaluationTask, ScoringOptions
 
 LETTERS = "ABCD"
@@ -178,9 +178,9 @@ def _loss(sums: np.ndarray) -> np.ndarray:
 
 
 METRICS = (
-    Metric("accuracy", _accuracy, right=lambda counts: _answers(counts)[0].sum(-1)),
-    Metric("accuracy_by_subject", _accuracy_by_subject),
-    Metric("loss", _loss, higher_is_better=False),
+    Score("accuracy", _accuracy, right=lambda counts: _answers(counts)[0].sum(-1)),
+    Score("accuracy_by_subject", _accuracy_by_subject),
+    Score("loss", _loss, higher_is_better=False),
 )
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from ..bounds import proportion_upper_bound, statistic_upper_bound
 from ..errors import DataError
 from ..report import Difference, finite
+from ..verdict import proportion_upper_bound, statistic_upper_bound
 
 
 @dataclass(frozen=True)
-class Metric:
+class Score:
     """A metric of summed counts, such as accuracy or F1.
 
     Attributes:
@@ -41,7 +41,7 @@ class Scores:
     """
 
     counts: np.ndarray
-    metrics: tuple[Metric, ...]
+    metrics: tuple[Score, ...]
 
     def values(self) -> dict[str, tuple[float, float]]:
         """Return each metric and its standard error.
@@ -84,7 +84,7 @@ def compare(dense: Scores, compressed: Scores, confidence: float) -> dict[str, D
     return {metric.name: _difference(metric, dense.counts, compressed.counts, confidence) for metric in dense.metrics}
 
 
-def _difference(metric: Metric, dense: np.ndarray, compressed: np.ndarray, confidence: float) -> Difference:
+def _difference(metric: Score, dense: np.ndarray, compressed: np.ndarray, confidence: float) -> Difference:
     sign = 1 if metric.higher_is_better else -1
 
     def worth(sums: np.ndarray) -> np.ndarray:
@@ -123,23 +123,3 @@ def summarize(models: Sequence[Scores], confidence: float) -> dict[str, dict[str
         for name, drop in compare(models[0], models[1], confidence).items():
             summary[name]["drop"] = asdict(drop)
     return dict(finite(summary))
-
-
-def table(summary: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return what `summarize` gives as text, with a line for each metric."""
-    width = max(map(len, summary)) + 2
-    pair = any("drop" in found for found in summary.values())
-    lines = [f"{'':{width}}{'dense':>20}{'compressed':>20}   worse by (bounds)"] if pair else []
-    for name, found in summary.items():
-        line = f"{name:{width}}"
-        for entry in found["values"]:
-            line += f"{_number(entry['value'])} ± {_number(entry['standard_error'])}".rjust(20)
-        if "drop" in found:
-            drop = {key: _number(value, "+") for key, value in found["drop"].items()}
-            line += "   {mean} ({lower} to {upper})".format(**drop)
-        lines.append(line)
-    return "\n".join(lines)
-
-
-def _number(value: float | None, sign: str = "") -> str:
-    return "unknown" if value is None else f"{value:{sign}.4f}"

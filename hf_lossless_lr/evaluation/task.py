@@ -54,3 +54,22 @@ class EvaluationTask:
     collator: Callable[[Any], Any]
     score: Callable[[PreTrainedModel, Dataset, Any, ScoringOptions], Scores]
     align: Callable[[Dataset, PreTrainedModel], Dataset] = as_it_is
+
+
+@dataclass(frozen=True)
+class Task:
+    """How a task's data is prepared.
+
+    Attributes:
+        auto_model: name of the Auto class of its models.
+        processor: name of the Auto class of its tokenizer or processor.
+        prepare: `(dataset, processor, columns, max_length) -> dataset` of examples.
+        columns: default columns, first the inputs, last the label; `|` separates alternatives.
+        collator: makes a collator from the processor.
+    """
+
+    auto_model: str
+    processor: str
+    prepare: Callable[[Dataset, Any, list[str], int], Dataset]
+    columns: tuple[str, ...]
+    collator: Callable[[Any], Any]

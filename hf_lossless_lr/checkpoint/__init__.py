@@ -1,0 +1,20 @@
+"""What is written beside the weights and read back: options, manifest, the Transformers plugin.
+
+Also what hangs on a compressed model. Sees no data, statistics or verdict.
+"""
+
+from .attached import attach_card, dequantize, mark_compressed, unmark_compressed
+from .config import LosslessLowRankConfig
+from .options import MEASURED_OBJECTIVES, CompressionOptions
+from .quantizer import LosslessLowRankQuantizer
+
+__all__ = [
+    "MEASURED_OBJECTIVES",
+    "CompressionOptions",
+    "LosslessLowRankConfig",
+    "LosslessLowRankQuantizer",
+    "attach_card",
+    "dequantize",
+    "mark_compressed",
+    "unmark_compressed",
+]

@@ -1,0 +1,214 @@
+"""Everything that is hung on a user's model for as long as it is compressed, set and unset in this file."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from huggingface_hub import CardData, ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..errors import TargetError
+from ..files import write_atomically
+from ..fingerprint import tensors_fingerprint
+from ..layers import is_factorized, replace_modules, to_dense
+from ..report import CARD_NAME, CompressionReport, is_unedited, model_card
+from .config import LosslessLowRankConfig
+from .options import CompressionOptions
+
+logger = logging.get_logger(__name__)
+
+
+ATTACHED = ("dequantize", "save_pretrained", "_upload_modified_files")
+"""Attributes of a compressed model; `mark_compressed` sets the first, `attach_card` the others."""
+
+
+def mark_compressed(model: PreTrainedModel, config: LosslessLowRankConfig) -> None:
+    """Record a compression in a model, so that it saves as a compressed checkpoint and `model.dequantize()` works.
+
+    Args:
+        model: a model with factorized layers.
+        config: the configuration with their manifest.
+    """
+    model.config.quantization_config = config
+    model.__dict__["dequantize"] = partial(dequantize, model)  # a bound method would not survive pickling
+
+
+def unmark_compressed(model: PreTrainedModel) -> None:
+    """Undo `mark_compressed`, and let the model save as any other."""
+    for name in ATTACHED:
+        model.__dict__.pop(name, None)
+    model.config.__dict__.pop("quantization_config", None)
+
+
+def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Turn a compressed model back into a plain dense one, with the approximated weights.
+
+    Args:
+        model: a compressed model, changed in place.
+        dtype: dtype of the result; default the model's own.
+
+    Returns:
+        The same model, without factorized layers and without our configuration.
+
+    Raises:
+        TargetError: if the model is not compressed.
+    """
+    factorized = {name: module for name, module in model.named_modules() if is_factorized(module)}
+    if not factorized:
+        raise TargetError(f"this {type(model).__name__} has no factorized layers; there is nothing to dequantize.")
+    replace_modules(model, {name: to_dense(module) for name, module in factorized.items()})
+    unmark_compressed(model)
+    if dtype is not None:
+        nn.Module.to(model, dtype)
+    return model
+
+
+TEMPLATE_DESCRIPTION = (  # what Transformers puts into the template of a new repository's card
+    "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
+    "automatically generated."
+)
+CHANGED_WEIGHTS = (
+    "the weights were changed after they were measured (by training or a cast, for example), so no figure here is "
+    "about this checkpoint"
+)
+
+
+def attach_card(model: PreTrainedModel, report: CompressionReport) -> None:
+    """Let `save_pretrained` and `push_to_hub` of a model write its card and report, for as long as it is compressed.
+
+    A card that a user wrote or edited is never replaced. Once the weights are no longer those that were measured, card
+    and report are written without a certificate.
+
+    Args:
+        model: a compressed model.
+        report: its report.
+    """
+    signature = inspect.signature(model.save_pretrained)
+    weights = tensors_fingerprint(model.state_dict())
+    save = partial(_save_pretrained, model, report, _hub_name(model), weights)
+    vars(save).update(__signature__=signature, __doc__=type(model).save_pretrained.__doc__)
+    vars(model)["save_pretrained"] = save
+
+
+def _hub_name(model: PreTrainedModel) -> str | None:
+    """Return the name under which a model was loaded from the Hub: one that is in the cache, and no folder."""
+    name = str(model.name_or_path or "")
+    if not name or Path(name).exists():
+        return None
+    try:
+        return name if isinstance(try_to_load_from_cache(name, "config.json"), str) else None
+    except ValueError:  # no name, but a path
+        return None
+
+
+def _save_pretrained(
+    model: PreTrainedModel,
+    report: CompressionReport,
+    base_model: str | None,
+    weights: str,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    state_dict: dict[str, Any] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    save = partial(type(model).save_pretrained, model, save_directory, is_main_process, state_dict, *args, **kwargs)
+    writes = getattr(model, "should_save_on_this_rank", bool)(is_main_process)
+    if not writes or os.path.isfile(save_directory) or getattr(model, "_hf_peft_config_loaded", False):
+        save()
+        return
+    if _fingerprint(model.state_dict() if state_dict is None else state_dict) != weights:
+        logger.warning_once("%s; its model card has no certificate.", CHANGED_WEIGHTS)
+        report = replace(report, certificate=None, uncertified=CHANGED_WEIGHTS)
+    card, path = card_of(report, base_model), Path(save_directory) / CARD_NAME
+    users = path.read_bytes() if path.exists() and not _replaceable(path) else None
+    uploaded = card if users is None else users.decode(errors="replace")
+    vars(model)["_upload_modified_files"] = partial(_upload, model, report, uploaded)  # an upload follows a save
+    try:
+        save()
+    finally:
+        if users is not None and path.read_bytes() != users:
+            path.write_bytes(users)  # with push_to_hub=True, Transformers has replaced it
+    report.save(save_directory)
+    _place(card, path)
+
+
+def card_of(report: CompressionReport, base_model: str | None = None) -> str:
+    """Return the card of a compressed model, with the options that its objective alone would not set."""
+    package = "transformers" if hasattr(transformers, report.model) else "your_code"
+    return model_card(report, base_model, _chosen(report.config), package)
+
+
+def _chosen(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that differ from what the objective alone would set."""
+    objective = config.get("objective", LosslessLowRankConfig.objective)
+    default = LosslessLowRankConfig(objective=objective)
+    chosen = {f.name: config[f.name] for f in fields(CompressionOptions) if f.name in config}
+    chosen = {name: value for name, value in chosen.items() if value != getattr(default, name)}
+    return ({} if objective == LosslessLowRankConfig.objective else {"objective": objective}) | chosen
+
+
+def _fingerprint(state: Mapping[str, Any]) -> str | None:
+    plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type != "meta" for t in state.values())
+    return tensors_fingerprint(state) if plain else None
+
+
+def _upload(
+    model: PreTrainedModel, report: CompressionReport, card: str, working_dir: str, *args: Any, **kwargs: Any
+) -> Any:
+    """Upload a folder whose card is the repository's by now, or the template of Transformers."""
+    report.save(working_dir)
+    _place(card, Path(working_dir) / CARD_NAME)
+    return type(model)._upload_modified_files(model, working_dir, *args, **kwargs)
+
+
+def _place(card: str, path: Path) -> None:
+    """Write a card, unless a user's is there."""
+    if not path.exists():
+        write_atomically(path, card)
+    elif _replaceable(path):
+        write_atomically(path, _with_metadata(card, ModelCard.load(path, ignore_metadata_errors=True).data))
+
+
+def _with_metadata(card: str, others: CardData) -> str:
+    """Add what another card's metadata say besides, and its tags."""
+    try:
+        result = ModelCard(card, ignore_metadata_errors=True)
+    except (ValueError, yaml.YAMLError):  # a user's
+        return card
+    mine, theirs = result.data.to_dict(), others.to_dict()
+    mine["tags"] = list(dict.fromkeys([*mine.get("tags", []), *theirs.get("tags", [])]))
+    result.data = ModelCardData(**{**theirs, **mine}, ignore_metadata_errors=True)
+    return str(result)
+
+
+def _replaceable(path: Path) -> bool:
+    """Return whether a card is the template of Transformers, or ours and not edited."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    block = REGEX_YAML_BLOCK.match(text)
+    try:
+        if block is None or not isinstance(yaml.safe_load(block[2]), dict):
+            return False
+    except yaml.YAMLError:
+        return False
+    body = text[block.end() :]
+    unedited = is_unedited(body)
+    if unedited is not None:
+        return unedited
+    try:
+        template = ModelCard.from_template(ModelCardData(), model_description=TEMPLATE_DESCRIPTION)
+    except ImportError:  # without Jinja2, Transformers has no template either
+        return False
+    return body.split() == template.text.split()

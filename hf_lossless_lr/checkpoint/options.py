@@ -1,0 +1,182 @@
+"""`CompressionOptions`: what the user chooses."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import ConfigurationError
+from ..layers import STORAGES
+from ..renamed import Renamed, refuse_old_names
+
+OBJECTIVES = ("budget", "uniform", "lossless", "compact", "paper-lossless", "paper-compact")
+SIZES = ("parameters", "flops", "latency")
+SCOPES = ("targeted", "model")
+METRICS = ("kronecker", "activation", "activation-diagonal", "fisher", "identity")
+DEFAULT_KEEP_RATIO = 0.5
+MEASURED_OBJECTIVES = ("lossless", "compact")
+
+
+def _option(default: Any, text: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+@dataclass
+class CompressionOptions(Renamed):
+    """The choices of a compression run; `LosslessLowRankConfig` adds the record of what was done.
+
+    Attributes:
+        objective: what to aim for. `budget`: lowest predicted loss at `keep_ratio`. `uniform`: `keep_ratio` in each
+            layer. `lossless`: lowest measured loss among models that compress. `compact`: the smallest model whose
+            measured loss and accuracy are not inferior, by upper confidence bounds within `loss_margin` and
+            `accuracy_margin`. `paper-lossless`, `paper-compact`: Algorithms 1 and 2 of arXiv 2412.06867.
+        keep_ratio: size kept divided by original size, in (0, 1]; for `budget` and `uniform` only (default 0.5 there).
+        size: what `keep_ratio` counts: `parameters`, `flops` of a calibration batch, or its `latency`, measured on the
+            model's device.
+        scope: whether the size is that of the `targeted` weights or of the whole `model`.
+        metric: metric of the factorization (default `kronecker`, and `identity` for the paper's objectives).
+        target_modules: patterns of layers to factorize; None means every attention and MLP projection. A pattern is an
+            exact name (or the end of one), `re:` and a regular expression, a glob, or a layer type such as `Linear`.
+        ignore: patterns of layers to leave dense.
+        damping: relative damping of the second moments, at least 0.
+        storage: `pivoted`, `two-factor`, or `auto` (the smaller, unless what it saves is negligible).
+        rank_multiple: ranks are rounded down to a multiple of this.
+        refit: whether to fit each layer's factors to the inputs that it gets in the compressed model. Default: with
+            the metric `kronecker`, except for the paper's objectives; no other metric has it.
+        selection_fraction: share of the calibration examples kept apart, to measure whether the refit helps and which
+            model to choose. Default: 1/2 for `lossless` and `compact`, which choose by measurement, 1/16 for other
+            objectives with a refit, else none.
+        seed: seed of the splits.
+        batch_size: examples per forward pass.
+        loss_margin: largest acceptable loss increase, in nats per labelled unit.
+        accuracy_margin: largest acceptable drop of the accuracy, as a fraction (0.01 is one point).
+        confidence: confidence level of one-sided bounds, in (0.5, 1).
+        epsilon: elementwise noise bound of the paper's objectives; None calibrates it by eq. 8 of the paper.
+        epsilon_tolerance: gap between measured and first-order loss change that eq. 8 accepts, in nats.
+    """
+
+    objective: str = _option("budget", "what to aim for", choices=OBJECTIVES)
+    keep_ratio: float | None = _option(
+        None,
+        f"share of the size to keep, in (0, 1]; default {DEFAULT_KEEP_RATIO} for budget and uniform",
+    )
+    size: str = _option("parameters", "what keep_ratio counts", choices=SIZES)
+    scope: str = _option("targeted", "what keep_ratio is a share of: targeted weights or whole model", choices=SCOPES)
+    metric: str | None = _option(None, "metric of the factorization; default kronecker", choices=METRICS)
+    target_modules: list[str] | None = _option(
+        None, "layers to factorize: names, re:regex, globs or types; default all attention and MLP projections"
+    )
+    ignore: list[str] | None = _option(None, "layers to leave dense, same patterns")
+    damping: float = _option(0.03, "relative damping of the second moments")
+    storage: str = _option("auto", "how factors are stored", choices=("auto", *STORAGES))
+    rank_multiple: int = _option(1, "round ranks down to a multiple of this")
+    refit: bool | None = _option(None, "fit factors to the inputs of the compressed model; default with kronecker")
+    selection_fraction: float | None = _option(
+        None,
+        "share of the calibration data kept apart to choose by measurement; default 1/16, or 1/2 for the "
+        "objectives lossless and compact",
+    )
+    seed: int = _option(0, "seed of the held-out split")
+    batch_size: int = _option(32, "examples per forward pass")
+    loss_margin: float = _option(0.01, "largest acceptable loss increase in nats")
+    accuracy_margin: float = _option(0.01, "largest acceptable drop of the accuracy, as a fraction")
+    confidence: float = _option(0.95, "confidence level of one-sided bounds")
+    epsilon: float | None = _option(None, "elementwise noise bound of the paper's objectives; default: eq. 8")
+    epsilon_tolerance: float = _option(1e-4, "gap in nats that eq. 8 of the paper accepts")
+
+    def __new__(cls, *values: Any, **options: Any) -> CompressionOptions:
+        """Refuse the old names of options before the constructor sees them."""
+        refuse_old_names(options)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        """Validate every value and resolve the defaults that depend on the objective."""
+        _choice("objective", self.objective, OBJECTIVES)
+        paper = self.objective.startswith("paper-")
+        if self.metric is None:
+            self.metric = "identity" if paper else "kronecker"
+        _choice("metric", self.metric, METRICS)
+        _choice("size", self.size, SIZES)
+        _choice("scope", self.scope, SCOPES)
+        _choice("storage", self.storage, ("auto", *STORAGES))
+        if self.objective in ("budget", "uniform"):
+            self.keep_ratio = DEFAULT_KEEP_RATIO if self.keep_ratio is None else self.keep_ratio
+            _number("keep_ratio", self.keep_ratio, 0, 1, "(0, 1]", exclude_low=True)
+        elif self.keep_ratio is not None:
+            raise ConfigurationError(
+                f"keep_ratio={self.keep_ratio!r} contradicts objective={self.objective!r}, which chooses the size by "
+                "itself; leave keep_ratio out, or use objective='budget' or 'uniform'."
+            )
+        if paper and self.metric != "identity":
+            raise ConfigurationError(
+                f"metric={self.metric!r} contradicts objective={self.objective!r}: the paper's algorithms use "
+                "metric='identity'."
+            )
+        if self.epsilon is not None:
+            _number("epsilon", self.epsilon, 0, math.inf, "(0, inf)", exclude_low=True)
+            if not paper:
+                raise ConfigurationError(
+                    f"epsilon={self.epsilon!r} contradicts objective={self.objective!r}: it is used by "
+                    "'paper-lossless' and 'paper-compact' only."
+                )
+        self._resolve_refit(paper)
+        self._check_numbers()
+        self.target_modules = _patterns("target_modules", self.target_modules)
+        self.ignore = _patterns("ignore", self.ignore)
+
+    def _resolve_refit(self, paper: bool) -> None:
+        if self.refit is not None and not isinstance(self.refit, bool):
+            raise ConfigurationError(f"refit: must be True, False or None, got {self.refit!r}.")
+        possible = self.metric == "kronecker" and not paper
+        if self.refit is None:
+            self.refit = possible
+        if self.refit and not possible:
+            raise ConfigurationError(
+                f"refit=True contradicts metric={self.metric!r}, objective={self.objective!r}: it needs "
+                "metric='kronecker' and none of the paper's objectives."
+            )
+        measured = self.objective in MEASURED_OBJECTIVES
+        if self.selection_fraction is None:
+            self.selection_fraction = 0.5 if measured else 0.0625 if self.refit else 0.0
+        _number("selection_fraction", self.selection_fraction, 0, 1, "[0, 1)", exclude_high=True)
+        if measured and not self.selection_fraction:
+            raise ConfigurationError(
+                f"selection_fraction=0 contradicts objective={self.objective!r}, which chooses by measurement."
+            )
+
+    def _check_numbers(self) -> None:
+        _number("damping", self.damping, 0, math.inf, "[0, inf)")
+        _number("loss_margin", self.loss_margin, 0, math.inf, "[0, inf)")
+        _number("accuracy_margin", self.accuracy_margin, 0, 1, "[0, 1]")
+        _number("confidence", self.confidence, 0.5, 1, "(0.5, 1)", exclude_low=True, exclude_high=True)
+        _number("epsilon_tolerance", self.epsilon_tolerance, 0, math.inf, "(0, inf)", exclude_low=True)
+        for name in ("rank_multiple", "batch_size", "seed"):
+            value, low = getattr(self, name), 0 if name == "seed" else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ConfigurationError(f"{name}: must be an integer of at least {low}, got {value!r}.")
+
+
+def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigurationError(f"{name}: {value!r} is unknown; choose one of {', '.join(allowed)}.{hint}")
+
+
+def _number(
+    name: str, value: Any, low: float, high: float, text: str, exclude_low: bool = False, exclude_high: bool = False
+) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not low <= value <= high or (exclude_low and value == low) or (exclude_high and value == high):
+        raise ConfigurationError(f"{name}: must be a number in {text}, got {value!r}.")
+
+
+def _patterns(name: str, value: Any) -> list[str] | None:
+    if value is None:
+        return None
+    patterns = [value] if isinstance(value, str) else list(value) if isinstance(value, (list, tuple, set)) else None
+    if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
+        raise ConfigurationError(f"{name}: must be None, a pattern or a non-empty list of patterns, got {value!r}.")
+    return sorted(patterns) if isinstance(value, set) else patterns

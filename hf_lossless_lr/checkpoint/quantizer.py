@@ -1,0 +1,123 @@
+"""The Transformers plugin: builds factorized layers from the manifest, so that `from_pretrained` loads them.
+
+Importing this file registers the method `lossless_lr`. The factors are ordinary floating-point parameters, so
+after loading the model is not flagged as quantized: only `config.quantization_config` remains, which
+`save_pretrained` writes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers import auto as quantizer_registry
+
+from ..errors import CheckpointError, ConfigurationError, TargetError
+from ..layers import METHOD, FactorizedLinear, layout_of, replace_modules
+from .attached import dequantize, mark_compressed
+from .config import LosslessLowRankConfig
+from .contents import check_files
+
+
+class LosslessLowRankQuantizer(HfQuantizer):
+    """Loader of checkpoints made by `LowRankCompressor`."""
+
+    requires_calibration = True
+
+    def __init__(self, quantization_config: LosslessLowRankConfig, **kwargs: Any) -> None:
+        if not kwargs.get("pre_quantized", True):
+            raise ConfigurationError(
+                "LosslessLowRankConfig cannot compress while loading: it needs calibration data. Load the dense "
+                "model, then call LowRankCompressor(config).compress(model, calib_dataset) and save_pretrained()."
+            )
+        super().__init__(quantization_config, **kwargs)
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        config = cast(LosslessLowRankConfig, self.quantization_config)
+        path_of = _paths_in(model, config.modules)
+        built: dict[str, nn.Module] = {}
+        for name, path in path_of.items():
+            record, module = config.record(name), model.get_submodule(path)
+            try:
+                built[name] = layout_of(module).factorized(module, record.rank, record.storage)
+            except (ConfigurationError, TargetError) as error:
+                raise CheckpointError(f"the manifest's record of {name!r} does not fit the model: {error}") from error
+        check_files(built, kwargs.get("checkpoint_files"), unused=len(config.modules) - len(built))
+        replace_modules(model, {path_of[name]: module for name, module in built.items()})
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for name in ("is_quantized", "hf_quantizer", "quantization_method"):
+            model.__dict__.pop(name, None)
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config.__dict__.pop("_is_quantized", None)
+        mark_compressed(model, cast(LosslessLowRankConfig, self.quantization_config))
+        return model
+
+    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
+        """Move tensor-parallel rules from a dense layer to the factor that they apply to."""
+        for name, module in model.named_modules():
+            if isinstance(module, FactorizedLinear):
+                for key in {name, re.sub(r"\.\d+(?=\.|$)", ".*", name)} & set(plan):
+                    style = plan.pop(key)
+                    plan[key + (".up" if style.startswith("colwise") else ".down")] = style
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        return dequantize(model, dtype)
+
+    def get_weight_conversions(self) -> list[Any]:
+        """Return no conversions: tensors are stored as they are used."""
+        return []
+
+    def is_serializable(self, safe_serialization: bool | None = None) -> bool:
+        """Return True: `save_pretrained` works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """True: the factors train like any parameter."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """True: full fine-tuning works, too."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """True: `torch.compile` works."""
+        return True
+
+
+def _paths_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Map the manifest's names to modules of this class, which may have a head more or less than the saved one."""
+    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+    paths: dict[str, str] = {}
+    for name in names:
+        candidates = (name, name.removeprefix(prefix), prefix + name)
+        path = next((c for c in candidates if c in modules), None)
+        if path is not None:
+            paths[name] = path
+        elif not prefix or name.startswith(prefix):
+            raise CheckpointError(
+                f"the manifest lists {name!r}, which {type(model).__name__} does not have. The config.json was "
+                "edited, or the checkpoint was written with another version of Transformers."
+            )
+    if not paths:
+        raise CheckpointError(
+            f"none of the factorized modules of this checkpoint exists in {type(model).__name__}: "
+            f"{', '.join(list(names)[:3]) or 'the manifest is empty'}."
+        )
+    return paths
+
+
+# Set directly, not with the decorators: those refuse a second import (a reload, a notebook).
+quantizer_registry.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = LosslessLowRankConfig
+quantizer_registry.AUTO_QUANTIZER_MAPPING[METHOD] = LosslessLowRankQuantizer

@@ -1,0 +1,263 @@
+"""What the commands share: the options that name data, loading, and the exit code of a verdict."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import transformers
+from datasets import Dataset
+
+from ..errors import CertificateError, ConfigurationError, LosslessLowRankError
+from ..evaluation import EVALUATION_TASKS, TASKS, EvaluationTask, Task, choose_columns, load_split, mmlu
+from ..renamed import RENAMED
+from ..report import Certificate
+from ..verdict import CERTIFIED
+
+NOTHING_COMPRESSED, NOT_AS_REQUIRED = 3, 4  # exit codes
+
+
+MAX_LENGTH = 128  # tokens, where the task has no length of its own
+
+
+def task_of(arguments: Any) -> Task:
+    """Return a task of the pipelines, or a published one in the same form.
+
+    Args:
+        arguments: the task, and its solved examples if there are any.
+
+    Returns:
+        The task.
+    """
+    published = published_task(arguments)
+    if published is None:
+        return TASKS[arguments.task]
+    return Task(
+        published.auto_model,
+        published.processor,
+        lambda dataset, processor, columns, max_length: published.prepare(dataset, processor, max_length),
+        (),
+        published.collator,
+    )
+
+
+def published_task(arguments: Any) -> EvaluationTask | None:
+    """Return a published task, with the solved examples that are given; None for a task of the pipelines."""
+    if arguments.shots_files is None:
+        return EVALUATION_TASKS.get(arguments.task)
+    return mmlu(load_data(arguments, arguments.shots_files, "dev", None))
+
+
+@dataclass(kw_only=True)
+class SourceArguments:
+    """Where the data come from, and the precision to work in."""
+
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": "hub id, folder, or a format: json, csv, parquet, text; default: the task's, if it has one"},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration of the data set"})
+    data_files: list[str] | None = field(default=None, metadata={"help": "files, for a format"})
+    shots_files: list[str] | None = field(
+        default=None, metadata={"help": "files of MMLU's solved examples, for a format"}
+    )
+    dtype: str = field(
+        default="float32", metadata={"help": "dtype to work in", "choices": ["float32", "bfloat16", "float16"]}
+    )
+
+
+@dataclass(kw_only=True)
+class DataArguments(SourceArguments):
+    """The task, its data, and what becomes of the result."""
+
+    task: str = field(metadata={"help": "task of the model", "choices": [*TASKS, *EVALUATION_TASKS]})
+    columns: list[str] | None = field(
+        default=None, metadata={"help": "columns of the data set, the label last; not for published tasks"}
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": f"tokens an example is cut to (or blocks are cut into); default: the task's, or {MAX_LENGTH}"
+        },
+    )
+    json: str | None = field(default=None, metadata={"help": "also write the result to this file"})
+    require: str | None = field(
+        default=None,
+        metadata={"help": "exit with code 4 if the verdict is less than this", "choices": list(CERTIFIED)[::-1]},
+    )
+
+
+class _OldOption(argparse.Action):
+    """An option that has another name now."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *values: Any) -> None:
+        """Refuse the old name, with the present one."""
+        parser.error(f"--{self.dest} is called --{RENAMED[self.dest]} now")
+
+
+def refuse_old_options(parser: argparse.ArgumentParser) -> None:
+    """Let a parser answer to the old names of its options with the present ones."""
+    present = {action.dest for action in parser._actions}
+    for old, new in RENAMED.items():
+        if new in present:
+            spellings = dict.fromkeys([f"--{old}", f"--{old.replace('_', '-')}"])
+            parser.add_argument(*spellings, action=_OldOption, help=argparse.SUPPRESS)
+
+
+def check_arguments(arguments: Any) -> None:
+    """Check, before any work is done, what the parser cannot.
+
+    Args:
+        arguments: the parsed arguments of a command.
+
+    Raises:
+        ConfigurationError: if a number is less than 1, an option does not fit the task, or a file cannot be written.
+    """
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    for name in ("max_length", "examples", "calibration_examples", "eval_examples"):
+        if given.get(name, 1) < 1:
+            raise ConfigurationError(f"--{name}: must be at least 1, got {given[name]}.")
+    if "columns" in given and arguments.task in EVALUATION_TASKS:
+        raise ConfigurationError(
+            f"--columns is for {', '.join(TASKS)}; {arguments.task} has columns of its own, so rename those of the "
+            "data set."
+        )
+    if "shots_files" in given and arguments.task != "mmlu":
+        raise ConfigurationError(f"--shots_files is for mmlu, not for {arguments.task}.")
+    for name in ("json", "statistics"):
+        if name in given:
+            _check_file(name, Path(given[name]))
+
+
+def _check_file(option: str, path: Path) -> None:
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ConfigurationError(f"--{option}: there is no folder {folder}; make it, or choose another file.")
+    if path.is_dir():
+        raise ConfigurationError(f"--{option}: {path} is a folder; name a file in it.")
+
+
+def load_auto(auto_class: str, name: str, **options: Any) -> Any:
+    """Load a model, tokenizer or processor.
+
+    Args:
+        auto_class: name of its Auto class.
+        name: hub id or folder.
+        options: arguments of `from_pretrained`.
+
+    Returns:
+        What was loaded.
+
+    Raises:
+        ConfigurationError: if it cannot be loaded.
+        LosslessLowRankError: if it is a compressed checkpoint with a mistake in it.
+    """
+    try:
+        return getattr(transformers, auto_class).from_pretrained(name, **options)
+    except LosslessLowRankError:
+        raise
+    except (OSError, ImportError) as error:
+        raise ConfigurationError(f"cannot load {name!r} with {auto_class}: {error}") from error
+    except ValueError as error:  # whose other lines list all that would have been right
+        reason = str(error).partition("\n")[0]
+        raise ConfigurationError(f"cannot load {name!r} with {auto_class}; does it fit --task? {reason}") from error
+
+
+def load_data(arguments: Any, files: list[str] | None, split: str, count: int | None) -> Dataset:
+    """Load a split of the data set, which is the task's if no other is named.
+
+    Args:
+        arguments: the task, its data set and the configuration of that.
+        files: files of the split, for a format.
+        split: the split.
+        count: examples to take, from the start; None for all.
+
+    Returns:
+        The data as they are.
+
+    Raises:
+        ConfigurationError: if no data set is named and the task has none.
+    """
+    path, configuration = arguments.dataset, arguments.dataset_config
+    if path is None:
+        if arguments.task not in EVALUATION_TASKS:
+            raise ConfigurationError(f"--dataset: name the data set; {arguments.task} has no data set of its own.")
+        path, default = EVALUATION_TASKS[arguments.task].dataset[:2]
+        configuration = configuration or default
+    return load_split(path, configuration, files, split, count)
+
+
+def align(task: EvaluationTask, dataset: Dataset, models: Sequence[Any]) -> Dataset:
+    """Put the labels of a data set into the order of the classes of models that are to be compared.
+
+    Args:
+        task: the task.
+        dataset: the data set.
+        models: one model or more.
+
+    Returns:
+        The data set with labels that are right for all of the models.
+
+    Raises:
+        CertificateError: if no labels are.
+    """
+    first, *others = (task.align(dataset, model) for model in models)
+    for other in others:
+        # A column of labels that were put into another order has other names.
+        columns = [name for name, feature in first.features.items() if feature != other.features[name]]
+        if any(list(first[name]) != list(other[name]) for name in columns):
+            raise CertificateError(
+                "the models order their labels differently, so answers cannot be paired class by class; give the "
+                "classes of one of them, and its model.config.id2label, the order of the other's."
+            )
+    return first
+
+
+def load_examples(
+    arguments: DataArguments,
+    task: Task,
+    models: Sequence[Any],
+    processor: Any,
+    files: list[str] | None,
+    split: str,
+    count: int | None,
+) -> Dataset:
+    """Load a split and prepare it for a model, or for several that are to be compared.
+
+    Args:
+        arguments: the data set.
+        task: the task, from `task_of`.
+        models: the models, for the order of their classes.
+        processor: tokenizer or processor.
+        files: files of the split, for a format.
+        split: the split.
+        count: examples to take, from the start; None for all.
+
+    Returns:
+        Examples as the models take them.
+
+    Raises:
+        CertificateError: if the models order their classes differently.
+        ConfigurationError: if no data set is named and the task has none.
+    """
+    published = EVALUATION_TASKS.get(arguments.task)
+    # Examples are counted after a text is cut into blocks.
+    blocks = task.auto_model == "AutoModelForCausalLM" and arguments.task != "mmlu"
+    dataset = load_data(arguments, files, split, None if blocks else count)
+    columns = choose_columns(task, dataset.column_names, arguments.columns)
+    if published is not None:
+        dataset = align(published, dataset, models)
+    length = arguments.max_length or (MAX_LENGTH if published is None else published.max_length)
+    examples = task.prepare(dataset, processor, columns, length)
+    return examples.select(range(min(count or len(examples), len(examples))))
+
+
+def complaint(certificate: Certificate | None, required: str | None) -> str | None:
+    """Return what to say if a verdict is less than required, else None; `improved` is more than `lossless`."""
+    status = "none" if certificate is None else certificate.status
+    if required is None or (status in CERTIFIED and CERTIFIED.index(status) <= CERTIFIED.index(required)):
+        return None
+    return f"the verdict is {status}, not {required}"

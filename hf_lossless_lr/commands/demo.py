@@ -1,0 +1,195 @@
+"""The demonstration: train a small Swin on handwritten digits, halve it, check it, reload it in a new process.
+
+Everything happens on the spot: the digits come with scikit-learn, the model is trained for under a minute, no network
+and no other file is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from copy import deepcopy
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, SwinConfig, SwinForImageClassification
+from transformers.utils import logging
+
+from ..checkpoint import LosslessLowRankConfig
+from ..errors import DataError
+from ..pipeline import LowRankCompressor
+from ..report import comparison_table, report_rows
+
+TRAIN, HELD_OUT = 1297, 500  # of the 1,797 digits
+EPOCHS = 15
+MAX_TRAINING_SECONDS = 45  # on a slow machine the last epochs are left out
+BATCH = 64
+SEED = 0
+
+Batch = dict[str, torch.Tensor]
+
+
+def load_digits() -> tuple[list[Batch], list[Batch]]:
+    """Return training and held-out batches of the UCI handwritten digits, 8 x 8 pixels each.
+
+    Returns:
+        Training batches and held-out batches.
+
+    Raises:
+        DataError: if scikit-learn is not installed.
+    """
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise DataError("the demo takes its digits from scikit-learn: pip install 'hf-lossless-lr[demo]'") from error
+    images, labels = datasets.load_digits(return_X_y=True)
+    pixels = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(SEED))
+    pixels, targets = pixels[order], torch.tensor(labels)[order]
+    train = _batches(pixels[:TRAIN], targets[:TRAIN])
+    return train, _batches(pixels[TRAIN : TRAIN + HELD_OUT], targets[TRAIN : TRAIN + HELD_OUT])
+
+
+def _batches(pixels: torch.Tensor, labels: torch.Tensor) -> list[Batch]:
+    parts = zip(pixels.split(BATCH), labels.split(BATCH), strict=True)
+    return [{"pixel_values": x, "labels": y} for x, y in parts]
+
+
+def train_swin(batches: list[Batch]) -> SwinForImageClassification:
+    """Train a small Swin from scratch, with AdamW and a one-cycle schedule.
+
+    Args:
+        batches: training batches.
+
+    Returns:
+        The trained model in evaluation mode.
+    """
+    torch.manual_seed(SEED)
+    config = SwinConfig(
+        image_size=8,
+        patch_size=2,
+        num_channels=1,
+        embed_dim=128,
+        depths=[2, 2],
+        num_heads=[4, 8],
+        window_size=2,
+    )
+    config.num_labels = 10
+    model = SwinForImageClassification(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+    steps = EPOCHS * len(batches)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=steps)
+    pixels = torch.cat([batch["pixel_values"] for batch in batches])
+    labels = torch.cat([batch["labels"] for batch in batches])
+    started = time.perf_counter()
+    with logging.tqdm(total=steps, desc="Training a small Swin") as progress:
+        for _ in range(EPOCHS):
+            if time.perf_counter() - started > MAX_TRAINING_SECONDS:
+                break
+            for part in torch.randperm(len(pixels)).split(BATCH):
+                model(pixel_values=pixels[part], labels=labels[part]).loss.backward()
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                progress.update()
+    return model.eval()
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, batches: list[Batch]) -> torch.Tensor:
+    """Return the logits of all examples.  # shape: (examples, classes)."""
+    return torch.cat([model(pixel_values=batch["pixel_values"]).logits for batch in batches])
+
+
+@torch.no_grad()
+def latencies(models: tuple[PreTrainedModel, ...], batch: Batch, repeats: int = 15) -> list[float]:
+    """Return the median seconds of one forward pass of each model, measured in turn."""
+    times: list[list[float]] = [[] for _ in models]
+    for repeat in range(repeats + 2):
+        for model, taken in zip(models, times, strict=True):
+            start = time.perf_counter()
+            model(pixel_values=batch["pixel_values"])
+            if repeat >= 2:
+                taken.append(time.perf_counter() - start)
+    return [median(taken) for taken in times]
+
+
+def reload_in_new_process(directory: Path, batches: list[Batch], expected: torch.Tensor) -> bool:
+    """Load a checkpoint with `AutoModelForImageClassification` in a new process and compare its logits.
+
+    Args:
+        directory: the checkpoint.
+        batches: held-out batches.
+        expected: logits of the model in memory.
+
+    Returns:
+        Whether the reloaded model's logits are the same bit for bit.
+    """
+    file = directory.parent / "held_out.safetensors"
+    save_file({f"pixels.{i:03d}": batch["pixel_values"] for i, batch in enumerate(batches)}, file)
+    answer = directory.parent / "reloaded_logits.safetensors"
+    command = [sys.executable, "-c", _RELOAD, str(directory), str(file), str(answer), str(torch.get_num_threads())]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return torch.equal(load_file(answer)["logits"], expected)
+
+
+_RELOAD = """
+import sys
+import torch, hf_lossless_lr
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageClassification
+torch.set_num_threads(int(sys.argv[4]))  # another number may sum in another order
+model = AutoModelForImageClassification.from_pretrained(sys.argv[1]).eval()
+batches = load_file(sys.argv[2])
+with torch.no_grad():
+    logits = torch.cat([model(pixel_values=batches[name]).logits for name in sorted(batches)])
+save_file({"logits": logits}, sys.argv[3])
+"""
+
+
+def run_demo(output: Path, keep_ratio: float = 0.5) -> dict[str, Any]:
+    """Run the demonstration and print its table.
+
+    Args:
+        output: an existing directory for the two checkpoints and `demo.json`.
+        keep_ratio: share of the targeted parameters to keep.
+
+    Returns:
+        What the table shows, with the times of the stages.
+
+    Raises:
+        DataError: if the reloaded model does not answer as the model in memory did.
+    """
+    started = time.perf_counter()
+    train, held_out = load_digits()
+    dense = train_swin(train)
+    trained = time.perf_counter()
+    dense.save_pretrained(output / "dense")
+    compressor = LowRankCompressor(LosslessLowRankConfig(keep_ratio=keep_ratio, seed=SEED))
+    compressed = compressor.compress(deepcopy(dense), train, eval_dataset=held_out)
+    compressed.save_pretrained(output / "compressed")
+    done = time.perf_counter()
+    if not reload_in_new_process(output / "compressed", held_out, logits_of(compressed, held_out)):
+        raise DataError("the reloaded model does not answer as the model in memory did")
+    report = compressor.report
+    if report is None:
+        raise DataError("the compressor left no report")
+    latency = latencies((dense, compressed), held_out[0])
+    files = [(output / name / "model.safetensors").stat().st_size for name in ("dense", "compressed")]
+    rows = {
+        **report_rows(report),
+        "file size (bytes)": (files[0], files[1]),
+        f"latency, {BATCH} digits (ms)": (1000 * latency[0], 1000 * latency[1]),
+    }
+    seconds = {"train": trained - started, "compress": done - trained, "total": time.perf_counter() - started}
+    print(comparison_table(rows))
+    print(f"\n{HELD_OUT} held-out digits; reloaded in a new process: the same logits bit for bit")
+    print(f"trained in {seconds['train']:.0f} s, compressed in {seconds['compress']:.0f} s; files in {output}")
+    result = {"rows": rows, "seconds": seconds, "keep_ratio": report.keep_ratio}
+    (output / "demo.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result

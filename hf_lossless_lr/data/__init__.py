@@ -1,0 +1,28 @@
+"""What a model is measured on: from what the user passes to disjoint loaders that repeat.
+
+Also what a batch's labels and loss mean, and which rows are padding.
+"""
+
+from .forward import forward_loss, mean_loss
+from .labels import IGNORE_INDEX, Question, batch_examples, correct_predictions, questions
+from .loaders import dataset_size, make_dataloader, subset
+from .padding import PaddingMasks
+from .splits import DataSplits, combined_digest, item_digests, split_data
+
+__all__ = [
+    "IGNORE_INDEX",
+    "DataSplits",
+    "PaddingMasks",
+    "Question",
+    "batch_examples",
+    "combined_digest",
+    "correct_predictions",
+    "dataset_size",
+    "forward_loss",
+    "item_digests",
+    "make_dataloader",
+    "mean_loss",
+    "questions",
+    "split_data",
+    "subset",
+]

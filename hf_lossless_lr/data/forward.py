@@ -1,0 +1,73 @@
+"""The loss of a batch, and of a whole data set."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from ..errors import DataError, NumericalError
+from ..layers import evaluating
+from .labels import labelled_units
+
+
+def forward_loss(model: PreTrainedModel, batch: Mapping[str, Any], index: int) -> tuple[torch.Tensor, Any, int]:
+    """Run a batch and return its mean loss in float32, the outputs, and the labelled units behind the loss.
+
+    Args:
+        model: the model.
+        batch: keyword arguments of its forward.
+        index: number of the batch, for errors.
+
+    Returns:
+        Loss in nats, outputs, units.
+
+    Raises:
+        ConfigurationError: if a CTC head sums its loss.
+        DataError: if there are no labels or the model returns no loss.
+        NumericalError: if the loss is not finite.
+    """
+    units = labelled_units(model, batch)
+    extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    outputs = model(**{**extra, **batch})
+    loss = getattr(outputs, "loss", None)
+    if loss is None:
+        raise DataError(
+            f"batch {index}: {type(model).__name__} returned no loss. Use a model class with a task head, and a batch "
+            "with labels."
+        )
+    loss = loss.float().mean()
+    if units and not torch.isfinite(loss):
+        raise NumericalError(f"batch {index}: the loss is {loss.item()}; check the labels and the inputs.")
+    return loss, outputs, units
+
+
+def mean_loss(model: PreTrainedModel, loader: DataLoader, accelerator: Accelerator) -> float:
+    """Measure a model's loss on all examples of a loader, each once, whatever the number of processes.
+
+    Args:
+        model: the model, on `accelerator.device`; its training mode is restored.
+        loader: batches with labels.
+        accelerator: made with `even_batches=False`.
+
+    Returns:
+        Mean loss per labelled unit, in nats.
+
+    Raises:
+        DataError: if a batch has no labels, the model no loss, or nothing is labelled.
+        NumericalError: if a loss is not finite.
+    """
+    totals = torch.zeros(2, dtype=torch.float64, device=accelerator.device)  # loss, units
+    with evaluating(model), torch.no_grad():
+        for index, batch in enumerate(accelerator.prepare(loader)):
+            loss, _, units = forward_loss(model, batch, index)
+            totals += torch.tensor([loss.item() * units if units else 0.0, units], dtype=torch.float64).to(totals)
+    total, units = accelerator.reduce(totals, "sum").tolist()
+    if units == 0:
+        raise DataError("no example of the data has a label: every label is -100.")
+    return total / units

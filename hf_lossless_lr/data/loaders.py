@@ -1,0 +1,214 @@
+"""From what the user passes (a dataset, a loader, batches) to a deterministic `DataLoader`, as `Trainer` does."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset
+from transformers import DataCollatorWithPadding, PreTrainedModel, default_data_collator
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from ..errors import DataError
+from ..fingerprint import content_digest, tensors_fingerprint
+from .labels import batch_examples, label_names
+
+MIN_EXAMPLES = 8
+
+
+def make_dataloader(
+    data: Any,
+    model: PreTrainedModel,
+    *,
+    batch_size: int,
+    data_collator: Any = None,
+    processing_class: Any = None,
+    name: str = "calib_dataset",
+) -> DataLoader:
+    """Build a loader that yields the same batches in the same order each time, and in each process.
+
+    A collator may draw random numbers, such as the masks of a language model: it gets a seed that its examples
+    determine, in the global generators of torch (on the CPU), NumPy and Python, which are then as they were. Numbers
+    from elsewhere (a generator of the collator's own, a random transform of the dataset) cannot be repeated; they are
+    refused if the first batch shows them.
+
+    Args:
+        data: a `datasets.Dataset` or torch `Dataset` of examples, a `DataLoader` (the examples that its sampler draws,
+            each once and in the order of its dataset, with its collator and batch size), or a finite iterable of
+            batches (mappings of tensors).
+        model: the model; columns that its forward does not take are dropped, as `Trainer` does.
+        batch_size: examples per batch, where the data has none of its own.
+        data_collator: collator for examples; default as in `Trainer`.
+        processing_class: tokenizer or processor, for the default collator.
+        name: what to call the data in errors.
+
+    Returns:
+        A `DataLoader` without shuffling.
+
+    Raises:
+        DataError: if the data is empty, too small, of an unknown kind, different each time, or has no column that the
+            model takes.
+    """
+    if isinstance(data, DataLoader):
+        with _seeded(""):  # its sampler draws the same in each process
+            loader = _of_loader(data, name)
+    elif isinstance(data, IterableDataset):
+        examples = _Columns(list(data), model, name)
+        loader = _loader(examples, batch_size, _repeatable(_collator(data_collator, processing_class)))
+    elif isinstance(data, (Mapping, str)) or not isinstance(data, (Dataset, Iterable)):
+        raise DataError(
+            f"{name}: expected a Dataset, a DataLoader or an iterable of batches, got {type(data).__name__}."
+        )
+    elif _is_examples(data):
+        examples = _Columns(data, model, name)
+        loader = _loader(examples, batch_size, _repeatable(_collator(data_collator, processing_class)))
+    else:
+        loader = _batches_loader(list(cast(Iterable[Any], data)), name)
+    _check_size(loader, name)
+    _check_repeats(loader, name)
+    return loader
+
+
+def dataset_size(loader: DataLoader) -> int:
+    """Return the number of items (examples, or ready-made batches) behind a loader from `make_dataloader`."""
+    return len(cast(Sized, loader.dataset))
+
+
+def ready_batches(loader: DataLoader) -> bool:
+    """Return whether the items behind a loader from `make_dataloader` are ready-made batches rather than examples."""
+    return loader.collate_fn is _single
+
+
+def subset(loader: DataLoader, indices: Sequence[int]) -> DataLoader:
+    """Return a loader of some of the items, in the given order."""
+    return _loader(Subset(loader.dataset, indices), loader.batch_size, loader.collate_fn)
+
+
+def _of_loader(data: DataLoader, name: str) -> DataLoader:
+    if isinstance(data.dataset, IterableDataset) or data.batch_size is None:
+        return _batches_loader(list(data), name)
+    return _loader(Subset(data.dataset, _drawn(data.sampler)), data.batch_size, _repeatable(data.collate_fn))
+
+
+def _drawn(sampler: Any) -> Sequence[int]:
+    """Return the indices that a sampler draws, in ascending order; of all processes, where it gives each its share."""
+    if isinstance(sampler, DistributedSampler):
+        return range(len(cast(Sized, sampler.dataset)))
+    return sorted(set(sampler))
+
+
+class _Columns(Dataset):
+    """Examples of a dataset, reduced to the columns that the model takes."""
+
+    def __init__(self, data: Any, model: PreTrainedModel, name: str) -> None:
+        self.data, self.model = data, model
+        if len(data) and isinstance(data[0], Mapping) and not _used_columns(data[0], model):
+            raise DataError(
+                f"{name}: has the columns {', '.join(map(str, data[0]))}, none of which {type(model).__name__} takes. "
+                "Tokenize the text (or process the images) first, for instance with `dataset.map(tokenize)`."
+            )
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        return _used_columns(self.data[index], self.model)
+
+
+def _used_columns(example: Any, model: PreTrainedModel) -> Any:
+    if not isinstance(example, Mapping):
+        return example
+    parameters = inspect.signature(model.forward).parameters
+    used = {*parameters, *label_names(model), "label", "label_ids"}
+    return {column: value for column, value in example.items() if column in used and value is not None}
+
+
+def _is_examples(data: Any) -> bool:
+    """Whether indexing gives examples rather than whole batches."""
+    if isinstance(data, Dataset) or hasattr(data, "column_names"):
+        return True
+    first = data[0] if isinstance(data, Sequence) and len(data) else None
+    if not isinstance(first, Mapping):
+        return False
+    dims = [value.ndim if isinstance(value, torch.Tensor) else 0 for value in first.values()]
+    return 0 in dims or max(dims, default=0) == 1  # a batch has its own dimension before those of an example
+
+
+def _collator(data_collator: Any, processing_class: Any) -> Any:
+    if data_collator is not None:
+        return data_collator
+    if isinstance(processing_class, PreTrainedTokenizerBase):
+        return DataCollatorWithPadding(processing_class)
+    return default_data_collator
+
+
+def _repeatable(collate: Any) -> Any:
+    """Return a collator that draws the same random numbers for the same examples each time."""
+
+    def collate_again(items: Any) -> Any:
+        with _seeded("".join(map(content_digest, items))):
+            return collate(items)
+
+    return collate_again
+
+
+@contextmanager
+def _seeded(content: str) -> Iterator[None]:
+    """Seed the global generators by some content; they are as they were afterwards."""
+    seed = int(content_digest(content)[:8], 16)
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
+
+
+def _loader(dataset: Any, batch_size: int | None, collate_fn: Any) -> DataLoader:
+    generator = torch.Generator()  # else each pass draws from the global one
+    return DataLoader(dataset, batch_size=batch_size, shuffle=False, collate_fn=collate_fn, generator=generator)
+
+
+def _single(items: list[Any]) -> Any:
+    return items[0]
+
+
+def _batches_loader(batches: list[Any], name: str) -> DataLoader:
+    for index, batch in enumerate(batches):
+        if not isinstance(batch, Mapping) or not any(isinstance(value, torch.Tensor) for value in batch.values()):
+            raise DataError(
+                f"{name}: batch {index} is a {type(batch).__name__}; each batch must map forward's argument names to "
+                "tensors."
+            )
+    return _loader(batches, 1, _single)
+
+
+def _check_size(loader: DataLoader, name: str) -> None:
+    count = dataset_size(loader)
+    if count and ready_batches(loader):
+        count = sum(batch_examples(batch) for batch in loader)
+    if count == 0:
+        raise DataError(f"{name}: is empty.")
+    if count < MIN_EXAMPLES:
+        raise DataError(f"{name}: has {count} examples; at least {MIN_EXAMPLES} are needed.")
+
+
+def _check_repeats(loader: DataLoader, name: str) -> None:
+    if ready_batches(loader):
+        return
+    first, again = next(iter(loader)), next(iter(loader))
+    if isinstance(first, Mapping) and tensors_fingerprint(first) != tensors_fingerprint(again):
+        raise DataError(
+            f"{name}: its first batch is another one each time, so that no two models can be compared on it. Random "
+            "numbers come from a generator of the collator's own (leave out its seed) or from a transform of the "
+            "dataset (use the one for evaluation), or pass ready-made batches."
+        )

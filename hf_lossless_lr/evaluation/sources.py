@@ -1,0 +1,78 @@
+"""Data sets from the hub, a folder or files, and their columns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
+
+from ..errors import DataError
+from .task import Task
+
+
+def choose_columns(task: Task, available: list[str], given: list[str] | None = None) -> list[str]:
+    """Return the columns to use, the label last where the task has one.
+
+    Args:
+        task: the task.
+        available: columns of the data set.
+        given: columns that the user named.
+
+    Returns:
+        Column names.
+
+    Raises:
+        DataError: if a column does not exist, or none of the usual names does.
+    """
+    for column in given or ():
+        if column not in available:
+            raise DataError(f"the data set has no column {column!r}; it has {', '.join(available)}.")
+    if given:
+        return given
+    chosen = []
+    for alternatives in task.columns:
+        names = alternatives.split("|")
+        found = next((name for name in names if name in available and name not in chosen), None)
+        if found:
+            chosen.append(found)
+        elif "" not in names:
+            raise DataError(
+                f"the data set has none of the columns {', '.join(n for n in names if n)}; it has "
+                f"{', '.join(available)}. Name the columns with --columns, the label last."
+            )
+    return chosen
+
+
+def load_split(
+    path: str, name: str | None, data_files: str | list[str] | None, split: str, examples: int | None
+) -> Dataset:
+    """Load a split of a data set from the hub, a folder, or files.
+
+    Args:
+        path: hub id, a folder (also one written by `save_to_disk`), or a format such as `json`, `csv`, `parquet`.
+        name: configuration of the data set.
+        data_files: files to read, for a format.
+        split: split to take.
+        examples: how many examples to take from the start; None for all.
+
+    Returns:
+        The data set.
+
+    Raises:
+        DataError: if it cannot be loaded or has no such split.
+    """
+    saved = any(Path(path, file).is_file() for file in ("state.json", "dataset_dict.json"))
+    try:
+        if data_files is not None:
+            data: Any = load_dataset(path, name, data_files={split: data_files})
+        else:
+            data = load_from_disk(path) if saved else load_dataset(path, name)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise DataError(f"cannot load the data set {path!r}: {error.__cause__ or error}") from error
+    if isinstance(data, DatasetDict):
+        if split not in data:
+            raise DataError(f"the data set {path!r} has no split {split!r}; it has {', '.join(data)}.")
+        data = data[split]
+    return data if examples is None else data.select(range(min(examples, len(data))))

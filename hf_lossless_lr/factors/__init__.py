@@ -1,0 +1,20 @@
+"""From W, G, A and B to nested factors, their predicted loss at every rank, and the refit to shifted inputs.
+
+`linalg` knows tensors only.
+"""
+
+from .curves import LossCurve
+from .factorize import Factorization, factorize, loss_curve
+from .metrics import METRIC_SIDES
+from .refit import RefitTarget, refit, refit_groups
+
+__all__ = [
+    "METRIC_SIDES",
+    "Factorization",
+    "LossCurve",
+    "RefitTarget",
+    "factorize",
+    "loss_curve",
+    "refit",
+    "refit_groups",
+]

@@ -1,0 +1,143 @@
+"""From a weight and its statistics to nested factors and a loss curve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..errors import ConfigurationError, NumericalError
+from ..statistics import LayerStatistics
+from .curves import LossCurve
+from .linalg import MetricFactors, metric_svd, pivoted_form, quadratic_tails
+from .metrics import METRIC_SIDES
+
+SMALLEST_NORM = 1e-100  # below it a factor counts as zero, where balancing would divide by it
+
+
+class FactorTensors(NamedTuple):
+    """What `FactorizedLinear.load_factors` takes; shapes are given there."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+    permutation: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Factorization:
+    """Nested factors of one weight; every rank is a slice.
+
+    Attributes:
+        factors: left and right factors of full rank, in float64.
+    """
+
+    factors: MetricFactors
+
+    def weight(self, rank: int) -> torch.Tensor:
+        """Return the approximation of the given rank.  # shape: (out, in)."""
+        return self.factors.left[:, :rank] @ self.factors.right[:rank]
+
+    def truncate(self, rank: int, storage: str, pivot_inputs: bool = False) -> FactorTensors:
+        """Return the factors of the given rank in the given storage.
+
+        Args:
+            rank: `k`, from 1 to `min(out, in)` (below it for pivoted storage).
+            storage: `pivoted` or `two-factor`.
+            pivot_inputs: whether pivots are columns of the weight rather than rows.
+
+        Returns:
+            Tensors for `load_factors`.
+        """
+        left, right = self.factors.left[:, :rank], self.factors.right[:rank]
+        if storage == "pivoted" and pivot_inputs:
+            form = pivoted_form(right.T, left.T)
+            return FactorTensors(form.coefficients.T, form.skeleton.T, torch.argsort(form.permutation))
+        if storage == "pivoted":
+            form = pivoted_form(left, right)
+            return FactorTensors(form.skeleton, form.coefficients, form.permutation)
+        # Balance the two factors, so that neither loses precision in a narrow dtype; a zero one stays zero.
+        left_norms, right_norms = (norms.clamp_min(SMALLEST_NORM) for norms in (left.norm(dim=0), right.norm(dim=1)))
+        scale = (left_norms / right_norms).sqrt()
+        return FactorTensors(right * scale[:, None], left / scale, None)
+
+
+def factorize(weight: torch.Tensor, stats: LayerStatistics, metric: str, damping: float) -> Factorization:
+    """Factorize one weight in one of the named metrics.
+
+    | metric | A (inputs) | B (output gradients) | known as |
+    |---|---|---|---|
+    | `identity` | I | I | SVD |
+    | `fisher` | I | row Fisher, `diag(B)` | FWSVD |
+    | `activation-diagonal` | `diag(A)` | I | ASVD (α = ½) |
+    | `activation` | A | I | DRONE, SVD-LLM |
+    | `kronecker` | A | B | K-FAC SVD, GFWSVD |
+
+    Args:
+        weight: the dense weight.  # shape: (out, in)
+        stats: its statistics.
+        metric: a key of `METRIC_SIDES`.
+        damping: relative damping of A and B.
+
+    Returns:
+        The nested factors.
+
+    Raises:
+        ConfigurationError: if the metric is unknown.
+        NumericalError: if the weight or the statistics are not finite.
+    """
+    if metric not in METRIC_SIDES:
+        raise ConfigurationError(f"metric: {metric!r} is unknown; choose one of {', '.join(METRIC_SIDES)}.")
+    input_metric, output_metric = METRIC_SIDES[metric](stats, damping)
+    factors = metric_svd(weight, input_metric, output_metric)
+    if not all(torch.isfinite(factor).all() for factor in factors):
+        raise NumericalError(f"the factorization of a {tuple(weight.shape)} weight is not finite; raise `damping`.")
+    return Factorization(factors)
+
+
+def loss_curve(
+    weight: torch.Tensor,
+    factorization: Factorization,
+    stats: LayerStatistics,
+    storage: str = "pivoted",
+    with_noise: bool = False,
+) -> LossCurve:
+    r"""Predict the loss of one layer for every rank.
+
+    With `l_i`, `r_i` the columns and rows of the factors and `D_k = −Σ_{i>k} l_i r_i`:
+    first order `⟨G, D_k⟩ = −Σ_{i>k} l_iᵀ G r_iᵀ`, second order `½ tr(B D_k A D_kᵀ)`.
+
+    Args:
+        weight: the dense weight.  # shape: (out, in)
+        factorization: its factors.
+        stats: its statistics, not damped.
+        storage: storage whose parameters are counted: `pivoted`, `two-factor` or `auto`.
+        with_noise: whether to compute `max |D_k|`, which only the paper's rules need.
+
+    Returns:
+        The curve.
+    """
+    left, right, _ = factorization.factors
+    slopes = ((left.T @ stats.weight_grad.double()) * right).sum(1)
+    first = -torch.cat([slopes.flip(0).cumsum(0).flip(0), slopes.new_zeros(1)])
+    second = quadratic_tails(factorization.factors, stats.input_covariance, stats.grad_covariance)
+    noise = _max_noise(weight.double(), factorization.factors) if with_noise else None
+    return LossCurve(
+        out_features=weight.shape[0],
+        in_features=weight.shape[1],
+        storage=storage,
+        first_order=first.cpu().numpy(),
+        second_order=second.cpu().numpy(),
+        max_noise=noise,
+    )
+
+
+def _max_noise(weight: torch.Tensor, factors: MetricFactors) -> np.ndarray:
+    """Return `max |Ŵ_k − W|` for every rank.  # shape: (m + 1,)."""
+    remainder = weight.clone()
+    noise = [remainder.abs().max()]
+    for column, row in zip(factors.left.T, factors.right, strict=True):
+        remainder -= torch.outer(column, row)
+        noise.append(remainder.abs().max())
+    return torch.stack(noise).cpu().numpy()

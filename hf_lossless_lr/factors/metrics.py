@@ -1,0 +1,33 @@
+"""The metrics that a weight can be factorized in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ..statistics import LayerStatistics
+from .linalg import damped
+
+Side = torch.Tensor | None
+
+
+def _activation_diagonal(stats: LayerStatistics, damping: float) -> tuple[Side, Side]:
+    return damped(stats.input_covariance.diagonal(), damping), None
+
+
+def _fisher(stats: LayerStatistics, damping: float) -> tuple[Side, Side]:
+    return None, damped(stats.grad_covariance.diagonal(), damping)
+
+
+METRIC_SIDES: dict[str, Callable[[LayerStatistics, float], tuple[Side, Side]]] = {
+    "identity": lambda stats, damping: (None, None),
+    "fisher": _fisher,
+    "activation-diagonal": _activation_diagonal,
+    "activation": lambda stats, damping: (damped(stats.input_covariance, damping), None),
+    "kronecker": lambda stats, damping: (
+        damped(stats.input_covariance, damping),
+        damped(stats.grad_covariance, damping),
+    ),
+}
+"""Name of a metric to its sides `(A, B)`; None is the identity."""

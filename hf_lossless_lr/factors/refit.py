@@ -1,0 +1,199 @@
+r"""Refit: fit each layer to the inputs that it really receives once everything before it is compressed.
+
+With `X` the dense model's inputs to a layer and `X'` those of the compressed model, the layer that best
+reproduces the dense outputs from the shifted inputs is
+
+$$T = W\,(X X'^\top + λI)\,(X' X'^\top + λI)^{-1},$$
+
+which is then factorized at the layer's rank in the metric `(X'X'ᵀ, B)`. Layers are taken in the order of the
+forward pass; layers that share their input (q, k, v; gate, up) are one group.
+
+Every batch is sent through the dense and through the compressed model once, and *pauses* where a group receives its
+input (in the dense model behind a single layer that is no wider in its outputs: they are `W X` already), until the
+group is refitted. So the cost is two forward passes and the products, for any architecture, and the memory that of
+one point of the forward pass over all batches. The pauses are greenlets: the model's own forward runs as it is, and
+nothing is re-implemented or run twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import greenlet
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..data import PaddingMasks
+from ..layers import evaluating, in_place, weight_matrix
+from ..statistics import CalibrationStatistics, Group, Pause, Stream, gram, pausing
+from ..timing import timed
+from .factorize import Factorization
+from .linalg import damped, metric_svd, shifted_weight
+
+CHUNK = 4096  # rows that small batches are joined to, for their products
+RIDGE = 0.1  # relative ridge towards the weight; 0.01 and 0.001 overfit 1,024 examples where little is compressed
+
+
+@dataclass(frozen=True)
+class RefitTarget:
+    """A layer to refit.
+
+    Attributes:
+        dense: the dense layer.
+        factorized: the layer that replaces it, with factors loaded; changed in place.
+        grad_covariance: B of the layer.  # shape: (out, out)
+    """
+
+    dense: nn.Module
+    factorized: Any
+    grad_covariance: torch.Tensor
+
+
+def refit_groups(statistics: CalibrationStatistics, targets: Mapping[str, RefitTarget]) -> list[Group]:
+    """Return the groups of layers that can be refitted, in the order of the forward pass.
+
+    A layer that is called several times in a pass (ALBERT's) has no one input to fit; it is left as it is.
+    """
+    groups = (tuple(name for name in group if name in targets) for group in statistics.groups)
+    return [group for group in groups if group]
+
+
+@torch.no_grad()
+def refit(
+    model: PreTrainedModel,
+    targets: Mapping[str, RefitTarget],
+    groups: Sequence[Group],
+    loader: DataLoader,
+    accelerator: Accelerator,
+    damping: float,
+    seconds: dict[str, float],
+) -> list[str]:
+    """Refit the factorized layers to their shifted inputs, in the order of the forward pass.
+
+    Args:
+        model: the dense model; it is dense again afterwards.
+        targets: layers, by name; the factors in `factorized` are replaced.
+        groups: from `refit_groups`.
+        loader: calibration data.
+        accelerator: made with `even_batches=False`.
+        damping: relative damping of the metric.
+        seconds: the times of the forward passes, of the products of their inputs and of the solves are added here.
+
+    Returns:
+        The layers that were left as they are: in no group, not reached by the data, or behind a router that sends them
+        other rows in the compressed model than in the dense one.
+    """
+    left = set(targets)
+    factorized = {name: target.factorized for name, target in targets.items()}
+    masks = PaddingMasks(model)  # what it knows of the model serves all streams
+    with evaluating(model), pausing(model, masks.encoder, _pauses(targets, groups)):
+        batches = list(enumerate(accelerator.prepare(loader)))
+        dense = [Stream(model, batch, index, copy(masks)) for index, batch in batches]
+        compressed = [Stream(model, batch, index, copy(masks)) for index, batch in batches]
+        finished: set[Group] = set()
+        try:
+            for group in logging.tqdm(groups, desc="Refitting", disable=not accelerator.is_main_process):
+                with timed(seconds, "refit_forward"):
+                    arrived = [stream.advance(group, finished) for stream in dense]
+                    with in_place(model, factorized):
+                        arrived = [s.advance(group, finished) and a for s, a in zip(compressed, arrived, strict=True)]
+                pairs = [(d, c) for d, c, a in zip(dense, compressed, arrived, strict=True) if a]
+                with timed(seconds, "refit_products"):
+                    products = _products([targets[name] for name in group], pairs, accelerator)
+                finished.add(group)
+                if products is not None:
+                    left -= set(group)
+                    with timed(seconds, "refit_solves"):
+                        for name, output_cross in zip(group, products.output_cross, strict=True):
+                            _solve(targets[name], output_cross, products.input_gram, damping)
+        finally:
+            for stream in dense + compressed:
+                stream.throw(greenlet.GreenletExit)
+    return [name for name in targets if name in left]
+
+
+def _pauses(targets: Mapping[str, RefitTarget], groups: Sequence[Group]) -> list[Pause]:
+    """Return where streams wait: at each layer of a group, dense and factorized."""
+    pauses = []
+    for group in groups:
+        behind = _compares_outputs([targets[name] for name in group])
+        for name in group:
+            target = targets[name]
+            pauses.append(Pause(group, target.dense, target.dense, behind))
+            pauses.append(Pause(group, target.factorized, target.dense, behind=False))
+    return pauses
+
+
+class _Products(NamedTuple):
+    """Products over all rows that a group received, per row.
+
+    Attributes:
+        output_cross: `W X X'ᵀ` of each layer of the group.
+        input_gram: `X' X'ᵀ`.
+    """
+
+    output_cross: tuple[torch.Tensor, ...]
+    input_gram: torch.Tensor
+
+
+def _compares_outputs(group: Sequence[RefitTarget]) -> bool:
+    """Return whether the dense model's outputs `W X` stand for its inputs.
+
+    They do where they are no wider, and have no bias or one that can be taken off: in 16 bits it may have rounded away
+    the rest.
+    """
+    dense: Any = group[0].dense
+    out, size = weight_matrix(dense).shape
+    return len(group) == 1 and out <= size and (dense.bias is None or dense.weight.dtype.itemsize >= 4)
+
+
+def _products(
+    group: Sequence[RefitTarget], streams: list[tuple[Stream, Stream]], accelerator: Accelerator
+) -> _Products | None:
+    """Return the products of a group over all processes; None if there are no rows, or they do not pair.
+
+    A layer behind a router may receive other rows in the compressed model than in the dense one.
+    """
+    weights = [weight_matrix(target.dense) for target in group]
+    stacked, outputs = torch.cat(weights), _compares_outputs(group)
+    out, size = stacked.shape
+    cross = stacked.new_zeros((out if outputs else size, size), dtype=torch.float64)
+    input_gram = cross.new_zeros((size, size))
+    pairs = [(dense.rows, compressed.rows) for dense, compressed in streams]
+    paired = [(d, c) for d, c in pairs if d is not None and c is not None and len(d) == len(c)]
+    for dense_rows, shifted_rows in _chunks(paired):
+        cross += dense_rows.T @ shifted_rows
+        input_gram += gram(shifted_rows)
+    counts = cross.new_tensor([sum(len(d) for d, _ in paired), len(pairs) - len(paired)])
+    cross, input_gram, counts = (accelerator.reduce(total, "sum") for total in (cross, input_gram, counts))
+    rows, unpaired = counts.tolist()
+    if rows == 0 or unpaired:
+        return None
+    if not outputs:
+        cross = stacked.double() @ cross
+    return _Products(torch.split(cross / rows, [len(weight) for weight in weights]), input_gram / rows)
+
+
+def _chunks(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Join the rows of small batches: one product of many rows costs less than many products of few."""
+    chunk: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for index, pair in enumerate(pairs):
+        chunk.append(pair)
+        if sum(len(rows) for rows, _ in chunk) >= CHUNK or index == len(pairs) - 1:
+            dense_rows, shifted_rows = zip(*chunk, strict=True)
+            yield torch.cat(dense_rows), torch.cat(shifted_rows)
+            chunk = []
+
+
+def _solve(target: RefitTarget, output_cross: torch.Tensor, input_gram: torch.Tensor, damping: float) -> None:
+    weight = shifted_weight(weight_matrix(target.dense), output_cross, input_gram, RIDGE)
+    factors = metric_svd(weight, damped(input_gram, damping), damped(target.grad_covariance, damping))
+    layer = target.factorized
+    layer.load_factors(*Factorization(factors).truncate(layer.rank, layer.storage, layer.pivots_inputs))

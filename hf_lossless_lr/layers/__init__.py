@@ -1,0 +1,37 @@
+"""Which layers of a model are factorized, what takes their place, and what that stores.
+
+A layer type is one file: its layout (how its weight is one or several matrices) and its factorized form. No other
+room tests for a layer type.
+"""
+
+from .conv2d import FactorizedConv2d
+from .factorized import METHOD, is_factorized
+from .layout import Layout, layout_of, to_dense, weight_matrix
+from .linear import FactorizedLinear
+from .model_state import differentiating_only, evaluating, on_device
+from .replacement import in_place, replace_modules
+from .storage import STORAGES, break_even_rank, choose_storage, factorized_parameters
+from .targets import Targets, check_model, find_targets
+
+__all__ = [
+    "METHOD",
+    "STORAGES",
+    "FactorizedConv2d",
+    "FactorizedLinear",
+    "Layout",
+    "Targets",
+    "break_even_rank",
+    "check_model",
+    "choose_storage",
+    "differentiating_only",
+    "evaluating",
+    "factorized_parameters",
+    "find_targets",
+    "in_place",
+    "is_factorized",
+    "layout_of",
+    "on_device",
+    "replace_modules",
+    "to_dense",
+    "weight_matrix",
+]

@@ -1,0 +1,131 @@
+"""What takes the place of a dense layer in a compressed model: the shared body of all layer types."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ConfigurationError
+from .storage import STORAGES
+
+METHOD = "lossless_lr"
+"""Name of our format among Transformers' quantization methods."""
+
+
+class Factorized(nn.Module):
+    """Shared body of the factorized layers: `down` to the rank, `up` from it, and a guard called `weight`.
+
+    * `two-factor`: `y = up(down(x)) + bias`.
+    * `pivoted`, by outputs: `z = down(x)` are `rank` of the outputs themselves, `up` computes the others from them,
+      and `permutation` restores their order: `y = cat(z, up(z))[permutation] + bias`.
+    * `pivoted`, by inputs (`pivots_inputs`): `permutation` puts `rank` of the inputs first, `down` adds what the
+      others contribute to them: `u, v = x[permutation].split(rank)`, `y = up(u + down(v)) + bias`.
+
+    The guard is a one-element buffer under the dense weight's name. Model code that reads `.weight.dtype` works, and a
+    stock Transformers that does not know this package refuses the checkpoint with a shape mismatch instead of filling
+    the layer with random numbers.
+    """
+
+    feature_dim = -1
+    pivots_inputs = False
+    layer_type: str
+    down: nn.Linear | nn.Conv2d
+    up: nn.Linear | nn.Conv2d
+    bias: nn.Parameter | None
+    permutation: torch.Tensor | None
+
+    def __init__(self, out_features: int, in_features: int, rank: int, storage: str) -> None:
+        super().__init__()
+        if storage not in STORAGES:
+            raise ConfigurationError(f"storage: {storage!r} is unknown; choose one of {', '.join(STORAGES)}.")
+        limit = min(out_features, in_features) - (storage == "pivoted")
+        if not 1 <= rank <= limit:
+            raise ConfigurationError(
+                f"rank: a {storage} layer with {in_features} inputs and {out_features} outputs takes ranks from 1 to "
+                f"{limit}, got {rank}."
+            )
+        self.out_features, self.in_features, self.rank, self.storage = out_features, in_features, rank, storage
+
+    def _finish(self, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
+        """Register the bias, the permutation and the guard; `down` and `up` exist already."""
+        parameter = nn.Parameter(torch.zeros(self.out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", parameter)
+        permuted = self.in_features if self.pivots_inputs else self.out_features
+        order = torch.arange(permuted, device=device, dtype=torch.int32)
+        self.register_buffer("permutation", order if self.storage == "pivoted" else None)
+        self.register_buffer("weight", torch.zeros(1, device=device, dtype=dtype))
+
+    def _stored_sizes(self) -> tuple[int, int]:
+        """Return the inputs of `down` and the outputs of `up`: what pivots stand for is not stored."""
+        pivots = self.rank if self.storage == "pivoted" else 0
+        if self.pivots_inputs:
+            return self.in_features - pivots, self.out_features
+        return self.in_features, self.out_features - pivots
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the factorized map to `x`; same input and output shapes as the dense layer."""
+        if self.permutation is None:
+            y = self.up(self.down(x))
+        elif self.pivots_inputs:
+            x = x.index_select(-1, self.permutation)
+            y = self.up(x[..., : self.rank] + self.down(x[..., self.rank :]))
+        else:
+            z = self.down(x)
+            y = torch.cat([z, self.up(z)], dim=self.feature_dim).index_select(self.feature_dim, self.permutation)
+        if self.bias is None:
+            return y
+        return y + (self.bias if self.feature_dim == -1 else self.bias[:, None, None])
+
+    @torch.no_grad()
+    def load_factors(
+        self,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        permutation: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> None:
+        """Copy factors into the layer, casting them once to its dtype.
+
+        Args:
+            down: right factor, pivot rows, or coefficients of other inputs.  # shape: (rank, in or in - rank)
+            up: left factor, pivot columns, or coefficients of other outputs.  # shape: (out or out - rank, rank)
+            permutation: order of the outputs or of the inputs, for pivoted storage.  # shape: (out,) or (in,)
+            bias: bias of the dense layer, if it has one.  # shape: (out,)
+
+        Raises:
+            ConfigurationError: if the storage and the permutation do not go together.
+        """
+        if (permutation is None) != (self.permutation is None):
+            raise ConfigurationError(
+                f"load_factors: a {self.storage} layer takes {'no' if self.permutation is None else 'a'} permutation."
+            )
+        self.down.weight.copy_(down.reshape(self.down.weight.shape))
+        self.up.weight.copy_(up.reshape(self.up.weight.shape))
+        if self.permutation is not None and permutation is not None:
+            self.permutation.copy_(permutation)
+        if self.bias is not None and bias is not None:
+            self.bias.copy_(bias)
+
+    def dense_weight(self) -> torch.Tensor:
+        """Return the matrix that the factors stand for, in float32 or wider.  # shape: (out, in)."""
+        dtype = torch.promote_types(self.down.weight.dtype, torch.float32)
+        down, up = self.down.weight.flatten(1).to(dtype), self.up.weight.flatten(1).to(dtype)
+        if self.permutation is None:
+            return up @ down
+        if self.pivots_inputs:
+            return torch.cat([up, up @ down], dim=1).index_select(1, torch.argsort(self.permutation))
+        return torch.cat([down, up @ down]).index_select(0, self.permutation)
+
+    def extra_repr(self) -> str:
+        """Describe the layer as `nn.Linear` does."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"bias={self.bias is not None}, storage={self.storage}"
+        )
+
+
+def is_factorized(module: nn.Module) -> bool:
+    """Return whether a module is one of the factorized layers."""
+    return isinstance(module, Factorized)

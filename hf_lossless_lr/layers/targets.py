@@ -1,0 +1,222 @@
+"""Which layers of a model are factorized.
+
+Patterns are resolved by how specific they are: an exact name beats the end of a name (`q_proj`, as PEFT writes it),
+which beats `re:` and a regular expression, then a glob, then a layer type. A layer is a target if its best match in
+`target_modules` is more specific than its best match in `ignore`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import TargetError
+from .factorized import METHOD, is_factorized
+from .layout import LAYOUTS
+
+EXACT, SUFFIX, REGEX, GLOB, TYPE, NO_MATCH = 5, 4, 3, 2, 1, 0
+LINEAR_TYPES = tuple(layer_type for layer_type in LAYOUTS if layer_type is not nn.Conv2d)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The chosen layers and, for each other supported layer, why it stays dense.
+
+    Attributes:
+        targets: name to layer, in the model's order; a layer with several names appears once.
+        skipped: name to reason.
+    """
+
+    targets: dict[str, nn.Module]
+    skipped: dict[str, str]
+
+
+def match_specificity(pattern: str, name: str, module: nn.Module) -> int:
+    """Return how specifically a pattern matches a module: `EXACT` … `TYPE`, or `NO_MATCH`.
+
+    Args:
+        pattern: exact name or end of a name, `re:` and a regular expression (matched in full), glob, or type name.
+        name: qualified name of the module.
+        module: the module.
+
+    Returns:
+        The specificity; higher is more specific.
+
+    Raises:
+        TargetError: if the regular expression is invalid.
+    """
+    if pattern.startswith("re:"):
+        try:
+            return REGEX if re.fullmatch(pattern[3:], name) else NO_MATCH
+        except re.error as error:
+            raise TargetError(f"{pattern!r} is no valid regular expression: {error}.") from error
+    if pattern == name:
+        return EXACT
+    if name.endswith("." + pattern):
+        return SUFFIX
+    if any(c in pattern for c in "*?[") and fnmatch.fnmatchcase(name, pattern):
+        return GLOB
+    return TYPE if pattern == type(module).__name__ else NO_MATCH
+
+
+def _best(patterns: Sequence[str], name: str, module: nn.Module) -> int:
+    return max((match_specificity(pattern, name, module) for pattern in patterns), default=NO_MATCH)
+
+
+def find_targets(
+    model: PreTrainedModel, target_modules: Sequence[str] | None = None, ignore: Sequence[str] | None = None
+) -> Targets:
+    """Choose the layers to factorize.
+
+    By default: every `nn.Linear` and `Conv1D` of the base model. Tied weights, output embeddings, task heads and
+    poolers stay dense unless a name, regular expression or glob in `target_modules` asks for them; tied weights
+    cannot be asked for. Convolutions are chosen by name or by the type `Conv2d`.
+
+    Args:
+        model: the dense model.
+        target_modules: patterns, or None for the default.
+        ignore: patterns of layers to leave dense.
+
+    Returns:
+        The targets and the reasons for everything skipped.
+
+    Raises:
+        TargetError: if a pattern matches nothing, nothing is left, or a chosen layer is frozen, quantized or tied.
+    """
+    if any(is_factorized(module) for module in model.modules()):
+        raise TargetError("the model is already compressed; call `dequantize()` on it, or start from the dense model.")
+    reasons = _default_skips(model)
+    targets: dict[str, nn.Module] = {}
+    skipped: dict[str, str] = {}
+    candidates = {name: module for name, module in model.named_modules() if _is_layer(module)}
+    for name, module in candidates.items():
+        wanted = _best(target_modules or (), name, module)
+        unwanted = _best(ignore or (), name, module)
+        if target_modules is None:
+            wanted = TYPE if type(module) in LINEAR_TYPES or _is_quantized(module) else NO_MATCH
+        if unwanted and unwanted >= wanted:
+            skipped[name] = "in `ignore`"
+        elif not wanted:
+            skipped[name] = "a convolution" if target_modules is None else "not in `target_modules`"
+        elif name in reasons and (wanted <= TYPE or reasons[name] == "tied"):
+            if wanted > TYPE:
+                raise TargetError(f"{name!r} shares its weight with another module and cannot be factorized.")
+            skipped[name] = reasons[name]
+        else:
+            targets[name] = module
+    _check_patterns("target_modules", target_modules, candidates)
+    _check_patterns("ignore", ignore, candidates)
+    if not targets:
+        raise TargetError(_nothing_left(model, skipped))
+    for name, module in targets.items():
+        _check_layer(name, module)
+    return Targets(targets, skipped)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return type(module) in LAYOUTS or _is_quantized(module)
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    """A linear layer of another library that keeps its weight in another form (bitsandbytes, for one)."""
+    weight = getattr(module, "weight", None)
+    return isinstance(module, nn.Linear) and weight is not None and not weight.is_floating_point()
+
+
+def _check_layer(name: str, module: nn.Module) -> None:
+    weight = module.weight
+    if _is_quantized(module):
+        raise TargetError(
+            f"{name!r} is quantized ({type(module).__name__}, {weight.dtype}). Compress the model in a floating-point "
+            "dtype first and quantize the result, or add the layer to `ignore`."
+        )
+    if weight.is_meta:
+        raise TargetError(f"{name!r} is on the meta device and has no values; load the weights first.")
+    if not weight.requires_grad:
+        raise TargetError(
+            f"{name!r} is frozen (requires_grad=False), so it gets no gradient. Call "
+            "`model.requires_grad_(True)`, or add the layer to `ignore`."
+        )
+
+
+def _default_skips(model: PreTrainedModel) -> dict[str, str]:
+    """Return the reason for each module that the defaults leave alone."""
+    reasons: dict[str, str] = {}
+    base = model.base_model
+    inside = {id(module) for module in base.modules()}
+    owners: dict[int, str] = {}
+    tied_keys = getattr(model, "all_tied_weights_keys", None) or {}
+    tied_keys = set(tied_keys) | set(tied_keys.values())
+    output = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and id(weight) in owners:
+            reasons[name] = reasons[owners[id(weight)]] = "tied"
+        elif f"{name}.weight" in tied_keys:
+            reasons[name] = "tied"
+        elif module is output:
+            reasons[name] = "output embeddings"
+        elif "pooler" in name.split("."):
+            reasons[name] = "pooler"
+        elif id(module) not in inside:
+            reasons[name] = "task head"
+        if isinstance(weight, nn.Parameter):
+            owners.setdefault(id(weight), name)
+    return reasons
+
+
+def _check_patterns(option: str, patterns: Sequence[str] | None, candidates: dict[str, nn.Module]) -> None:
+    """Refuse a pattern that matches nothing, naming what comes near."""
+    for pattern in patterns or ():
+        if any(match_specificity(pattern, name, module) for name, module in candidates.items()):
+            continue
+        endings = {name.rpartition(".")[2] for name in candidates}
+        types = {type(module).__name__ for module in candidates.values()}
+        near = difflib.get_close_matches(pattern, sorted(endings | types | set(candidates)), n=3, cutoff=0.5)
+        known = ", ".join(repr(n) for n in near) if near else ", ".join(sorted(endings)[:10]) or "none"
+        label = "nearest" if near else "layers here"
+        raise TargetError(f"{option}: {pattern!r} matches no layer; {label}: {known}.")
+
+
+def _nothing_left(model: PreTrainedModel, skipped: dict[str, str]) -> str:
+    name = type(model).__name__
+    if not skipped:
+        return f"{name} has no layer that can be factorized (Linear, Conv1D or Conv2d)."
+    listed = "; ".join(f"{layer} ({reason})" for layer, reason in list(skipped.items())[:5])
+    return (
+        f"no layer of {name} is left to factorize; skipped: {listed}{' …' if len(skipped) > 5 else ''}. Name layers "
+        "in `target_modules`, for instance target_modules=['Conv2d'] for a convolutional network."
+    )
+
+
+def check_model(model: Any) -> None:
+    """Refuse what cannot be compressed, before any work.
+
+    Args:
+        model: what the user passed.
+
+    Raises:
+        TargetError: if it is no dense floating-point `PreTrainedModel` with its weights loaded.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TargetError(
+            f"compress() takes a transformers PreTrainedModel, got {type(model).__name__}. Unwrap it first (for PEFT: "
+            "`merge_and_unload()`; for DDP: `.module`)."
+        )
+    name = type(model).__name__
+    existing = getattr(model.config, "quantization_config", None)
+    if getattr(existing, "quant_method", None) == METHOD or any(is_factorized(module) for module in model.modules()):
+        raise TargetError(
+            f"this {name} is already compressed. Call `model.dequantize()`, or start from the dense checkpoint."
+        )
+    if existing is not None or getattr(model, "is_quantized", False):
+        raise TargetError(f"this {name} is quantized. Compress it in floating point first and quantize the result.")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise TargetError(f"this {name} is on the meta device and has no values. Load its weights first.")

@@ -1,0 +1,301 @@
+"""`LowRankCompressor`: the stages of a compression in their order."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..checkpoint import MEASURED_OBJECTIVES, LosslessLowRankConfig, attach_card, mark_compressed, unmark_compressed
+from ..data import split_data
+from ..errors import ConfigurationError
+from ..layers import check_model, find_targets, on_device, replace_modules
+from ..ranks import (
+    Budget,
+    Ranks,
+    compression_path,
+    find_epsilon,
+    lowest_loss,
+    most_compressed,
+    second_order_cost,
+    select_budget,
+    select_paper,
+    select_uniform,
+)
+from ..report import CompressionReport
+from ..timing import timed
+from ..verdict import paired_outcomes
+from .budget import budget_of
+from .calibration import Calibration, calibrate
+from .summary import make_report, visited_point
+from .trial import Trial, run_trial
+
+logger = logging.get_logger(__name__)
+
+
+LOSSLESS_SHARES = (0.95, 0.9, 0.8, 0.7, 0.6)  # kept shares that the objective `lossless` measures
+
+
+class LowRankCompressor:
+    """Compress a trained model by low-rank factorization, without fine-tuning.
+
+    Example:
+        ```python
+        compressor = LowRankCompressor(LosslessLowRankConfig(keep_ratio=0.5))
+        model = compressor.compress(model, calib_dataset, eval_dataset=held_out, processing_class=tokenizer)
+        print(compressor.report.keep_ratio, compressor.report.compressed.loss - compressor.report.dense.loss)
+        model.save_pretrained("compressed")
+        ```
+
+    One calibration serves any ratio:
+        ```python
+        compressor.calibrate(model, calib_dataset, eval_dataset=held_out, processing_class=tokenizer)
+        for keep_ratio in (0.7, 0.5, 0.35):
+            compressor.compress_to(keep_ratio).save_pretrained(f"compressed-{keep_ratio}")
+        ```
+
+    Attributes:
+        config: the choices; never changed.
+        report: the `CompressionReport` of the last successful compression, or None.
+    """
+
+    def __init__(self, config: LosslessLowRankConfig | None = None) -> None:
+        self.config = config if config is not None else LosslessLowRankConfig()
+        self.report: CompressionReport | None = None
+        self._calibration: Calibration | None = None
+        self._certified: list[CompressionReport] = []  # models judged on the held-out data so far
+        self._restore_dense = ExitStack()  # what turns the calibrated model back into the dense one
+
+    def compress(
+        self,
+        model: PreTrainedModel,
+        calib_dataset: Any,
+        *,
+        eval_dataset: Any = None,
+        data_collator: Any = None,
+        processing_class: Any = None,
+    ) -> PreTrainedModel:
+        """Compress a model in place and return it: `calibrate`, then `compress_to` the configured objective.
+
+        Under `accelerate launch` or `torchrun` each process handles its share of the data, and all end with the same
+        model. The work runs on the accelerator's device; the model ends on the device it came from. On any failure,
+        an interrupt included, the model is left exactly as it was.
+
+        Args:
+            model: a trained dense model with a task head, in floating point.
+            calib_dataset: labelled examples (a `datasets.Dataset` or torch `Dataset`), a `DataLoader`, or a finite
+                iterable of batches. A few hundred to a few thousand examples. A share of them,
+                `config.selection_fraction`, is kept apart for choosing by measurement.
+            eval_dataset: held-out data of the same kinds, for the figures and the certificate in the report. Default:
+                a fifth of `calib_dataset`, which then takes no part in the calibration. Examples that are in both are
+                left out of the calibration, with a warning.
+            data_collator: collator for examples; default as in `Trainer`.
+            processing_class: tokenizer or processor, for the default collator.
+
+        Returns:
+            The same model, with factorized layers; `self.report` says what was done.
+
+        Raises:
+            ConfigurationError: if the chosen size cannot be reached.
+            TargetError: if the model cannot be compressed, or no layer of it is chosen.
+            DataError: if the data is empty, too small, unlabelled, or does not fit the model.
+            NumericalError: if a loss, a gradient or a decomposition is not finite.
+        """
+        self.calibrate(
+            model,
+            calib_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=data_collator,
+            processing_class=processing_class,
+        )
+        try:
+            return self.compress_to()
+        finally:
+            self.release()
+
+    def calibrate(
+        self,
+        model: PreTrainedModel,
+        calib_dataset: Any,
+        *,
+        eval_dataset: Any = None,
+        data_collator: Any = None,
+        processing_class: Any = None,
+        statistics_path: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Do once what every ratio shares: split the data, collect statistics, factorize. See `compress`.
+
+        Args:
+            model: a trained dense model; unchanged.
+            calib_dataset: as in `compress`.
+            eval_dataset: as in `compress`.
+            data_collator: as in `compress`.
+            processing_class: as in `compress`.
+            statistics_path: a safetensors file for the statistics. If it exists it is read, which saves the pass over
+                the data; statistics of another model or of other data are an error. Else it is written.
+        """
+        check_model(model)
+        selection = find_targets(model, self.config.target_modules, self.config.ignore)
+        config = self.config
+        data = split_data(
+            model,
+            calib_dataset,
+            eval_dataset,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            selection_fraction=config.selection_fraction or 0.0,
+            selection_needed=config.objective in MEASURED_OBJECTIVES,
+            data_collator=data_collator,
+            processing_class=processing_class,
+        )
+        with ExitStack() as undo:
+            undo.callback(vars(model.config).update, dict(vars(model.config)))  # a loss may set config.problem_type
+            calibration = calibrate(model, self.config, data, selection, statistics_path)
+        self._calibration, self._restore_dense, self._certified = calibration, ExitStack(), []
+
+    def compress_to(self, keep_ratio: float | None = None) -> PreTrainedModel:
+        """Compress the calibrated model, in place of an earlier compression of it.
+
+        Several ratios share the held-out data. That is sound from the largest ratio down to the first that is not
+        certified (fixed-sequence testing), so ask in descending order: a ratio above an earlier one gets no
+        certificate, and after one that is not certified none can be.
+
+        Args:
+            keep_ratio: parameters kept divided by original parameters of the targeted weights, in (0, 1]; default: the
+                configured objective.
+
+        Returns:
+            The model.
+
+        Raises:
+            ConfigurationError: if nothing was calibrated, or the size cannot be reached.
+        """
+        if self._calibration is None:
+            raise ConfigurationError("compress_to() needs a calibration: call calibrate(model, calib_dataset) first.")
+        calibration = replace(self._calibration, seconds=dict(self._calibration.seconds))  # times of this ratio alone
+        config = self.config
+        if keep_ratio is not None:
+            objective = "uniform" if config.objective == "uniform" else "budget"
+            config = replace(config, objective=objective, keep_ratio=keep_ratio, epsilon=None)
+        model = calibration.model
+        self.restore()
+        dense = calibration.targets.values()
+        with on_device(model, calibration.accelerator.device, dense), ExitStack() as undo:
+            undo.callback(vars(model.config).update, dict(vars(model.config)))
+            trial, trials, epsilon = self._choose(calibration, config)
+            with timed(calibration.seconds, "held_out"):
+                data, accelerator = calibration.data.held_out, calibration.accelerator
+                outcomes = paired_outcomes(model, trial.layers, data, accelerator, "Evaluating", temperatures=True)
+            self._put(calibration, trial, config, undo)
+            report = make_report(calibration, config, trial, trials, epsilon, outcomes, self._certified)
+            if trial.layers:
+                attach_card(model, report)
+                self._certified.append(report)
+            self.report = report
+            self._restore_dense = undo.pop_all()  # success: the changes stay until the next ratio
+        return model
+
+    def restore(self) -> None:
+        """Make the calibrated model dense again, with its original layers."""
+        self._restore_dense.close()
+        self._restore_dense = ExitStack()
+
+    def release(self) -> None:
+        """Forget the calibration (statistics, factorizations, the dense layers); the compressed model stays."""
+        self._calibration, self._restore_dense = None, ExitStack()
+
+    def _choose(
+        self, calibration: Calibration, config: LosslessLowRankConfig
+    ) -> tuple[Trial, list[dict[str, Any]], dict[str, float] | None]:
+        """Return the chosen trial, a record of every point visited, and the paper's epsilon."""
+        visited: list[dict[str, Any]] = []
+
+        def visit(ranks: Ranks) -> Trial:
+            trial = run_trial(calibration, ranks, config)
+            visited.append(visited_point(calibration, trial, config))
+            return trial
+
+        curves, budget = calibration.curves, budget_of(calibration, config)
+        if config.objective in MEASURED_OBJECTIVES:
+            return self._search(calibration, config, budget, visit), visited, None
+        epsilon = None
+        if config.objective == "budget":
+            ranks = select_budget(curves, float(config.keep_ratio or 1), config.rank_multiple, *budget)
+        elif config.objective == "uniform":
+            ranks = select_uniform(curves, float(config.keep_ratio or 1), config.rank_multiple, *budget)
+        else:
+            epsilon = _epsilon(calibration, config)
+            ranks = select_paper(curves, epsilon, compact=config.objective == "paper-compact")
+        if all(rank is None for rank in ranks.values()):
+            logger.warning("no rank meets objective=%r in any layer; the model stays dense.", config.objective)
+        return visit(ranks), visited, epsilon
+
+    def _search(
+        self, calibration: Calibration, config: LosslessLowRankConfig, budget: Budget, visit: Callable[[Ranks], Trial]
+    ) -> Trial:
+        """Walk the path and measure; a margin that no point meets leaves the model dense."""
+        path = compression_path(calibration.curves, second_order_cost, config.rank_multiple, *budget)
+        kept = [path.kept_after(count) for count in range(len(path) + 1)]
+        costs = [path.predicted_cost_after(count) for count in range(len(path) + 1)]
+
+        def measure(point: int) -> Trial:
+            return visit(path.ranks_after(point))
+
+        if config.objective == "lossless":
+            found = lowest_loss(kept, measure, LOSSLESS_SHARES)
+        else:
+            found = most_compressed(
+                costs,
+                kept,
+                measure,
+                lambda trial: trial.passes(config.loss_margin, config.accuracy_margin),
+                config.loss_margin,
+            )
+        if not path.steps:
+            logger.warning("no rank meets objective=%r in any layer; the model stays dense.", config.objective)
+        elif found is None:
+            logger.warning(
+                "no compressed model met loss_margin=%s and accuracy_margin=%s on the selection split; the model "
+                "stays dense. Raise the margins, or give more calibration data.",
+                config.loss_margin,
+                config.accuracy_margin,
+            )
+        if found is None:
+            return Trial(path.ranks_after(0), {}, False, None, None)
+        return found[1]
+
+    def _put(self, calibration: Calibration, trial: Trial, config: LosslessLowRankConfig, undo: ExitStack) -> None:
+        """Put the chosen layers in and record them in the model's config."""
+        if not trial.layers:
+            return
+        model = calibration.model
+        replacement = replace_modules(model, trial.layers)
+        undo.callback(replacement.undo)
+        name_of = {id(module): name for name, module in calibration.targets.items()}
+        config = deepcopy(config)
+        config.modules = {}
+        for path, old in replacement.originals.items():
+            layer = trial.layers[name_of[id(old)]]
+            config.modules[path] = {"rank": layer.rank, "storage": layer.storage}
+        undo.callback(unmark_compressed, model)
+        mark_compressed(model, config)
+
+
+def _epsilon(calibration: Calibration, config: LosslessLowRankConfig) -> dict[str, float]:
+    """Return the noise bound of each layer for the paper's objectives."""
+    if config.epsilon is not None:
+        return dict.fromkeys(calibration.targets, config.epsilon)
+    return find_epsilon(
+        calibration.model,
+        calibration.targets,
+        calibration.factorizations,
+        calibration.data.calibration,
+        calibration.accelerator,
+        config.epsilon_tolerance,
+    )

@@ -1,0 +1,139 @@
+"""From a calibration and its trials to a `CompressionReport`."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import fields
+from importlib.metadata import version
+from typing import Any
+
+from torch import nn
+
+from ..checkpoint import CompressionOptions, LosslessLowRankConfig
+from ..errors import CertificateError
+from ..factors import LossCurve
+from ..ranks import kept_share
+from ..report import Certificate, CompressionReport, LayerReport, Measurement, finite
+from ..verdict import CERTIFIED, PairedOutcomes, certify, demoted
+from .calibration import Calibration
+from .trial import Trial
+
+
+def visited_point(calibration: Calibration, trial: Trial, config: LosslessLowRankConfig) -> dict[str, Any]:
+    """Return the record of a trial for the report."""
+    curves = calibration.curves
+    predicted = sum(float(curves[name].second_order[rank]) for name, rank in trial.ranks.items() if rank is not None)
+    record: dict[str, Any] = {
+        "keep_ratio": kept_share(curves, trial.ranks),
+        "predicted_loss_increase": predicted,
+        "refitted": trial.refitted,
+    }
+    if trial.loss is not None:
+        record |= {"loss_increase": trial.loss.mean, "loss_increase_upper": trial.loss.upper}
+    if trial.accuracy_drop is not None:
+        record |= {"accuracy_drop": trial.accuracy_drop.mean, "accuracy_drop_upper": trial.accuracy_drop.upper}
+    if trial.loss is not None:
+        record["passes"] = trial.passes(config.loss_margin, config.accuracy_margin)
+    return dict(finite(record))
+
+
+def make_report(
+    calibration: Calibration,
+    config: LosslessLowRankConfig,
+    trial: Trial,
+    trials: list[dict[str, Any]],
+    epsilon: dict[str, float] | None,
+    outcomes: PairedOutcomes,
+    earlier: Sequence[CompressionReport],
+) -> CompressionReport:
+    """Return the report of a compression.
+
+    Args:
+        calibration: the calibration.
+        config: the choices.
+        trial: the chosen trial.
+        trials: records of every point visited.
+        epsilon: noise bounds of the paper's objectives.
+        outcomes: both models' answers to the held-out data.
+        earlier: reports of models that were judged on the same data.
+
+    Returns:
+        The report.
+    """
+    statistics, fingerprints = calibration.statistics, calibration.data.fingerprints
+    loss, accuracy = outcomes.mean_loss, outcomes.accuracy or (None, None)
+    parameters = (calibration.dense_parameters, calibration.model.num_parameters())
+    dense, compressed = (Measurement(*values) for values in zip(loss, accuracy, parameters, strict=True))
+    kept = kept_share(calibration.curves, trial.ranks)
+    certificate, uncertified = _certificate(trial, config, outcomes, fingerprints["held_out"], kept, earlier)
+    return CompressionReport(
+        model=type(calibration.model).__name__,
+        config={f.name: getattr(config, f.name) for f in fields(CompressionOptions)},
+        layers={
+            name: _layer_report(module, calibration.curves[name], trial.ranks[name], trial.layers.get(name))
+            for name, module in calibration.targets.items()
+        },
+        skipped=calibration.selection.skipped,
+        refitted=trial.refitted,
+        trials=trials,
+        dense=dense,
+        compressed=compressed,
+        certificate=certificate,
+        uncertified=uncertified,
+        calibration={
+            "examples": statistics.examples,
+            "units": statistics.units,
+            "loss": statistics.loss,
+        },
+        held_out={"examples": outcomes.examples, "units": int(outcomes.units.sum())},
+        fingerprints=fingerprints,
+        model_fingerprint=calibration.model_fingerprint,
+        epsilon=epsilon,
+        versions=_versions(),
+        seconds=dict(calibration.seconds),
+    )
+
+
+def _certificate(
+    trial: Trial,
+    config: LosslessLowRankConfig,
+    outcomes: PairedOutcomes,
+    fingerprint: str,
+    kept: float,
+    earlier: Sequence[CompressionReport],
+) -> tuple[Certificate | None, str | None]:
+    """Return the certificate, or why there is none."""
+    if not trial.layers:
+        return None, "nothing was compressed"
+    if any(report.keep_ratio < kept for report in earlier):
+        return None, (
+            "the held-out data were used already, for a model that keeps less; ask for ratios in descending order, "
+            "or calibrate with another eval_dataset"
+        )
+    try:
+        certificate = certify(outcomes, config.loss_margin, config.accuracy_margin, config.confidence, fingerprint)
+    except CertificateError as error:
+        return None, str(error)
+    if all(report.certificate is not None and report.certificate.status in CERTIFIED for report in earlier):
+        return certificate, None
+    return demoted(certificate, "a model that keeps more was not certified on the same examples"), None
+
+
+def _layer_report(module: nn.Module, curve: LossCurve, rank: int | None, layer: Any) -> LayerReport:
+    return LayerReport(
+        layer_type=type(module).__name__,
+        out_features=curve.out_features,
+        in_features=curve.in_features,
+        rank=rank,
+        storage=None if layer is None else layer.storage,
+        dense_parameters=curve.dense_parameters,
+        parameters=curve.parameters(rank),
+        first_order=0.0 if rank is None else float(curve.first_order[rank]),
+        second_order=0.0 if rank is None else float(curve.second_order[rank]),
+    )
+
+
+def _versions() -> dict[str, str]:
+    packages = ("hf-lossless-lr", "torch", "transformers", "accelerate", "safetensors", "numpy", "scipy")
+    return {"python": platform.python_version(), **{package: version(package) for package in packages}}

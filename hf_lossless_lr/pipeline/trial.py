@@ -1,0 +1,133 @@
+"""A trial: one choice of ranks, built, refitted and measured on the selection split; the model stays dense."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.utils import logging
+
+from ..checkpoint import LosslessLowRankConfig
+from ..factors import RefitTarget, refit, refit_groups
+from ..layers import choose_storage, layout_of
+from ..ranks import Ranks
+from ..report import Difference
+from ..timing import timed
+from ..verdict import PairedOutcomes, accuracy_difference, loss_difference, paired_outcomes
+from .calibration import Calibration
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One point of the path, built and measured.
+
+    Attributes:
+        ranks: rank of each target.
+        layers: the factorized layers, by name.
+        refitted: whether their factors were refitted to the shifted inputs.
+        loss: loss increase over dense on the selection split, or None without one.
+        accuracy_drop: drop of the accuracy on the selection split, or None where there is no accuracy.
+    """
+
+    ranks: Ranks
+    layers: dict[str, Any]
+    refitted: bool
+    loss: Difference | None
+    accuracy_drop: Difference | None
+
+    @property
+    def increase(self) -> float:
+        """Measured loss increase on the selection split, in nats."""
+        return self.loss.mean if self.loss is not None else 0.0
+
+    def passes(self, loss_margin: float, accuracy_margin: float) -> bool:
+        """Return whether the trial is not inferior: both upper confidence bounds are inside the margins."""
+        if self.loss is None or self.loss.upper > loss_margin:
+            return False
+        return self.accuracy_drop is None or self.accuracy_drop.upper <= accuracy_margin
+
+
+def build_layers(calibration: Calibration, ranks: Mapping[str, int | None], storage: str) -> dict[str, Any]:
+    """Return factorized layers with the factors of the given ranks; layers without a rank are left out."""
+    layers: dict[str, Any] = {}
+    for name, rank in ranks.items():
+        if rank is None:
+            continue
+        module: Any = calibration.targets[name]
+        curve = calibration.curves[name]
+        stored = choose_storage(curve.out_features, curve.in_features, rank, storage)
+        layer = layout_of(module).factorized(module, rank, stored)
+        factors = calibration.factorizations[name].truncate(rank, stored, layer.pivots_inputs)
+        layer.load_factors(*factors, module.bias)
+        layers[name] = layer
+    return layers
+
+
+def run_trial(calibration: Calibration, ranks: Ranks, config: LosslessLowRankConfig) -> Trial:
+    """Build a choice of ranks, refit it, and keep the refit only if it brings predictions closer to the dense model's.
+
+    Args:
+        calibration: the calibration of a model, which is dense.
+        ranks: the choice.
+        config: storage, refit, damping, confidence.
+
+    Returns:
+        The trial.
+    """
+    with timed(calibration.seconds, "replacement"):
+        layers = build_layers(calibration, ranks, config.storage)
+    measured, refitted = None, False
+    if calibration.data.selection is not None or (config.refit and layers):
+        measured = _outcomes(calibration, layers)
+    if config.refit and layers and measured is not None:
+        states = {name: deepcopy(layer.state_dict()) for name, layer in layers.items()}
+        _refit(calibration, layers, config.damping)
+        after = _outcomes(calibration, layers)
+        refitted = _distance(after) < _distance(measured)
+        if refitted:
+            measured = after
+        else:
+            for name, state in states.items():
+                layers[name].load_state_dict(state)
+    if calibration.data.selection is None or measured is None:
+        return Trial(dict(ranks), layers, refitted, None, None)
+    loss = loss_difference(measured.loss_increase, measured.units, config.confidence, bootstrap=False)
+    drop = accuracy_difference(measured, config.confidence, bootstrap=False)
+    return Trial(dict(ranks), layers, refitted, loss, drop)
+
+
+def _refit(calibration: Calibration, layers: Mapping[str, Any], damping: float) -> None:
+    covariances = {name: calibration.statistics.layers[name].grad_covariance for name in layers}
+    targets = {
+        name: RefitTarget(calibration.targets[name], layer, covariances[name]) for name, layer in layers.items()
+    }
+    groups = refit_groups(calibration.statistics, targets)
+    data, accelerator = calibration.data.calibration, calibration.accelerator
+    with timed(calibration.seconds, "refit"):
+        left = refit(calibration.model, targets, groups, data, accelerator, damping, calibration.seconds)
+    if left:
+        logger.warning_once(
+            f"{len(left)} layers keep their closed-form factors, because they are called several times in a forward "
+            f"pass or do not get the same rows in the compressed model: {', '.join(left[:5])}{', …' * (len(left) > 5)}"
+        )
+
+
+def _outcomes(calibration: Calibration, layers: Mapping[str, nn.Module]) -> PairedOutcomes:
+    """Compare with the dense model on the selection split, or else on the calibration data."""
+    loader = calibration.data.selection or calibration.data.calibration
+    with timed(calibration.seconds, "selection"):
+        return paired_outcomes(calibration.model, layers, loader, calibration.accelerator)
+
+
+def _distance(outcomes: PairedOutcomes) -> float:
+    """Return how far the predictions are from the dense model's: the KL divergence, or the loss where there is none.
+
+    The divergence is much less noisy than a difference of losses: the labels play no part.
+    """
+    divergence = outcomes.mean_divergence
+    return outcomes.mean_loss[1] if divergence is None else divergence

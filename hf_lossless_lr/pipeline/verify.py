@@ -1,0 +1,71 @@
+"""Certify any pair of models, also ones that this package did not make."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
+from transformers import PreTrainedModel
+
+from ..data import combined_digest, item_digests, make_dataloader
+from ..errors import CertificateError
+from ..layers import on_device
+from ..renamed import refusing_old_names
+from ..report import Certificate
+from ..verdict import certify, paired_outcomes
+
+
+@refusing_old_names
+def verify(
+    dense: PreTrainedModel,
+    compressed: PreTrainedModel,
+    eval_dataset: Any,
+    *,
+    loss_margin: float = 0.01,
+    accuracy_margin: float = 0.01,
+    confidence: float = 0.95,
+    batch_size: int = 32,
+    data_collator: Any = None,
+    processing_class: Any = None,
+    used: Collection[str] = (),
+) -> Certificate:
+    """Compare two models on the same held-out examples, and state a verdict on the second one.
+
+    Args:
+        dense: the model to compare with.
+        compressed: the model to judge: any other model of the same task.
+        eval_dataset: examples that had no part in making either, as in `LowRankCompressor.compress`.
+        loss_margin: largest loss increase that counts as lossless, in nats per labelled unit.
+        accuracy_margin: largest drop of the accuracy that counts as lossless, as a fraction.
+        confidence: level of each one-sided bound.
+        batch_size: examples per forward pass.
+        data_collator: collator for examples; default as in `Trainer`.
+        processing_class: tokenizer or processor, for the default collator.
+        used: fingerprints of data that had a part in making the model, from `report.fingerprints`: of `calib_dataset`
+            as it was given, of its calibration part and of its selection part. Other subsets of it are not recognized.
+
+    Returns:
+        The certificate.
+
+    Raises:
+        CertificateError: if the data cannot carry a certificate: used, too few examples, one class.
+        DataError: if the data has no labels, or the models do not answer the same questions.
+        NumericalError: if a loss is not finite.
+    """
+    loader = make_dataloader(
+        eval_dataset,
+        dense,
+        batch_size=batch_size,
+        data_collator=data_collator,
+        processing_class=processing_class,
+        name="eval_dataset",
+    )
+    fingerprint = combined_digest(item_digests(loader, dense))
+    if fingerprint in used:
+        raise CertificateError("eval_dataset is data that the compressed model was made from; give other examples.")
+    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(even_batches=False))
+    with on_device(dense, accelerator.device), on_device(compressed, accelerator.device):
+        outcomes = paired_outcomes(dense, compressed, loader, accelerator, "Comparing", temperatures=True)
+    return certify(outcomes, loss_margin, accuracy_margin, confidence, fingerprint)

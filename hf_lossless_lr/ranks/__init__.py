@@ -1,0 +1,33 @@
+"""From loss curves and sizes to a rank for each layer, deterministically.
+
+`flops`, `latency` and the paper's epsilon measure; everything else is arithmetic.
+"""
+
+from .flops import flop_sizes, forward_flops
+from .latency import forward_seconds, latency_sizes
+from .paper import find_epsilon, select_paper
+from .path import Ranks, compression_path, second_order_cost
+from .search import lowest_loss, most_compressed
+from .select import kept_share, select_budget, select_uniform
+from .sizes import Budget, LayerSize, parameter_size, parameter_sizes
+
+__all__ = [
+    "Budget",
+    "LayerSize",
+    "Ranks",
+    "compression_path",
+    "find_epsilon",
+    "flop_sizes",
+    "forward_flops",
+    "forward_seconds",
+    "kept_share",
+    "latency_sizes",
+    "lowest_loss",
+    "most_compressed",
+    "parameter_size",
+    "parameter_sizes",
+    "second_order_cost",
+    "select_budget",
+    "select_paper",
+    "select_uniform",
+]

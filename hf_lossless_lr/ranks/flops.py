@@ -1,0 +1,79 @@
+"""FLOPs as the size of a layer.
+
+A layer's *rows* are what its matrix is applied to: tokens for a linear layer, output positions for a convolution.
+A matrix of `n` stored numbers takes `2 n` FLOPs a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..errors import TargetError
+from ..factors import LossCurve
+from ..layers import differentiating_only, weight_matrix
+from .sizes import LayerSize, parameter_size
+
+
+class ForwardFlops(NamedTuple):
+    """FLOPs of a forward pass as it is executed, padding included.
+
+    Attributes:
+        rows: rows of each target per example.
+        fixed: FLOPs per example of everything outside the targets.
+    """
+
+    rows: dict[str, float]
+    fixed: float
+
+
+def forward_flops(
+    model: nn.Module, targets: Mapping[str, nn.Module], batch: Mapping[str, Any], examples: int
+) -> ForwardFlops:
+    """Count the FLOPs of one forward pass: matrix products, convolutions and attention, as PyTorch's counter does.
+
+    Args:
+        model: the dense model.
+        targets: its targeted layers, by name.
+        batch: keyword arguments of its forward, on its device.
+        examples: examples in the batch.
+
+    Returns:
+        The counts.
+
+    Raises:
+        TargetError: if a target takes no part in the forward pass.
+    """
+    counter = FlopCounterMode(display=False)
+    # The counter cannot see fused attention, nor follow all models whose weights require gradients.
+    with differentiating_only(model, {}), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(**batch)
+    by_module = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    flops = {name: by_module.get(f"{type(model).__name__}.{name}", 0) for name in targets}
+    rows = {name: count / (2 * weight_matrix(targets[name]).numel() * examples) for name, count in flops.items()}
+    for name, count in rows.items():
+        if count == 0:
+            raise TargetError(f"{name!r} was never called in the forward pass; add it to `ignore`.")
+    return ForwardFlops(rows, (counter.get_total_flops() - sum(flops.values())) / examples)
+
+
+def flop_sizes(curves: Mapping[str, LossCurve], rows: Mapping[str, float]) -> dict[str, LayerSize]:
+    """Return FLOPs per example: `2 · stored numbers · rows`, at every rank.
+
+    Args:
+        curves: a loss curve for each layer.
+        rows: rows of each layer per example.
+
+    Returns:
+        The sizes.
+    """
+    sizes = {}
+    for name, curve in curves.items():
+        flops = 2 * rows[name]
+        sizes[name] = LayerSize(flops * parameter_size(curve).by_rank, flops * curve.dense_parameters)
+    return sizes

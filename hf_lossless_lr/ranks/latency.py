@@ -1,0 +1,133 @@
+"""Latency as the size of a layer, measured on the device of the model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..factors import LossCurve
+from ..layers import choose_storage, evaluating, layout_of
+from .sizes import LayerSize
+
+GRID = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # ranks whose latency is measured, as shares of the largest one
+REPEATS = 7
+RUN_SECONDS = 2e-3  # a run calls a fast layer repeatedly, for about this long
+MAX_CALLS = 100
+
+Timer = Callable[[nn.Module, torch.Tensor, int], float]
+
+
+def run_seconds(layer: nn.Module, x: torch.Tensor, calls: int) -> float:
+    """Return the seconds of one call, as the mean over `calls` successive ones."""
+    return _seconds(partial(layer, x), x.device, calls)
+
+
+def _seconds(call: Callable[[], Any], device: torch.device, calls: int) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    _synchronize(device)
+    return (time.perf_counter() - start) / calls
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def forward_seconds(model: nn.Module, batch: Mapping[str, Any], repeats: int = REPEATS) -> float:
+    """Return the median seconds of a forward pass, after a first one that does not count.
+
+    Less the dense latencies of the targeted layers, it is the fixed part of a latency budget for the whole model.
+
+    Args:
+        model: the model.
+        batch: keyword arguments of its forward, on its device.
+        repeats: how many passes are measured.
+
+    Returns:
+        Seconds per batch.
+    """
+    device = next(model.parameters()).device
+    with evaluating(model), torch.no_grad():
+        runs = [_seconds(partial(model, **batch), device, 1) for _ in range(repeats + 1)]
+    return float(np.median(runs[1:]))
+
+
+def latency_sizes(
+    targets: Mapping[str, nn.Module],
+    curves: Mapping[str, LossCurve],
+    rows_per_batch: Mapping[str, int],
+    rank_multiple: int = 1,
+    repeats: int = REPEATS,
+    timer: Timer = run_seconds,
+) -> dict[str, LayerSize]:
+    """Measure the seconds per batch of each layer, dense and factorized, on its device and in its dtype.
+
+    A handful of ranks is measured, in turns with the dense layer, and the median of the runs taken. In between, the
+    latency is interpolated; it never falls with the rank, and is nowhere below what was measured at that rank or a
+    lower one. Layers alike in type, geometry, storage, rows, dtype and device are measured once.
+
+    Measurements differ from process to process: measure in one of them and broadcast the result. With a
+    `rank_multiple` that suits the device (8 or more on a GPU), only its multiples are measured.
+
+    Args:
+        targets: the dense layers, on the device to measure.
+        curves: a loss curve for each layer.
+        rows_per_batch: rows of each layer in a batch, at least 1.
+        rank_multiple: multiple that ranks are restricted to.
+        repeats: runs of each layer.
+        timer: seconds of one call of a layer, given the layer, its input and how many calls to average over.
+
+    Returns:
+        The sizes; infinite at ranks that do not compress, which are not measured.
+    """
+    measured: dict[tuple[Any, ...], LayerSize] = {}
+    sizes = {}
+    for name, curve in curves.items():
+        module: Any = targets[name]
+        # The representation of a module holds its sizes, its geometry and whether it has a bias.
+        key = (repr(module), rows_per_batch[name], module.weight.dtype, module.weight.device, curve.storage)
+        if key not in measured:
+            measured[key] = _measure(module, curve, rows_per_batch[name], rank_multiple, repeats, timer)
+        sizes[name] = measured[key]
+    return sizes
+
+
+def _measured_ranks(curve: LossCurve, multiple: int) -> list[int]:
+    """Return the lowest and the highest rank, some between them, and both sides of a change of the storage."""
+    ranks = range(multiple, curve.break_even_rank + 1, multiple)
+    shape = (curve.out_features, curve.in_features)
+    storages = [choose_storage(*shape, rank, curve.storage) for rank in ranks]
+    chosen = {max(round(share * len(ranks)), 1) - 1 for share in GRID} | {0} if ranks else set()
+    for index, (here, there) in enumerate(pairwise(storages)):
+        if here != there:
+            chosen |= {index, index + 1}
+    return [ranks[index] for index in sorted(chosen)]
+
+
+@torch.no_grad()
+def _measure(module: Any, curve: LossCurve, rows: int, multiple: int, repeats: int, timer: Timer) -> LayerSize:
+    ranks, layout, device = _measured_ranks(curve, multiple), layout_of(module), module.weight.device
+    storages = [choose_storage(curve.out_features, curve.in_features, rank, curve.storage) for rank in ranks]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        x = layout.random_input(module, rows)
+        factorized = [layout.factorized(module, rank, storage) for rank, storage in zip(ranks, storages, strict=True)]
+    layers = [module, *factorized]
+    for layer in layers:  # warm-up
+        timer(layer, x, 1)
+    calls = int(np.clip(RUN_SECONDS / timer(module, x, 1), 1, MAX_CALLS))
+    seconds = [[timer(layer, x, calls) for layer in layers] for _ in range(repeats)]
+    dense, *by_rank = np.median(seconds, axis=0)
+    every = np.arange(min(curve.out_features, curve.in_features) + 1)
+    if not ranks:
+        return LayerSize(np.full(len(every), np.inf), float(dense))
+    return LayerSize(np.interp(every, ranks, np.maximum.accumulate(by_rank), right=np.inf), float(dense))

@@ -1,0 +1,110 @@
+"""Everything of arXiv 2412.06867: its two algorithms, and the neighbourhood `ε` of its eq. 8.
+
+`ε` is the noise that a layer takes before the first-order prediction of the loss fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..data import dataset_size, mean_loss, subset
+from ..errors import ConfigurationError
+from ..factors import Factorization, loss_curve
+from ..layers import break_even_rank, layout_of, weight_matrix
+from ..statistics import collect_statistics
+from .path import Curves, Ranks
+
+
+def select_paper(curves: Curves, epsilon: Mapping[str, float], compact: bool) -> Ranks:
+    """Apply Algorithm 1 (lossless) or 2 (compact) of arXiv 2412.06867 to each layer.
+
+    Candidates are ranks `0 < k < NM / (N + M)` whose noise stays in the neighbourhood, `max |Ŵ_k − W| ≤ ε`, and whose
+    first-order change `⟨G, Ŵ_k − W⟩` is negative. Algorithm 1 takes the candidate with the lowest predicted loss,
+    Algorithm 2 the smallest rank; a layer without candidates stays dense.
+
+    Args:
+        curves: a loss curve for each layer, with `max_noise`.
+        epsilon: elementwise noise bound of each layer.
+        compact: whether to apply Algorithm 2.
+
+    Returns:
+        The ranks.
+
+    Raises:
+        ConfigurationError: if a curve has no `max_noise`.
+    """
+    ranks: Ranks = {}
+    for name, curve in curves.items():
+        if curve.max_noise is None:
+            raise ConfigurationError(f"the curve of {name!r} has no max_noise, which the paper's rules need.")
+        limit = break_even_rank(curve.out_features, curve.in_features, "two-factor")
+        fits = [k for k in range(1, limit + 1) if curve.max_noise[k] <= epsilon[name] and curve.first_order[k] < 0]
+        ranks[name] = min(fits, key=lambda k: k if compact else curve.first_order[k], default=None)
+    return ranks
+
+
+EXAMPLES = 64  # eq. 8 compares two losses on the same examples, so few of them suffice
+
+
+def find_epsilon(
+    model: PreTrainedModel,
+    targets: Mapping[str, nn.Module],
+    factorizations: Mapping[str, Factorization],
+    loader: DataLoader,
+    accelerator: Accelerator,
+    tolerance: float,
+) -> dict[str, float]:
+    """Find for each layer the largest noise at which the first-order prediction of the loss still holds.
+
+    For one layer at a time, the weight is replaced by its rank-`k` approximation, and the smallest `k` is searched by
+    bisection for which `|L(Ŵ_k) − L(W) − ⟨G, Ŵ_k − W⟩| < tolerance`, all on the same few examples. The layer's `ε` is
+    the largest element of `|Ŵ_k − W|` at that rank.
+
+    Args:
+        model: the dense model; weights are restored after each measurement.
+        targets: layers, by name.
+        factorizations: their factorizations.
+        loader: calibration data; its first 64 items (examples, or ready-made batches) are used.
+        accelerator: made with `even_batches=False`.
+        tolerance: accepted gap, in nats.
+
+    Returns:
+        `ε` of each layer.
+
+    Source: Zhang et al. 2024, arXiv 2412.06867, eq. 8.
+    """
+    few = subset(loader, range(min(dataset_size(loader), EXAMPLES)))
+    statistics = collect_statistics(model, targets, few, accelerator)
+    epsilon = {}
+    for name, module in logging.tqdm(targets.items(), desc="Calibrating epsilon"):
+        weight = weight_matrix(module).double().clone()
+        approximation = factorizations[name].weight
+        curve = loss_curve(weight, factorizations[name], statistics.layers[name])
+        low, high = 0, len(curve.first_order) - 1  # the gap at full rank is 0
+        while high - low > 1:
+            middle = (low + high) // 2
+            loss = _loss_with(model, module, approximation(middle), few, accelerator)
+            gap = abs(loss - statistics.loss - float(curve.first_order[middle]))
+            low, high = (low, middle) if gap < tolerance else (middle, high)
+        epsilon[name] = float((approximation(high) - weight).abs().max())
+    return epsilon
+
+
+@torch.no_grad()
+def _loss_with(
+    model: PreTrainedModel, module: Any, matrix: torch.Tensor, loader: DataLoader, accelerator: Accelerator
+) -> float:
+    original = module.weight.detach().clone()
+    try:
+        layout_of(module).as_matrix(module.weight).copy_(matrix.reshape(weight_matrix(module).shape))
+        return mean_loss(model, loader, accelerator)
+    finally:
+        module.weight.copy_(original)

@@ -1,0 +1,29 @@
+"""What a compression found: frozen records to and from JSON, and the same as a sentence, a table, a card, a figure.
+
+Computes nothing, and imports neither torch nor Transformers.
+"""
+
+from .card import CARD_NAME, is_unedited, model_card
+from .figures import write_figures
+from .records import REPORT_NAME, Certificate, CompressionReport, Difference, LayerReport, Measurement, finite
+from .sentence import certificate_sentence, verdict_sentence
+from .tables import comparison_table, report_rows, score_table
+
+__all__ = [
+    "CARD_NAME",
+    "REPORT_NAME",
+    "Certificate",
+    "CompressionReport",
+    "Difference",
+    "LayerReport",
+    "Measurement",
+    "certificate_sentence",
+    "comparison_table",
+    "finite",
+    "is_unedited",
+    "model_card",
+    "report_rows",
+    "score_table",
+    "verdict_sentence",
+    "write_figures",
+]

@@ -1,0 +1,273 @@
+"""`CompressionReport`: the result of a compression as plain data, to and from JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from ..files import write_atomically
+from ..renamed import Renamed, with_present_names
+
+REPORT_NAME = "compression_report.json"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one targeted layer.
+
+    Attributes:
+        layer_type: `Linear`, `Conv1D` or `Conv2d`.
+        out_features: rows of the weight.
+        in_features: columns of the weight.
+        rank: rank kept, or None where the layer stayed dense.
+        storage: storage of the factors, or None.
+        dense_parameters: parameters of the dense weight, without bias.
+        parameters: parameters of the weight now.
+        first_order: predicted first-order loss change, in nats.
+        second_order: predicted second-order loss increase, in nats.
+    """
+
+    layer_type: str
+    out_features: int
+    in_features: int
+    rank: int | None
+    storage: str | None
+    dense_parameters: int
+    parameters: int
+    first_order: float
+    second_order: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Loss and metric of one model on the held-out data.
+
+    Attributes:
+        loss: mean loss per labelled unit, in nats.
+        accuracy: share of labelled units answered correctly, or None where the head has no such thing.
+        parameters: parameters of the whole model, each counted once.
+    """
+
+    loss: float
+    accuracy: float | None
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference between two models on the same examples, positive where the compressed model is worse.
+
+    Attributes:
+        mean: mean difference per labelled unit.
+        lower: one-sided lower confidence bound; without one, minus infinity, which is null in JSON.
+        upper: one-sided upper confidence bound; without one, infinity, which is null in JSON.
+    """
+
+    mean: float
+    lower: float
+    upper: float
+
+
+@dataclass(frozen=True)
+class Certificate(Renamed):
+    """A statistical statement about a compressed model, from held-out examples that had no part in making it.
+
+    Pairs are (dense, compressed).
+
+    Attributes:
+        status: `improved`, `lossless`, `inconclusive` or `lossy`.
+        reasons: why it is not better than that.
+        loss_margin: largest loss increase that counts as lossless, in nats per labelled unit.
+        accuracy_margin: largest drop of the accuracy that counts as lossless, as a fraction.
+        confidence: confidence level of each bound.
+        p_value: largest p-value among the hypotheses "worse than the margin".
+        examples: number of examples.
+        units: number of labelled units.
+        clusters: what is taken as independent: `examples` or `batches`.
+        fingerprint: SHA-256 of the examples.
+        loss: mean loss of both models, in nats.
+        loss_increase: its difference.
+        accuracy: accuracy of both models, or None where the head does not classify.
+        accuracy_drop: its difference.
+        chance: accuracy of always giving the most frequent answer.
+        temperatures: temperature of the logits that minimizes the loss of each model; None if not by example.
+        tempered_loss_increase: difference of the losses at those temperatures.
+        calibration_error: expected calibration error of both models.
+        changed: share of the units that the two models answer differently.
+        divergence: mean KL divergence from the dense model's predictions, in nats per unit.
+        examples_needed: examples that would show it with 80 % power if the differences stay as measured; None if no
+            number would.
+    """
+
+    status: str
+    reasons: tuple[str, ...]
+    loss_margin: float
+    accuracy_margin: float
+    confidence: float
+    p_value: float
+    examples: int
+    units: int
+    clusters: str
+    fingerprint: str
+    loss: tuple[float, float]
+    loss_increase: Difference
+    accuracy: tuple[float, float] | None
+    accuracy_drop: Difference | None
+    chance: float | None
+    temperatures: tuple[float, float] | None
+    tempered_loss_increase: Difference | None
+    calibration_error: tuple[float, float] | None
+    changed: float | None
+    divergence: float | None
+    examples_needed: int | None
+
+    @property
+    def verdict(self) -> str:
+        """The status, with its margins where they are what it states."""
+        if self.status != "lossless":
+            return self.status
+        points = 100 * self.accuracy_margin
+        metric = f", {points:g} point{'' if points == 1 else 's'}" if self.accuracy_drop is not None else ""
+        return f"lossless@({self.loss_margin:g} nats{metric})"
+
+
+@dataclass(frozen=True)
+class CompressionReport(Renamed):
+    """Everything that a compression run decided and measured.
+
+    Attributes:
+        model: class name of the model.
+        config: the configuration, without the manifest.
+        layers: targeted layer to what became of it.
+        refitted: whether the factors were refitted to the shifted inputs (and that helped).
+        trials: every point measured on the way, with predicted and measured loss increase; an upper bound is None
+            where there is none, as for a single example or batch.
+        skipped: layer that could have been factorized to the reason it was not a target.
+        dense: the dense model on held-out data.
+        compressed: the compressed model on the same data.
+        certificate: what the held-out data show, or None.
+        uncertified: why there is no certificate, or None.
+        calibration: number of examples and labelled units of the calibration data, and the loss on them.
+        held_out: number of examples and labelled units of the held-out data.
+        fingerprints: SHA-256 of the examples of each part of the data, and of the whole `calib_dataset`.
+        model_fingerprint: SHA-256 of the dense model's state dict.
+        epsilon: elementwise noise bound of each layer, for the paper's objectives.
+        versions: versions of this package and of what it ran on.
+        seconds: time of each stage.
+    """
+
+    model: str
+    config: dict[str, Any]
+    layers: dict[str, LayerReport]
+    skipped: dict[str, str]
+    refitted: bool
+    trials: list[dict[str, Any]]
+    dense: Measurement
+    compressed: Measurement
+    certificate: Certificate | None
+    uncertified: str | None
+    calibration: dict[str, Any]
+    held_out: dict[str, Any]
+    fingerprints: dict[str, str]
+    model_fingerprint: str
+    epsilon: dict[str, float] | None
+    versions: dict[str, str]
+    seconds: dict[str, float]
+
+    @property
+    def keep_ratio(self) -> float:
+        """Parameters kept divided by original parameters, over the weights of the targeted layers."""
+        kept = sum(layer.parameters for layer in self.layers.values())
+        return kept / sum(layer.dense_parameters for layer in self.layers.values())
+
+    @property
+    def model_keep_ratio(self) -> float:
+        """Parameters kept divided by original parameters, over the whole model."""
+        return self.compressed.parameters / self.dense.parameters
+
+    @property
+    def predicted_loss_increase(self) -> float:
+        """Sum of the layers' predicted second-order terms, in nats."""
+        return sum(layer.second_order for layer in self.layers.values())
+
+    @property
+    def verdict(self) -> str:
+        """`improved`, `lossless@(margins)`, `inconclusive`, `lossy`, or `none`; the certificate says more."""
+        return "none" if self.certificate is None else self.certificate.verdict
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, with the derived ratios beside the fields, and None for what is not finite."""
+        derived = ("keep_ratio", "model_keep_ratio", "predicted_loss_increase", "verdict")
+        return dict(finite({**asdict(self), **{name: getattr(self, name) for name in derived}}))
+
+    def to_json(self) -> str:
+        """Return the report as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> CompressionReport:
+        """Read a report.
+
+        Args:
+            text: what `to_json` returned.
+
+        Returns:
+            The report.
+
+        Raises:
+            CheckpointError: if the text is no report.
+        """
+        try:
+            data = with_present_names(json.loads(text))
+            for part in ("config", "fingerprints"):
+                data[part] = with_present_names(data[part])
+            values = {field.name: data[field.name] for field in fields(cls)}
+            values["layers"] = {name: LayerReport(**layer) for name, layer in values["layers"].items()}
+            values["certificate"] = _certificate(data["certificate"])
+            values["dense"], values["compressed"] = Measurement(**data["dense"]), Measurement(**data["compressed"])
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"this is no compression report: {error!r}.") from error
+        return cls(**values)
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Write `compression_report.json` into a directory, atomically.
+
+        Args:
+            directory: an existing directory.
+
+        Returns:
+            The path written.
+        """
+        return write_atomically(Path(directory) / REPORT_NAME, self.to_json())
+
+
+def _certificate(data: dict[str, Any] | None) -> Certificate | None:
+    """Return the certificate that JSON turned into a dictionary."""
+    if data is None:
+        return None
+    values: dict[str, Any] = {
+        k: tuple(value) if isinstance(value, list) else value for k, value in with_present_names(data).items()
+    }
+    for name in ("loss_increase", "accuracy_drop", "tempered_loss_increase"):
+        values[name] = None if values[name] is None else _difference(values[name])
+    return Certificate(**values)
+
+
+def _difference(data: dict[str, Any]) -> Difference:
+    """Return the difference that JSON turned into a dictionary, with null for a bound that does not exist."""
+    endless = {"lower": -math.inf, "upper": math.inf}
+    return Difference(**data | {name: bound for name, bound in endless.items() if data[name] is None})
+
+
+def finite(data: Any) -> Any:
+    """Return plain data with None for each number that is infinite or not a number: JSON has neither."""
+    if isinstance(data, dict):
+        return {name: finite(value) for name, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data

@@ -1,0 +1,223 @@
+r"""Calibration statistics from one forward and backward pass: the only hooks and the only backward of the package.
+
+For each target layer `y = W x + b` and a loss `L` in nats per labelled unit:
+
+* `weight_grad` `G = E[∂L/∂W]`, over labelled units,
+* `input_covariance` `A = E[x xᵀ]`, uncentred, over real tokens (rows that the attention mask keeps),
+* `grad_covariance` `B = (1/units) Σ_t g_t g_tᵀ` with `g_t` the gradient of the *summed* loss of a batch by the layer's
+  output, so that `½ tr(B D A Dᵀ)` predicts nats per labelled unit for a change `D` of the weight.
+
+Sums and counts are accumulated (float32 within a batch, float64 across batches) and reduced once over processes, so
+the result does not depend on how the data is split into batches or over processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..data import PaddingMasks, batch_examples, forward_loss
+from ..errors import DataError, NumericalError, TargetError
+from ..fingerprint import tensors_fingerprint
+from ..layers import Layout, differentiating_only, layout_of, weight_matrix
+from .records import CalibrationStatistics, Key, LayerStatistics
+from .rows import gram, real_rows
+
+
+class _Input(NamedTuple):
+    """One input tensor of the current forward pass and the layers that received it."""
+
+    tensor: torch.Tensor
+    module: nn.Module
+    layout: Layout
+    mask: torch.Tensor | None
+    names: list[str]
+
+
+class _Collector:
+    """Sums of one process over its batches."""
+
+    def __init__(self, model: PreTrainedModel, targets: Mapping[str, nn.Module]) -> None:
+        self.targets = targets
+        self.layouts = {name: layout_of(module) for name, module in targets.items()}
+        self.masks = PaddingMasks(model)
+        self.inputs: dict[tuple[int, int], _Input] = {}
+        self.recording = False
+        self.order: list[Key] = []  # of the inputs in a forward pass, also of those that only some batches have
+        self.input_sums: dict[Key, torch.Tensor] = {}
+        self.input_counts: dict[Key, int] = {}
+        self.repeated: set[str] = set()  # targets called more than once in a forward pass
+        self.grad_sums: dict[str, torch.Tensor] = {}
+        self.weight_grads: dict[str, torch.Tensor] = {}
+        for name, module in targets.items():
+            matrix = weight_matrix(module)
+            self.grad_sums[name] = matrix.new_zeros((len(matrix), len(matrix)), dtype=torch.float64)
+            self.weight_grads[name] = torch.zeros_like(matrix, dtype=torch.float64)
+
+    def hook(self, name: str) -> Any:
+        """Return a forward hook that notes the layer's input and waits for the gradient of its output."""
+        layout = self.layouts[name]
+
+        def forward_hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            x = args[0]
+            mask = self.masks.of(module, x)
+            if self.recording:  # false while gradient checkpointing repeats the forward pass
+                key = (id(x), id(module) if isinstance(module, nn.Conv2d) else 0)
+                self.inputs.setdefault(key, _Input(x, module, layout, mask, [])).names.append(name)
+            if output.requires_grad:
+                output.register_hook(lambda grad: self.add_output_grad(name, grad, mask))
+
+        return forward_hook
+
+    @torch.no_grad()
+    def add_output_grad(self, name: str, grad: torch.Tensor, mask: torch.Tensor | None) -> None:
+        rows = real_rows(self.layouts[name].output_rows(grad), mask)
+        self.grad_sums[name] += gram(rows)
+
+    @torch.no_grad()
+    def add_inputs(self) -> None:
+        """Add the inputs of a finished forward pass, each once for all the layers that share it."""
+        calls = Counter(name for entry in self.inputs.values() for name in entry.names)
+        self.repeated |= {name for name, count in calls.items() if count > 1}
+        place = 0
+        for entry in self.inputs.values():
+            rows = real_rows(entry.layout.input_rows(entry.module, entry.tensor), entry.mask)
+            key = tuple(dict.fromkeys(entry.names))
+            if key not in self.order:
+                self.order.insert(place, key)  # right behind the one before
+            place = self.order.index(key) + 1
+            product = gram(rows)
+            if key in self.input_sums:
+                self.input_sums[key] += product
+            else:
+                self.input_sums[key] = product.double()
+            self.input_counts[key] = self.input_counts.get(key, 0) + len(rows)
+        self.inputs.clear()
+
+    def add_weight_grads(self, index: int) -> None:
+        for name, module in self.targets.items():
+            weight: Any = module.weight
+            if weight.grad is None:
+                continue
+            if not torch.isfinite(weight.grad.sum()):
+                raise NumericalError(f"batch {index}: the gradient of {name!r} is not finite (NaN or infinity).")
+            self.weight_grads[name] += self.layouts[name].as_matrix(weight.grad)
+            weight.grad = None
+
+    def groups(self) -> tuple[Key, ...]:
+        """Return the groups of targets with the same input, in forward order, without targets called repeatedly."""
+        seen: list[Key] = next((keys for keys in gather_object([self.order]) if keys), [])
+        uses = Counter(name for key in seen for name in key)
+        repeated = set(gather_object(sorted(self.repeated)))  # an idle process has seen none
+        single = [tuple(name for name in key if name not in repeated and uses[name] == 1) for key in seen]
+        return tuple(key for key in single if key)
+
+    def reduce(self, accelerator: Accelerator) -> None:
+        """Sum over processes; a process that never saw some grouping of inputs contributes zeros."""
+        if accelerator.num_processes == 1:
+            return
+        for key in sorted(set(gather_object(list(self.input_sums)))):
+            if key not in self.input_sums:
+                size = weight_matrix(self.targets[key[0]]).shape[1]
+                self.input_sums[key] = self.grad_sums[key[0]].new_zeros((size, size))
+            count = torch.tensor(self.input_counts.get(key, 0), device=accelerator.device)
+            self.input_sums[key] = accelerator.reduce(self.input_sums[key], "sum")
+            self.input_counts[key] = int(accelerator.reduce(count, "sum"))
+        for sums in (self.grad_sums, self.weight_grads):
+            for name in sums:
+                sums[name] = accelerator.reduce(sums[name], "sum")
+
+    def layer_statistics(self, units: int) -> dict[str, LayerStatistics]:
+        means = {key: total / self.input_counts[key] for key, total in self.input_sums.items()}
+        result = {}
+        for name in self.targets:
+            keys = [key for key in means if name in key]
+            if not keys:
+                raise TargetError(f"{name!r} was never called in the forward pass; add it to `ignore`.")
+            tokens = sum(self.input_counts[key] for key in keys)
+            covariance = means[keys[0]]
+            if len(keys) > 1:
+                covariance = torch.stack([self.input_sums[key] for key in keys]).sum(0) / tokens
+            result[name] = LayerStatistics(
+                self.weight_grads[name] / units, covariance, self.grad_sums[name] / units, tokens, units
+            )
+        return result
+
+
+def data_fingerprint(loader: DataLoader, accelerator: Accelerator) -> str:
+    """Return the fingerprint that `collect_statistics` gives to the same data, without running the model."""
+    return _combined([tensors_fingerprint(batch) for batch in accelerator.prepare(loader)])
+
+
+def _combined(digests: list[str]) -> str:
+    """Return one digest of all processes' batches, whatever their order."""
+    return hashlib.sha256("".join(sorted(gather_object(digests))).encode()).hexdigest()
+
+
+def collect_statistics(
+    model: PreTrainedModel, targets: Mapping[str, nn.Module], loader: DataLoader, accelerator: Accelerator
+) -> CalibrationStatistics:
+    """Collect `G`, `A` and `B` of every target in one forward and backward pass over the data.
+
+    The model is left as it was: modes, `requires_grad`, gradients and hooks. Dropout is off.
+
+    Args:
+        model: the dense model, on `accelerator.device`.
+        targets: layers to observe, by name.
+        loader: batches with labels; prepared here, so that each process sees its own share.
+        accelerator: made with `even_batches=False`, so that no example is seen twice.
+
+    Returns:
+        The statistics, the same on each process.
+
+    Raises:
+        DataError: if a batch has no labels, the model no loss, or no batch a labelled unit.
+        NumericalError: if a loss or a gradient is not finite.
+        TargetError: if a target takes no part in the forward pass.
+    """
+    collector = _Collector(model, targets)
+    totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # units * loss, units, examples
+    digests: list[str] = []
+    hooks = [module.register_forward_hook(collector.hook(name)) for name, module in targets.items()]
+    if collector.masks.encoder is not None:
+        hooks.append(collector.masks.encoder.register_forward_hook(collector.masks.record_encoder_output))
+    try:
+        prepared = accelerator.prepare(loader)
+        progress = logging.tqdm(prepared, desc="Calibrating", disable=not accelerator.is_local_main_process)
+        with differentiating_only(model, targets), torch.enable_grad():
+            for index, batch in enumerate(progress):
+                collector.masks.start(batch)
+                collector.recording = True
+                loss, outputs, units = forward_loss(model, batch, index)
+                collector.recording = False
+                collector.add_inputs()
+                if units:
+                    del outputs
+                    (loss * units).backward()
+                    collector.add_weight_grads(index)
+                    totals += torch.tensor([loss.item() * units, units, 0.0], device=totals.device)
+                totals[2] += batch_examples(batch)
+                digests.append(tensors_fingerprint(batch))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    collector.reduce(accelerator)
+    totals = accelerator.reduce(totals, "sum")
+    total_units = int(totals[1])
+    if total_units == 0:
+        raise DataError("no batch has a labelled unit: every label is -100.")
+    digest = _combined(digests)
+    layers = collector.layer_statistics(total_units)
+    groups = collector.groups()
+    mean_loss, examples = float(totals[0]) / total_units, int(totals[2])
+    return CalibrationStatistics(layers, mean_loss, examples, total_units, digest, groups)

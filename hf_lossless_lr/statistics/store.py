@@ -1,0 +1,102 @@
+"""Calibration statistics on disk: safetensors with a fingerprint of the model and of the data."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..errors import CheckpointError
+from ..files import replacing
+from .records import CalibrationStatistics, LayerStatistics
+
+FORMAT_VERSION = 1
+
+
+def save_statistics(statistics: CalibrationStatistics, path: str | os.PathLike[str], model_fingerprint: str) -> Path:
+    """Write statistics to one safetensors file, atomically.
+
+    Args:
+        statistics: what to save; an input covariance shared by several layers is stored once.
+        path: the file; its directory exists.
+        model_fingerprint: fingerprint of the dense model.
+
+    Returns:
+        The path.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    owner: dict[int, str] = {}
+    layers = {}
+    for name, layer in statistics.layers.items():
+        shared = owner.setdefault(id(layer.input_covariance), name)
+        tensors[f"{shared}.input_covariance"] = layer.input_covariance.contiguous()
+        tensors[f"{name}.grad_covariance"] = layer.grad_covariance.contiguous()
+        tensors[f"{name}.weight_grad"] = layer.weight_grad.contiguous()
+        layers[name] = {"tokens": layer.tokens, "units": layer.units, "input_covariance": shared}
+    description = {
+        "format_version": FORMAT_VERSION,
+        "model_fingerprint": model_fingerprint,
+        "data_fingerprint": statistics.data_fingerprint,
+        "loss": statistics.loss,
+        "examples": statistics.examples,
+        "units": statistics.units,
+        "groups": statistics.groups,
+        "layers": layers,
+    }
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"statistics": json.dumps(description)})
+    return Path(path)
+
+
+def load_statistics(
+    path: str | os.PathLike[str], model_fingerprint: str, device: torch.device
+) -> CalibrationStatistics:
+    """Read statistics, and refuse those of another model.
+
+    Args:
+        path: a file from `save_statistics`.
+        model_fingerprint: fingerprint of the dense model at hand.
+        device: device for the tensors.
+
+    Returns:
+        The statistics.
+
+    Raises:
+        CheckpointError: if the file is no statistics file, or of another model.
+    """
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            description = json.loads((file.metadata() or {})["statistics"])
+            if description["format_version"] != FORMAT_VERSION:
+                raise CheckpointError(f"{path}: format version {description['format_version']} is unknown.")
+            if description["model_fingerprint"] != model_fingerprint:
+                raise CheckpointError(
+                    f"{path}: these statistics belong to another model (or to other weights of it). Calibrate again."
+                )
+            covariances: dict[str, torch.Tensor] = {}
+            layers = {}
+            for name, entry in description["layers"].items():
+                shared = entry["input_covariance"]
+                if shared not in covariances:
+                    covariances[shared] = file.get_tensor(f"{shared}.input_covariance")
+                layers[name] = LayerStatistics(
+                    weight_grad=file.get_tensor(f"{name}.weight_grad"),
+                    input_covariance=covariances[shared],
+                    grad_covariance=file.get_tensor(f"{name}.grad_covariance"),
+                    tokens=entry["tokens"],
+                    units=entry["units"],
+                )
+            return CalibrationStatistics(
+                layers=layers,
+                loss=description["loss"],
+                examples=description["examples"],
+                units=description["units"],
+                data_fingerprint=description["data_fingerprint"],
+                groups=tuple(tuple(group) for group in description["groups"]),
+            )
+    except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError, OSError) as error:
+        raise CheckpointError(f"{path} is no file of calibration statistics: {error}") from error

@@ -1,0 +1,128 @@
+"""Forward passes that wait: a batch on its way through a model pauses at chosen layers until it may go on.
+
+The pauses are greenlets: the model's own forward runs as it is, and nothing is re-implemented or run twice.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import greenlet
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..data import PaddingMasks, forward_loss
+from ..layers import layout_of
+from .rows import real_rows
+
+Group = tuple[str, ...]
+
+
+class Stream(greenlet.greenlet):
+    """One batch on its way through the model."""
+
+    def __init__(self, model: PreTrainedModel, batch: Mapping[str, Any], index: int, masks: PaddingMasks) -> None:
+        super().__init__(lambda: forward_loss(model, batch, index))
+        self.gr_context = contextvars.copy_context()
+        self.masks = masks
+        masks.start(batch)
+        self.group: Group | None = None
+        self.passed: set[Group] = set()
+        self.rows: torch.Tensor | None = None
+
+    def advance(self, group: Group, finished: set[Group]) -> bool:
+        """Go on until the input of `group` is there; a group that is finished already is passed."""
+        while not self.dead and (self.group is None or self.group in finished):
+            self.switch()
+        return not self.dead and self.group == group
+
+
+class Autocast(NamedTuple):
+    """The state of autocast. It belongs to the thread, not to the greenlet: a stream that pauses takes its own along.
+
+    Attributes:
+        device: type of the device.
+        enabled: whether it is on.
+        dtype: what it computes in.
+    """
+
+    device: str
+    enabled: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, device: str) -> Autocast:
+        """Return the state as it is now."""
+        return cls(device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+
+    def set(self) -> None:
+        """Make this the state of the thread."""
+        torch.set_autocast_enabled(self.device, self.enabled)
+        torch.set_autocast_dtype(self.device, self.dtype)
+
+
+class Pause(NamedTuple):
+    """A layer at which streams wait.
+
+    Attributes:
+        group: the group of layers that it belongs to; a stream waits once for each group.
+        module: the layer that is called.
+        dense: the dense layer that it is or replaces, which says what the rows are and which of them are padding.
+        behind: whether streams wait behind the layer, with its outputs less the bias, rather than before it, with its
+            inputs.
+    """
+
+    group: Group
+    module: nn.Module
+    dense: Any
+    behind: bool
+
+
+@contextmanager
+def pausing(model: PreTrainedModel, encoder: nn.Module | None, pauses: Sequence[Pause]) -> Iterator[None]:
+    """Hooks that pause a stream at the first layer of each group that it reaches; undone afterwards."""
+    main = greenlet.getcurrent()
+    caller = Autocast.of(model.device.type)
+
+    def hook_of(pause: Pause) -> Any:
+        dense, layout = pause.dense, layout_of(pause.dense)
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor | None = None) -> None:
+            stream = greenlet.getcurrent()
+            if not isinstance(stream, Stream) or pause.group in stream.passed:
+                return
+            seen = layout.input_rows(dense, args[0]) if output is None else layout.output_rows(output)
+            rows = real_rows(seen, stream.masks.of(dense, args[0]))
+            stream.rows = rows if output is None or dense.bias is None else rows - dense.bias.to(rows)
+            stream.group = pause.group
+            stream.passed.add(pause.group)
+            own = Autocast.of(model.device.type)
+            caller.set()
+            try:
+                main.switch()
+            finally:
+                own.set()
+            stream.rows = None
+
+        return hook
+
+    def encoder_hook(module: nn.Module, args: Any, output: Any) -> None:
+        stream = greenlet.getcurrent()
+        if isinstance(stream, Stream):
+            stream.masks.record_encoder_output(module, args, output)
+
+    handles = []
+    for pause in pauses:
+        watch = pause.module.register_forward_hook if pause.behind else pause.module.register_forward_pre_hook
+        handles.append(watch(hook_of(pause)))
+    if encoder is not None:
+        handles.append(encoder.register_forward_hook(encoder_hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

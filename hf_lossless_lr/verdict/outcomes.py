@@ -1,0 +1,249 @@
+"""What two models answer to the same examples: the paired evidence behind every comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..data import Question, batch_examples, correct_predictions, forward_loss, questions
+from ..errors import DataError
+from ..layers import evaluating, in_place
+
+TEMPERATURES = tuple(2.0 ** (step / 4) for step in range(-4, 9))
+"""Temperatures at which losses are taken, from 1/2 to 4; a fitted one is interpolated between them."""
+
+LOSS_TOLERANCE = 0.02  # relative gap between a model's loss and the cross-entropy of its logits: rounding in bfloat16
+
+
+@dataclass(frozen=True)
+class PairedOutcomes:
+    """Answers of a dense and a compressed model to the same examples, summed over clusters.
+
+    A *cluster* is an example; or a whole batch, where the model's loss is not the mean cross-entropy of its logits
+    (regression, class weights, an auxiliary loss) and so cannot be told apart by example. Clusters without a labelled
+    unit are left out. Where a first axis has length two it is (dense, compressed).
+
+    Attributes:
+        loss: summed loss in nats.  # shape: (2, clusters)
+        units: labelled units.  # shape: (clusters,)
+        examples: number of examples with a labelled unit.
+        by_example: whether a cluster is an example.
+        right: whether each unit is answered correctly; None where the head does not classify.  # shape: (2, units)
+        confidence: probability that the model gives to its own answer.  # shape: (2, units)
+        changed: whether the two models answer differently.  # shape: (units,)
+        labels: the right class of each unit (of the first question).  # shape: (units,)
+        cluster_of_unit: index of the unit's cluster.  # shape: (units,)
+        divergence: KL divergence of the compressed from the dense predictions, in nats.  # shape: (units,)
+        tempered: summed loss at each of `TEMPERATURES`, if asked for and `by_example`.
+            # shape: (2, temperatures, clusters)
+    """
+
+    loss: np.ndarray
+    units: np.ndarray
+    examples: int
+    by_example: bool
+    right: np.ndarray | None = None
+    confidence: np.ndarray | None = None
+    changed: np.ndarray | None = None
+    labels: np.ndarray | None = None
+    cluster_of_unit: np.ndarray | None = None
+    divergence: np.ndarray | None = None
+    tempered: np.ndarray | None = None
+
+    @property
+    def clusters(self) -> int:
+        """Number of clusters."""
+        return len(self.units)
+
+    @property
+    def mean_loss(self) -> tuple[float, float]:
+        """Mean loss per labelled unit of both models, in nats."""
+        dense, compressed = self.loss.sum(1) / self.units.sum()
+        return float(dense), float(compressed)
+
+    @property
+    def accuracy(self) -> tuple[float, float] | None:
+        """Share of the units that each model answers correctly, or None where the head does not classify."""
+        if self.right is None:
+            return None
+        dense, compressed = self.right.mean(1)
+        return float(dense), float(compressed)
+
+    @property
+    def loss_increase(self) -> np.ndarray:
+        """Summed loss increase of each cluster, in nats.  # shape: (clusters,)."""
+        return self.loss[1] - self.loss[0]
+
+    @property
+    def accuracy_drop(self) -> np.ndarray | None:
+        """Correct answers lost in each cluster, less those gained.  # shape: (clusters,)."""
+        if self.right is None or self.cluster_of_unit is None:
+            return None
+        drop = self.right[0].astype(float) - self.right[1]
+        return np.bincount(self.cluster_of_unit, drop, minlength=self.clusters)
+
+    @property
+    def mean_divergence(self) -> float | None:
+        """Mean KL divergence from the dense model's predictions, in nats per unit; None as for `accuracy`."""
+        return None if self.divergence is None else float(self.divergence.mean())
+
+
+class _Answer(NamedTuple):
+    """What one model says to one batch."""
+
+    loss: float
+    units: int
+    asked: list[Question]
+
+
+class _Record(NamedTuple):
+    """What both models say to one batch; `by_unit` is empty where the head does not classify."""
+
+    loss: np.ndarray  # shape: (2,), summed
+    units: int
+    examples: int
+    by_unit: dict[str, np.ndarray]  # arrays whose last dimension is the unit
+
+
+def paired_outcomes(
+    dense: PreTrainedModel,
+    compressed: PreTrainedModel | Mapping[str, nn.Module],
+    loader: DataLoader,
+    accelerator: Accelerator,
+    description: str | None = None,
+    temperatures: bool = False,
+) -> PairedOutcomes:
+    """Let two models answer every example of a loader once, whatever the number of processes.
+
+    Args:
+        dense: the dense model, on `accelerator.device`; its training mode is restored.
+        compressed: the other model, or the layers that make it out of the dense one, by name.
+        loader: batches with labels.
+        accelerator: made with `even_batches=False`.
+        description: label of the progress bar; None for no bar.
+        temperatures: whether to take losses at all of `TEMPERATURES`, too.
+
+    Returns:
+        The outcomes, the same on each process.
+
+    Raises:
+        DataError: if there are no labels, or the models do not answer the same questions.
+        NumericalError: if a loss is not finite.
+    """
+    records = []
+    hidden = description is None or not accelerator.is_main_process
+    batches = logging.tqdm(accelerator.prepare(loader), desc=description, disable=hidden)
+    with ExitStack() as modes, torch.no_grad():
+        modes.enter_context(evaluating(dense))
+        if isinstance(compressed, nn.Module):
+            modes.enter_context(evaluating(compressed))
+        for index, batch in enumerate(batches):
+            before = _answer(dense, batch, index)
+            if isinstance(compressed, nn.Module):
+                after = _answer(compressed, batch, index)
+            else:
+                with in_place(dense, compressed):
+                    after = _answer(dense, batch, index)
+            records.append(_record(before, after, batch_examples(batch), index, temperatures))
+    by_process = gather_object([records])  # batches were dealt out in turn
+    return _combine([record for turn in zip_longest(*by_process) for record in turn if record is not None])
+
+
+def _answer(model: PreTrainedModel, batch: Mapping[str, Any], index: int) -> _Answer:
+    loss, outputs, units = forward_loss(model, batch, index)
+    return _Answer(loss.item() * units if units else 0.0, units, questions(model, batch, outputs))
+
+
+def _record(dense: _Answer, compressed: _Answer, examples: int, index: int, temperatures: bool) -> _Record:
+    shapes = [[question.logits.shape for question in answer.asked] for answer in (dense, compressed)]
+    if dense.units != compressed.units or shapes[0] != shapes[1]:
+        raise DataError(f"batch {index}: the two models do not answer the same questions, so they cannot be compared.")
+    loss = np.array([dense.loss, compressed.loss])
+    if not dense.asked or not dense.units:
+        return _Record(loss, dense.units, examples, {})
+    logs = [[q.logits.float().log_softmax(-1) for q in answer.asked] for answer in (dense, compressed)]
+    labels = [q.labels.clamp(0, q.logits.shape[-1] - 1) for q in dense.asked]
+    by_unit = {
+        "loss": torch.stack([_cross_entropy(log, labels, 1.0) for log in logs]),
+        "right": torch.stack([correct_predictions(answer.asked) for answer in (dense, compressed)]),
+        "confidence": torch.stack([sum(q.amax(-1) for q in log).exp() for log in logs]),  # type: ignore[union-attr]
+        "changed": torch.stack([p.argmax(-1) != q.argmax(-1) for p, q in zip(*logs, strict=True)]).any(0),
+        "labels": dense.asked[0].labels,
+        "example": dense.asked[0].examples,
+        "divergence": torch.stack([_divergence(p, q) for p, q in zip(*logs, strict=True)]).mean(0),
+    }
+    if temperatures:
+        by_unit["tempered"] = torch.stack(
+            [torch.stack([_cross_entropy(log, labels, t) for t in TEMPERATURES]) for log in logs]
+        )
+    return _Record(loss, dense.units, examples, {name: value.cpu().numpy() for name, value in by_unit.items()})
+
+
+def _divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Return `Σ exp(p) (p − q)` of each unit, where classes that `p` rules out add nothing.  # shape: (units,)."""
+    return torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum(-1)
+
+
+def _cross_entropy(logs: Sequence[torch.Tensor], labels: Sequence[torch.Tensor], temperature: float) -> torch.Tensor:
+    """Return the loss of each unit at a temperature, the mean over its questions.  # shape: (units,)."""
+    terms = []
+    for log, label in zip(logs, labels, strict=True):
+        scaled = log / temperature
+        terms.append(scaled.logsumexp(-1) - scaled.gather(-1, label[:, None]).squeeze(-1))
+    return torch.stack(terms).mean(0)
+
+
+def _combine(records: Sequence[_Record]) -> PairedOutcomes:
+    records = [record for record in records if record.units]
+    examples = sum(len(np.unique(r.by_unit["example"])) if r.by_unit else r.examples for r in records)
+    if not records:
+        raise DataError("no held-out example has a label: every label is -100.")
+    if any(not record.by_unit for record in records):
+        losses = np.stack([record.loss for record in records], axis=1)
+        return PairedOutcomes(losses, np.array([record.units for record in records]), examples, by_example=False)
+    columns = {
+        name: np.concatenate([record.by_unit[name] for record in records], axis=-1) for name in records[0].by_unit
+    }
+    by_example = all(_explains(record) for record in records)
+    if by_example:
+        starts = np.cumsum([0, *(record.examples for record in records[:-1])])
+        owner = np.concatenate([r.by_unit["example"] + start for r, start in zip(records, starts, strict=True)])
+    else:
+        owner = np.repeat(np.arange(len(records)), [len(record.by_unit["example"]) for record in records])
+    _, owner, units = np.unique(owner, return_inverse=True, return_counts=True)
+
+    def summed(values: np.ndarray) -> np.ndarray:
+        rows = [np.bincount(owner, row, minlength=len(units)) for row in values.reshape(-1, values.shape[-1])]
+        return np.stack(rows).reshape(*values.shape[:-1], len(units))
+
+    return PairedOutcomes(
+        loss=summed(columns["loss"]) if by_example else np.stack([record.loss for record in records], axis=1),
+        units=units,
+        examples=examples,
+        by_example=by_example,
+        right=columns["right"],
+        confidence=columns["confidence"],
+        changed=columns["changed"],
+        labels=columns["labels"],
+        cluster_of_unit=owner,
+        divergence=columns["divergence"],
+        tempered=summed(columns["tempered"]) if by_example and "tempered" in columns else None,
+    )
+
+
+def _explains(record: _Record) -> bool:
+    """Return whether the loss of both models is the mean cross-entropy of their logits."""
+    entropy = record.by_unit["loss"].sum(1)
+    return bool(np.all(np.abs(entropy - record.loss) <= LOSS_TOLERANCE * (np.abs(record.loss) + 0.05 * record.units)))

@@ -1,0 +1,286 @@
+"""What labels mean: their names, the labelled units behind a loss, and the correct answers, for each kind of head."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.tiny_models import IGNORED, TINY_MODELS, build, generator, rows, split_batch
+from torch import tensor
+
+from hf_lossless_lr.data.labels import batch_examples, correct_predictions, label_names, labelled_units, questions
+from hf_lossless_lr.errors import ConfigurationError, DataError
+
+LOSS_RTOL = 1e-5  # float32 forward passes of one example against those of the whole batch
+N = IGNORED
+
+WORDS = torch.zeros(2, 4, dtype=torch.long)
+
+
+def one_hot(answers, classes=3):
+    """Logits whose arg max is `answers`."""
+    return torch.nn.functional.one_hot(tensor(answers), classes).float()
+
+
+def head(name):
+    return TINY_MODELS[name]()[0]
+
+
+class TestLabelNames:
+    @pytest.mark.parametrize("name", [n for n in TINY_MODELS if n != "bert-question-answering"])
+    def test_are_labels_for_most_heads(self, name):
+        assert label_names(head(name)) == ["labels"]
+
+    def test_are_two_positions_for_question_answering(self):
+        assert label_names(head("bert-question-answering")) == ["start_positions", "end_positions"]
+
+    def test_leave_out_the_next_sentence_of_pretraining(self):
+        options = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+        assert label_names(build("BertForPreTraining", "BertConfig", **options)) == ["labels"]
+
+    def test_default_to_labels_for_a_model_without_any(self):
+        assert label_names(head("bert-sequence-classification").bert) == ["labels"]
+
+
+# tiny model, its labels, the units in them counted by hand
+UNITS = [
+    ("bert-sequence-classification", {"labels": tensor([2, 0])}, 2),
+    ("bert-sequence-classification", {"labels": tensor([0.5, 1.5])}, 2),  # regression
+    ("bert-sequence-classification", {"labels": tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])}, 2),  # multi-label
+    ("bert-sequence-classification", {"labels": tensor([2, N, 1])}, 2),  # the loss leaves that example out
+    ("bert-multiple-choice", {"labels": tensor([2, 0])}, 2),
+    ("bert-question-answering", {"start_positions": tensor([0, 1]), "end_positions": tensor([1, 1])}, 2),
+    ("bert-token-classification", {"labels": tensor([[N, 1, 2, N], [N, 0, N, N]])}, 3),
+    ("bert-token-classification", {"labels": tensor([[0, 1, 2, 1], [0, 0, 2, 2]])}, 8),
+    ("bert-masked-lm", {"labels": tensor([[N, N, 5, N], [7, N, N, N]])}, 2),
+    ("llama", {"labels": tensor([[5, 6, 7, 8], [5, 6, N, N]])}, 4),  # the first token is never predicted
+    ("llama", {"labels": tensor([[N, N, 7, 8], [5, N, N, N]])}, 2),
+    ("gpt2", {"labels": tensor([[5, 6, 7, 8], [5, 6, N, N]])}, 4),
+    ("t5", {"labels": tensor([[5, 6, 7, 8], [5, 6, N, N]])}, 6),  # a decoder sees its targets shifted already
+    ("vit", {"labels": tensor([2, 0])}, 2),
+    ("llama", {"labels": tensor([[5, N, N, N], [N, N, N, N]])}, 0),
+]
+
+
+# decoders of encoder-decoders, as language models of their own
+DECODERS = [
+    *("Bart", "BigBirdPegasus", "Blenderbot", "BlenderbotSmall", "MBart", "Marian", "Mvp", "PLBart", "Pegasus"),
+    *("ProphetNet", "TrOCR", "Whisper"),
+]
+
+
+def decoder(name):
+    sizes = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+    prophet = {"hidden_size": 32, "num_decoder_layers": 1, "num_decoder_attention_heads": 4, "ngram": 1}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    options = {"vocab_size": 61, "init_std": 0.2, **special, **(prophet if name == "ProphetNet" else sizes)}
+    return build(f"{name}ForCausalLM", f"{name}Config", **options)
+
+
+def speech(reduction):
+    """A CTC head, six recordings and their transcripts, one as long as the frames that the head sees."""
+    model = build(
+        "Wav2Vec2ForCTC",
+        "Wav2Vec2Config",
+        vocab_size=12,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=48,
+        conv_dim=(16, 16),
+        conv_stride=(4, 2),
+        conv_kernel=(8, 3),
+        num_feat_extract_layers=2,
+        num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=2,
+        ctc_loss_reduction=reduction,
+    )
+    labels = (torch.arange(6 * 39).view(6, 39) % 11 + 1).where(torch.arange(39) < 3 + torch.arange(6)[:, None] ** 2, N)
+    return model, {"input_values": torch.randn(6, 320, generator=generator(0)), "labels": labels}
+
+
+class TestLabelledUnits:
+    @pytest.mark.parametrize(("name", "labels", "units"), UNITS)
+    def test_are_counted(self, name, labels, units):
+        assert labelled_units(head(name), {"input_ids": WORDS, **labels}) == units
+
+    def test_of_an_encoder_decoder_among_the_causal_models_are_not_shifted(self):
+        """Transformers lists some with them, such as Florence2; their targets are shifted already."""
+        model = head("llama")
+        model.config.is_encoder_decoder = True
+        assert labelled_units(model, {"labels": tensor([[5, 6, 7, 8], [5, 6, N, N]])}) == 6
+
+    def test_of_a_users_own_causal_model_are_shifted(self):
+        model, batch = TINY_MODELS["llama"]()
+        own = type("Own", (type(model),), {})(model.config)
+        assert labelled_units(own, batch) == labelled_units(model, batch)
+
+    @pytest.mark.parametrize("name", DECODERS)
+    def test_of_a_decoder_alone_are_not_shifted(self, name):
+        """Transformers lists these with the causal models; their loss compares each position with its own label."""
+        model, batch = decoder(name), TINY_MODELS["llama"]()[1]
+        with torch.no_grad():
+            outputs = model(**batch)
+        (question,) = questions(model, batch, outputs)
+        expected = torch.nn.functional.cross_entropy(question.logits, question.labels)
+        torch.testing.assert_close(outputs.loss, expected, rtol=LOSS_RTOL, atol=0.0)
+        assert labelled_units(model, batch) == int((batch["labels"] != N).sum())
+
+    @pytest.mark.parametrize("name", TINY_MODELS)
+    def test_are_what_the_loss_averages_over(self, name):
+        """Loss times units is a sum: the batch's is the sum of its examples'."""
+        model, batch = TINY_MODELS[name]()
+        with torch.no_grad():
+            whole = model(**batch).loss * labelled_units(model, batch)
+            parts = sum(model(**one).loss * labelled_units(model, one) for one in split_batch(batch, 1))
+        torch.testing.assert_close(whole, parts, rtol=LOSS_RTOL, atol=0.0)
+
+    def test_of_transcripts_are_what_the_loss_averages_over(self):
+        """The loss of each example is divided by the length of its transcript; the batch's is their mean."""
+        model, batch = speech("mean")
+        assert labelled_units(model, batch) == 6
+        with torch.no_grad():
+            outputs = model(**batch)
+            parts = sum(model(**one).loss * labelled_units(model, one) for one in split_batch(batch, 1))
+        torch.testing.assert_close(6 * outputs.loss, parts, rtol=LOSS_RTOL, atol=0.0)
+        assert outputs.logits.shape[:2] == batch["labels"].shape
+        assert questions(model, batch, outputs) == []
+
+    def test_of_a_summed_loss_are_an_error(self):
+        model, batch = speech("sum")
+        with pytest.raises(ConfigurationError, match=r'Wav2Vec2ForCTC sums .* Set model.config.ctc_loss.* = "mean"'):
+            labelled_units(model, batch)
+
+    def test_are_what_the_loss_of_partly_labelled_examples_averages_over(self):
+        model, batch = TINY_MODELS["bert-sequence-classification"]()
+        batch["labels"][1::2] = N
+        with torch.no_grad():
+            loss = model(**batch).loss
+            each = torch.nn.functional.cross_entropy(model(**batch).logits, batch["labels"], reduction="sum")
+        assert labelled_units(model, batch) == 3
+        torch.testing.assert_close(3 * loss, each, rtol=LOSS_RTOL, atol=0.0)
+
+    @pytest.mark.parametrize("name", TINY_MODELS)
+    def test_of_data_without_labels_is_an_error(self, name):
+        model, batch = TINY_MODELS[name]()
+        unlabelled = {k: v for k, v in batch.items() if k not in label_names(model)}
+        expected = " or ".join(label_names(model))
+        columns = ", ".join(unlabelled)
+        with pytest.raises(
+            DataError, match=f"no labels: {type(model).__name__} takes {expected}, the batch has {columns}"
+        ):
+            labelled_units(model, unlabelled)
+
+    def test_of_labels_that_are_none_is_an_error(self):
+        with pytest.raises(DataError, match="labels=input_ids"):
+            labelled_units(head("llama"), {"input_ids": WORDS, "labels": None})
+
+
+class TestBatchExamples:
+    @pytest.mark.parametrize("name", TINY_MODELS)
+    def test_is_the_length_of_the_batch(self, name):
+        _, batch = TINY_MODELS[name]()
+        assert batch_examples(batch) == 6
+        assert batch_examples(rows(batch, slice(0, 1))) == 1
+
+    def test_looks_past_values_that_are_no_tensors(self):
+        assert batch_examples({"return_dict": True, "input_ids": WORDS}) == 2
+
+
+# tiny model, labels, the answers in the logits, which of the labelled units are right, and in which example they are
+CORRECT = [
+    ("bert-sequence-classification", [2, 0, 1], [2, 1, 1], [1, 0, 1], [0, 1, 2]),
+    ("bert-sequence-classification", [2, N, 1], [2, 1, 0], [1, 0], [0, 2]),
+    ("bert-multiple-choice", [2, 0, 1], [2, 0, 1], [1, 1, 1], [0, 1, 2]),
+    ("bert-token-classification", [[N, 1, 2, N], [N, 0, N, N]], [[0, 1, 0, 0], [0, 0, 0, 0]], [1, 0, 1], [0, 0, 1]),
+    ("bert-masked-lm", [[N, N, 1, N], [2, N, N, N]], [[0, 0, 1, 0], [1, 0, 0, 0]], [1, 0], [0, 1]),
+    ("bert-masked-lm", [[N, N, N, N], [2, N, N, 0]], [[0, 0, 1, 0], [1, 0, 0, 0]], [0, 1], [1, 1]),
+    # token t is answered at position t - 1; the last position answers nothing
+    ("llama", [[0, 1, 2, 0], [0, 2, N, N]], [[1, 2, 0, 0], [2, 0, 0, 0]], [1, 1, 1, 1], [0, 0, 0, 1]),
+    ("llama", [[0, 1, 2, 0], [0, 2, N, N]], [[0, 1, 2, 0], [0, 2, 0, 0]], [0, 0, 0, 0], [0, 0, 0, 1]),
+    ("gpt2", [[0, 1, 2, 0], [0, 2, N, N]], [[1, 2, 1, 1], [2, 0, 0, 0]], [1, 1, 0, 1], [0, 0, 0, 1]),
+    ("t5", [[0, 1, 2, 0], [0, 2, N, N]], [[0, 1, 2, 0], [1, 2, 0, 0]], [1, 1, 1, 1, 0, 1], [0, 0, 0, 0, 1, 1]),
+    ("resnet", [2, 0, 1], [0, 0, 1], [0, 1, 1], [0, 1, 2]),
+]
+
+
+def asked_of(name, batch, **outputs):
+    return questions(head(name), batch, SimpleNamespace(**outputs))
+
+
+class TestQuestions:
+    @pytest.mark.parametrize(("name", "labels", "answers", "right", "examples"), CORRECT)
+    def test_of_a_head_are_one_with_the_logits_and_labels_of_its_labelled_units(
+        self, name, labels, answers, right, examples
+    ):
+        (question,) = asked_of(name, {"labels": tensor(labels)}, logits=one_hot(answers))
+        assert question.examples.tolist() == examples
+        shifted = name in ("llama", "gpt2")
+        pairs = [
+            (answer, label)
+            for row_answers, row_labels in zip(*(torch.atleast_2d(tensor(x)) for x in (answers, labels)), strict=True)
+            for answer, label in zip(row_answers[: -1 if shifted else None], row_labels[shifted:], strict=True)
+            if label != N
+        ]
+        assert question.logits.tolist() == one_hot([int(answer) for answer, _ in pairs]).tolist()
+        assert question.labels.tolist() == [int(label) for _, label in pairs]
+
+    def test_of_a_span_are_its_start_and_its_end(self):
+        batch = {"start_positions": tensor([0, 1, 2]), "end_positions": tensor([1, 2, 2])}
+        outputs = {"start_logits": torch.rand(3, 5), "end_logits": torch.rand(3, 5)}
+        asked = asked_of("bert-question-answering", batch, **outputs)
+        for question, end in zip(asked, ("start", "end"), strict=True):
+            assert torch.equal(question.logits, outputs[f"{end}_logits"])
+            assert torch.equal(question.labels, batch[f"{end}_positions"])
+            assert question.examples.tolist() == [0, 1, 2]
+
+    @pytest.mark.parametrize("name", TINY_MODELS)
+    def test_have_as_many_units_as_the_loss(self, name):
+        model, batch = TINY_MODELS[name]()
+        with torch.no_grad():
+            asked = questions(model, batch, model(**batch))
+        assert len(asked) == (2 if name == "bert-question-answering" else 1)
+        for question in asked:
+            units = labelled_units(model, batch)
+            assert len(question.logits) == len(question.labels) == len(question.examples) == units
+            assert question.examples.tolist() == sorted(question.examples.tolist())
+            assert set(question.examples.tolist()) <= set(range(batch_examples(batch)))
+
+    @pytest.mark.parametrize(
+        ("labels", "logits"),
+        [
+            (tensor([0.5, 1.5]), torch.zeros(2, 1)),  # regression
+            (tensor([1, 0]), torch.zeros(2, 1)),  # a single output has no arg max to speak of
+            (tensor([[1.0, 0.0, 1.0]]), torch.zeros(1, 3)),  # multi-label
+            (tensor([1, 0]), None),
+            (None, torch.zeros(2, 3)),
+            (tensor([1, 0]), torch.zeros(2, 4, 3)),  # token logits, example labels
+            (tensor([[1, 0]]), torch.zeros(1, 5, 3)),  # logits for other tokens than the labels
+        ],
+    )
+    def test_are_none_where_accuracy_means_nothing(self, labels, logits):
+        assert asked_of("bert-sequence-classification", {"labels": labels}, logits=logits) == []
+
+    def test_are_none_without_logits(self):
+        assert asked_of("bert-sequence-classification", {"labels": tensor([1, 0])}) == []
+
+
+class TestCorrectPredictions:
+    @pytest.mark.parametrize(("name", "labels", "answers", "right", "examples"), CORRECT)
+    def test_are_told_for_each_labelled_unit(self, name, labels, answers, right, examples):
+        found = correct_predictions(asked_of(name, {"labels": tensor(labels)}, logits=one_hot(answers)))
+        assert found.dtype == torch.bool
+        assert found.tolist() == [bool(answer) for answer in right]
+
+    def test_of_a_span_need_both_ends_right(self):
+        batch = {"start_positions": tensor([0, 1, 2, 1]), "end_positions": tensor([1, 2, 2, 1])}
+        outputs = {"start_logits": one_hot([0, 1, 2, 0]), "end_logits": one_hot([1, 0, 2, 0])}
+        asked = asked_of("bert-question-answering", batch, **outputs)
+        assert correct_predictions(asked).tolist() == [True, False, True, False]
+
+    @pytest.mark.parametrize("name", ["llama", "bert-masked-lm", "t5", "vit"])
+    def test_add_up_over_batches(self, name):
+        model, batch = TINY_MODELS[name](24)
+        with torch.no_grad():
+            whole = correct_predictions(questions(model, batch, model(**batch)))
+            parts = [correct_predictions(questions(model, part, model(**part))) for part in split_batch(batch, 5)]
+        assert whole.tolist() == torch.cat(parts).tolist()

@@ -1,0 +1,211 @@
+"""A trial: the refit is kept only if it brings the predictions closer to the dense model's."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from support.compressions import COUNT, build, check_same_state
+from support.tiny_models import other_inputs, split_batch
+from support.tolerances import FLOAT32
+
+from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor, paired_outcomes
+from hf_lossless_lr.pipeline import trial as trials_module
+from hf_lossless_lr.pipeline.trial import Trial, build_layers, run_trial
+from hf_lossless_lr.ranks.select import select_budget
+from hf_lossless_lr.report.records import Difference
+from hf_lossless_lr.verdict.certificate import accuracy_difference, loss_difference
+
+KEEP_RATIO = 0.3
+
+
+def make_case(**options):
+    """A calibration, ranks for a third of the parameters, and the configuration."""
+    model, batch = build("bert-sequence-classification")
+    config = LosslessLowRankConfig(keep_ratio=KEEP_RATIO, **{"selection_fraction": 0.5} | options)
+    compressor = LowRankCompressor(config)
+    compressor.calibrate(model, split_batch(batch, 2), eval_dataset=[other_inputs(batch)])
+    calibration = compressor._calibration
+    return calibration, select_budget(calibration.curves, KEEP_RATIO), config
+
+
+@pytest.fixture
+def case():
+    return make_case()
+
+
+def states(layers):
+    return {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.state_dict().items()}
+
+
+def plain_and_refitted(calibration, ranks, config):
+    plain, refitted = (build_layers(calibration, ranks, config.storage) for _ in range(2))
+    trials_module._refit(calibration, refitted, config.damping)
+    return plain, refitted
+
+
+def outcomes_of(calibration, layers, loader):
+    return paired_outcomes(calibration.model, layers, loader, calibration.accelerator)
+
+
+def force(monkeypatch, *changes):
+    """Let the outcomes of a trial, one after the other, be the true ones with some attributes changed."""
+    left = list(changes)
+
+    def changed(*arguments):
+        return replace(paired_outcomes(*arguments), **left.pop(0))
+
+    monkeypatch.setattr(trials_module, "paired_outcomes", changed)
+    return left
+
+
+def divergence(value):
+    return {"divergence": np.full(COUNT // 2, value)}
+
+
+class TestRefit:
+    @pytest.mark.parametrize("after", [0.5, 0.7, math.nan])
+    def test_that_does_not_help_is_undone_bit_for_bit(self, case, after, monkeypatch):
+        calibration, ranks, config = case
+        left = force(monkeypatch, divergence(0.5), divergence(after))
+        trial = run_trial(calibration, ranks, config)
+        assert not trial.refitted
+        assert left == []
+        check_same_state(states(trial.layers), states(build_layers(calibration, ranks, config.storage)))
+
+    def test_that_helps_is_kept(self, case, monkeypatch):
+        calibration, ranks, config = case
+        force(monkeypatch, divergence(0.5), divergence(0.499))
+        trial = run_trial(calibration, ranks, config)
+        assert trial.refitted
+        plain, kept = states(build_layers(calibration, ranks, config.storage)), states(trial.layers)
+        assert kept.keys() == plain.keys()
+        assert any(not torch.equal(kept[name], plain[name]) for name in plain)
+
+    @pytest.mark.parametrize("options", [{}, {"selection_fraction": 0.0}], ids=["selection split", "calibration data"])
+    def test_is_kept_exactly_if_the_divergence_falls(self, options):
+        """On the selection split, or else on the calibration data."""
+        calibration, ranks, config = make_case(**options)
+        plain, refitted = plain_and_refitted(calibration, ranks, config)
+        loader = calibration.data.selection if not options else calibration.data.calibration
+        before, after = (outcomes_of(calibration, x, loader).mean_divergence for x in (plain, refitted))
+        trial = run_trial(calibration, ranks, config)
+        assert before != after
+        assert trial.refitted == (after < before)
+        check_same_state(states(trial.layers), states(refitted if after < before else plain))
+
+    def test_lowers_the_divergence_on_the_data_it_is_fitted_to(self, case):
+        calibration, ranks, config = case
+        plain, refitted = plain_and_refitted(calibration, ranks, config)
+        loader = calibration.data.calibration
+        before, after = (outcomes_of(calibration, x, loader).mean_divergence for x in (plain, refitted))
+        assert after < before
+
+    @pytest.mark.parametrize("helps", [True, False])
+    def test_is_judged_by_the_loss_where_the_head_does_not_classify(self, case, helps, monkeypatch):
+        calibration, ranks, config = case
+        loss = np.array([[0.0] * 3, [0.5] * 3])
+        lower = np.array([[0.9] * 3, [0.499 if helps else 0.5] * 3])
+        no_answers = {"divergence": None, "right": None, "units": np.array([2] * 3)}
+        force(monkeypatch, no_answers | {"loss": loss}, no_answers | {"loss": lower})
+        assert run_trial(calibration, ranks, config).refitted is helps
+
+    def test_is_not_tried_where_it_is_not_asked_for(self, monkeypatch):
+        monkeypatch.setattr(trials_module, "_refit", lambda *_: pytest.fail("a refit"))
+        calibration, ranks, config = make_case(refit=False)
+        trial = run_trial(calibration, ranks, config)
+        assert not trial.refitted
+        check_same_state(states(trial.layers), states(build_layers(calibration, ranks, config.storage)))
+
+    def test_of_no_layer_is_not_tried(self, case, monkeypatch):
+        monkeypatch.setattr(trials_module, "_refit", lambda *_: pytest.fail("a refit"))
+        calibration, ranks, config = case
+        trial = run_trial(calibration, dict.fromkeys(ranks), config)
+        assert (trial.layers, trial.refitted) == ({}, False)
+        assert (trial.loss.mean, trial.accuracy_drop.mean) == (0.0, 0.0)
+
+
+class TestTrial:
+    def test_leaves_the_model_dense(self, case):
+        calibration, ranks, config = case
+        modules = dict(calibration.model.named_modules())
+        run_trial(calibration, ranks, config)
+        after = dict(calibration.model.named_modules())
+        assert after.keys() == modules.keys()
+        assert all(after[name] is module for name, module in modules.items())
+
+    def test_measures_the_increase_on_the_selection_split(self, case):
+        calibration, ranks, config = case
+        trial = run_trial(calibration, ranks, config)
+        parts = list(calibration.data.selection)
+        assert sum(len(part["labels"]) for part in parts) == COUNT // 2
+        losses, right = [], []
+        model = calibration.model
+        with torch.no_grad():
+            for _ in range(2):
+                logits = torch.cat([model(**part).logits for part in parts]).double()
+                labels = torch.cat([part["labels"] for part in parts])
+                losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none").numpy())
+                right.append((logits.argmax(-1) == labels).double().mean().item())
+                for name, layer in trial.layers.items():
+                    model.set_submodule(name, layer)
+        differences = losses[1] - losses[0]
+        assert trial.increase == pytest.approx(differences.mean(), abs=10 * FLOAT32)
+        assert trial.accuracy_drop.mean == pytest.approx(right[0] - right[1])
+        reach = stats.t.ppf(config.confidence, len(differences) - 1) * stats.sem(differences)
+        assert trial.loss.upper == pytest.approx(differences.mean() + reach, abs=20 * FLOAT32)
+        assert trial.loss.lower == pytest.approx(differences.mean() - reach, abs=20 * FLOAT32)
+
+    @pytest.mark.parametrize("refitted", [True, False])
+    def test_measures_the_layers_it_ends_with(self, case, refitted, monkeypatch):
+        calibration, ranks, config = case
+        chosen = plain_and_refitted(calibration, ranks, config)[refitted]
+        measured = outcomes_of(calibration, chosen, calibration.data.selection)
+        force(monkeypatch, divergence(0.5), divergence(0.4 if refitted else 0.6))
+        trial = run_trial(calibration, ranks, config)
+        loss = loss_difference(measured.loss_increase, measured.units, config.confidence, bootstrap=False)
+        assert trial.loss == loss
+        assert trial.accuracy_drop == accuracy_difference(measured, config.confidence, bootstrap=False)
+
+    def test_without_a_selection_split_measures_nothing_and_passes_no_margin(self):
+        trial = run_trial(*make_case(selection_fraction=0.0))
+        assert trial.loss is trial.accuracy_drop is None
+        assert trial.increase == 0.0
+        assert not trial.passes(math.inf, 1.0)
+
+    def test_with_nothing_to_choose_reads_no_data(self, monkeypatch):
+        calibration, ranks, config = make_case(selection_fraction=0.0, refit=False)
+        monkeypatch.setattr(trials_module, "paired_outcomes", lambda *_: pytest.fail("a measurement"))
+        trial = run_trial(calibration, ranks, config)
+        assert trial.layers
+        assert trial.loss is None
+
+    @pytest.mark.parametrize(("fraction", "part"), [(0.5, "selection"), (0.0, "calibration")])
+    def test_never_reads_the_evaluation_data(self, fraction, part, monkeypatch):
+        calibration, ranks, config = make_case(selection_fraction=fraction)
+        seen = []
+
+        def watch(dense, compressed, loader, *arguments):
+            seen.append(loader)
+            return paired_outcomes(dense, compressed, loader, *arguments)
+
+        monkeypatch.setattr(trials_module, "paired_outcomes", watch)
+        run_trial(calibration, ranks, config)
+        assert seen == [getattr(calibration.data, part)] * 2
+
+    @pytest.mark.parametrize(
+        ("loss", "drop", "passes"),
+        [
+            (0.01, 0.02, True),
+            (0.0101, 0.0, False),
+            (0.0, 0.0201, False),
+            (0.01, None, True),
+            (math.inf, 0.0, False),
+            (None, None, False),
+        ],
+    )
+    def test_passes_if_both_upper_bounds_are_inside_the_margins(self, loss, drop, passes):
+        loss, drop = (None if upper is None else Difference(-1.0, -2.0, upper) for upper in (loss, drop))
+        assert Trial({}, {}, False, loss, drop).passes(0.01, 0.02) is passes

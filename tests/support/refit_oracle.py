@@ -1,0 +1,124 @@
+"""The refit the slow way: whole forward passes for each group, one unpadded example at a time, in double precision."""
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_lossless_lr.factors.refit import RIDGE
+from support.statistics_oracle import input_rows, unpadded_examples
+from support.tiny_models import Batch
+
+
+def plain_examples(model: PreTrainedModel, batch: Batch) -> list[Batch]:
+    """Each example, or each choice of one, without padding and without a mask."""
+    if "start_positions" in batch:
+        examples = unpadded_examples(model, batch | {"labels": batch["start_positions"]})
+        return [{name: value for name, value in example.items() if name != "labels"} for example in examples]
+    if "input_ids" in batch and batch["input_ids"].ndim == 3:
+        flat = {name: batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask")}
+        flat["labels"] = torch.zeros(len(flat["input_ids"]), dtype=torch.int64)
+        return [e | {"input_ids": e["input_ids"][:, None]} for e in unpadded_examples(model, flat)]
+    return unpadded_examples(model, batch)
+
+
+@torch.no_grad()
+def layer_inputs(
+    model: nn.Module, names: Sequence[str], examples: Sequence[Batch]
+) -> dict[str, dict[int, np.ndarray]]:
+    """Input rows of each layer, by the number of the example; a layer is called at most once in each."""
+    seen: dict[str, dict[int, np.ndarray]] = {name: {} for name in names}
+    current = 0
+
+    def watch(name):
+        def hook(module, args):
+            assert current not in seen[name]
+            seen[name][current] = input_rows(module, args[0]).double().numpy().copy()
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
+    for current, example in enumerate(examples):  # noqa: B007 (the hooks read it)
+        model(**example)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def get_matrix(module: nn.Module) -> np.ndarray:
+    weight = module.weight.detach()
+    return (weight.T if isinstance(module, Conv1D) else weight.flatten(1)).double().numpy()
+
+
+@torch.no_grad()
+def set_matrix(module: nn.Module, matrix: np.ndarray) -> None:
+    value = torch.from_numpy(np.ascontiguousarray(matrix.T if isinstance(module, Conv1D) else matrix))
+    module.weight.copy_(value.reshape(module.weight.shape))
+
+
+def with_ridge(matrix: np.ndarray, share: float) -> np.ndarray:
+    return matrix + share * matrix.trace() / len(matrix) * np.eye(len(matrix))
+
+
+def roots(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    values, vectors = np.linalg.eigh(matrix)
+    return (vectors * np.sqrt(values)) @ vectors.T, (vectors / np.sqrt(values)) @ vectors.T
+
+
+def fitted(weight: np.ndarray, dense: np.ndarray, shifted: np.ndarray, ridge: float) -> np.ndarray:
+    """The weight that turns the shifted rows into the dense outputs, by least squares on the rows themselves."""
+    level = np.sqrt(ridge * (shifted**2).sum() / shifted.shape[1])  # root of: number of rows * λ
+    design = np.concatenate([shifted, level * np.eye(len(weight.T))])
+    outputs = np.concatenate([dense @ weight.T, level * weight.T])
+    return np.linalg.lstsq(design, outputs, rcond=None)[0].T
+
+
+def truncated(weight: np.ndarray, A: np.ndarray, B: np.ndarray, rank: int) -> np.ndarray:
+    """The best approximation of a rank in the metric `(A, B)`."""
+    (Q, Q_inverse), (P, P_inverse) = roots(A), roots(B)
+    U, S, Vt = np.linalg.svd(P @ weight @ Q, full_matrices=False)
+    return P_inverse @ (U[:, :rank] * S[:rank]) @ Vt[:rank] @ Q_inverse
+
+
+def slow_refit(
+    model: PreTrainedModel,
+    products: Mapping[str, np.ndarray],
+    ranks: Mapping[str, int],
+    grad_covariances: Mapping[str, np.ndarray],
+    groups: Sequence[Sequence[str]],
+    examples: Sequence[Batch],
+    damping: float,
+    contributes: Callable[[str, int], bool] = lambda name, index: True,
+) -> dict[str, np.ndarray]:
+    """Return the low-rank weight of each layer after the refit.
+
+    Args:
+        model: the dense model, in double precision.
+        products: the low-rank weights before.
+        ranks: rank of each layer.
+        grad_covariances: B of each layer.
+        groups: layers in the order in which they are fitted.
+        examples: without padding.
+        damping: of the metric; a third of it is the ridge.
+        contributes: whether a layer is fitted to an example, by its number.
+    """
+    compressed = deepcopy(model)  # a plain dense model with other numbers in it
+    for name, product in products.items():
+        set_matrix(compressed.get_submodule(name), product)
+    result = dict(products)
+    inputs = layer_inputs(model, [name for group in groups for name in group], examples)
+    for group in groups:
+        shifted = layer_inputs(compressed, group, examples)
+        for name in group:
+            chosen = [index for index in shifted[name] if contributes(name, index)]
+            X, Y = (np.concatenate([rows[name][index] for index in chosen]) for rows in (inputs, shifted))
+            weight = fitted(get_matrix(model.get_submodule(name)), X, Y, RIDGE)
+            A, B = with_ridge(Y.T @ Y / len(Y), damping), with_ridge(grad_covariances[name], damping)
+            result[name] = truncated(weight, A, B, ranks[name])
+        for name in group:
+            set_matrix(compressed.get_submodule(name), result[name])
+    return result

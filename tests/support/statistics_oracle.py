@@ -1,0 +1,112 @@
+"""The calibration statistics the slow way: one example at a time, without padding, in double precision."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from support.tiny_models import IGNORED, Batch, rows
+
+SHIFTED = ("LlamaForCausalLM", "GPT2LMHeadModel")
+
+
+class Oracle(NamedTuple):
+    """`G`, `A`, `B` and the number of input rows of each layer, and the mean loss."""
+
+    weight_grad: dict[str, torch.Tensor]
+    input_covariance: dict[str, torch.Tensor]
+    grad_covariance: dict[str, torch.Tensor]
+    tokens: dict[str, int]
+    loss: float
+    units: int
+
+
+def unpadded_examples(model: PreTrainedModel, batch: Batch) -> list[Batch]:
+    """Each example as a batch of its own, without a mask, cut to its length (and to the length of its targets)."""
+    examples = []
+    for index in range(len(batch["labels"])):
+        example = rows(batch, slice(index, index + 1))
+        mask = example.pop("attention_mask", None)
+        if mask is not None:
+            real = mask[0].bool()
+            example["input_ids"] = example["input_ids"][:, real]
+            if model.config.is_encoder_decoder:
+                real = example["labels"][0] != IGNORED
+            if example["labels"].ndim == 2:
+                example["labels"] = example["labels"][:, real]
+        examples.append(example)
+    return examples
+
+
+def count_units(model: PreTrainedModel, labels: torch.Tensor) -> int:
+    if labels.ndim == 1:
+        return len(labels)
+    if type(model).__name__ in SHIFTED:
+        labels = labels[:, 1:]
+    return sum(int(label) != IGNORED for label in labels.flatten())
+
+
+def matrix(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    return weight.T if isinstance(module, Conv1D) else weight.reshape(len(weight), -1)
+
+
+def input_rows(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    if isinstance(module, nn.Conv2d):  # windows cut out by hand: (n, channels, rows, columns, kh, kw)
+        (top, left), (kh, kw), (dy, dx) = module.padding, module.kernel_size, module.stride
+        windows = F.pad(x, (left, left, top, top)).unfold(2, kh, dy).unfold(3, kw, dx)
+        x = windows.permute(0, 2, 3, 1, 4, 5).flatten(3)
+    return x.reshape(-1, x.shape[-1])
+
+
+def output_rows(module: nn.Module, y: torch.Tensor) -> torch.Tensor:
+    if isinstance(module, nn.Conv2d):
+        y = y.movedim(1, -1)
+    return y.reshape(-1, y.shape[-1])
+
+
+def slow_statistics(model: PreTrainedModel, names: list[str], examples: list[Batch]) -> Oracle:
+    """Sum over examples, rows and labelled units, then divide; `model` is in double precision and evaluation mode."""
+    modules = {name: model.get_submodule(name) for name in names}
+    calls: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+
+    def watch(name):
+        def hook(module, args, output):
+            output.retain_grad()
+            calls.append((name, args[0].detach(), output))
+
+        return hook
+
+    gradients = dict.fromkeys(names, 0.0)
+    inputs = dict.fromkeys(names, 0.0)
+    outputs = dict.fromkeys(names, 0.0)
+    tokens = dict.fromkeys(names, 0)
+    loss_sum, units = 0.0, 0
+    handles = [module.register_forward_hook(watch(name)) for name, module in modules.items()]
+    for example in examples:
+        calls.clear()
+        model.zero_grad()
+        count = count_units(model, example["labels"])
+        loss = model(**example).loss * count  # the sum over the example's labelled units
+        loss.backward()
+        loss_sum, units = loss_sum + loss.item(), units + count
+        for name, module in modules.items():
+            gradients[name] += matrix(module, module.weight.grad)
+        for name, x, y in calls:
+            x, g = input_rows(modules[name], x), output_rows(modules[name], y.grad)
+            inputs[name] += torch.einsum("ti,tj->ij", x, x)
+            outputs[name] += torch.einsum("ti,tj->ij", g, g)
+            tokens[name] += len(x)
+    for handle in handles:
+        handle.remove()
+    model.zero_grad()
+    return Oracle(
+        {name: total / units for name, total in gradients.items()},
+        {name: total / tokens[name] for name, total in inputs.items()},
+        {name: total / units for name, total in outputs.items()},
+        tokens,
+        loss_sum / units,
+        units,
+    )
