@@ -24,8 +24,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup ## compress a small model, trained on the spot, and print the report
 	@$(BIN)/hf-lossless-lr demo
 
+# One worker for each core, with one thread each (tests/conftest.py sees to that). A file stays in one worker, which
+# makes what its tests share once; files with many tests come first. All tests run, those marked `slow` as well.
+# Without -n, as in `pytest -k name`, there are no workers to wait for.
 test: setup ## run the tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: setup ## check style and formatting
 	@$(BIN)/ruff check $(PATHS)

@@ -1,6 +1,12 @@
 """What all tests share: a fixed seed, one thread, no progress bars or log lines, and the testbed of trained models."""
 
+import os
 from pathlib import Path
+
+# For NumPy, SciPy and torch, which read these when they are loaded, and for the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
+os.environ.setdefault("OPENBLAS_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
 
 import datasets
 import pytest
@@ -17,8 +23,11 @@ def _seed():
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
-    """Models this small run faster on one thread, and their sums come out the same each time."""
-    torch.set_num_threads(1)
+    """Models this small run faster on one thread, and their sums come out the same each time.
+
+    With `OMP_NUM_THREADS` in the environment it is that many. Each worker of `make test` is a process of its own.
+    """
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -26,6 +35,16 @@ def _quiet():
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache_of_datasets(tmp_path_factory):
+    """What `datasets` reads from files is cached in the folder of this run, of which each worker has its own."""
+    folder = tmp_path_factory.mktemp("datasets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", folder)
+        patch.setenv("HF_DATASETS_CACHE", str(folder))  # for the processes that tests start
+        yield
 
 
 @pytest.fixture(scope="session")

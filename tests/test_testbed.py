@@ -9,9 +9,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
 
-pytestmark = pytest.mark.testbed
+pytestmark = [pytest.mark.testbed, pytest.mark.slow]
 
-CALIBRATION, VALIDATION = 256, 400
+CALIBRATION, VALIDATION = 128, 200
 METHODS = {
     "kronecker budget": LosslessLowRankConfig(keep_ratio=0.5),
     "activation uniform": LosslessLowRankConfig(keep_ratio=0.5, objective="uniform", metric="activation"),

@@ -1,6 +1,7 @@
 """Compressed checkpoints: written by `save_pretrained`, read by `from_pretrained`, refused when something is wrong."""
 
 import copy
+import functools
 import io
 import json
 import shutil
@@ -42,11 +43,12 @@ from transformers.trainer_utils import validate_quantization_for_training
 
 import hf_lossless_lr
 from hf_lossless_lr import LosslessLowRankConfig
+from hf_lossless_lr.checkpoint.config import FORMAT_VERSION
 from hf_lossless_lr.errors import CheckpointError, ConfigurationError, TargetError
 from hf_lossless_lr.report.records import REPORT_NAME
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-STORAGES = ("two-factor", "pivoted")
+DIFFERENT = ("bert-sequence-classification", "albert", "gpt2", "resnet")  # linear, shared, transposed, convolutions
 LAYER_TYPES = (nn.Linear, Conv1D, nn.Conv2d)
 
 
@@ -66,44 +68,58 @@ def in_dtype(model, batch, dtype, folder):
     return model, {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
 
 
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory):
-    """A compressed BERT with its batch and its checkpoint; treat them as read-only."""
-    model, batch = compressed("bert-sequence-classification", storage="pivoted")
-    folder = tmp_path_factory.mktemp("bert")
-    model.save_pretrained(folder)
-    return SimpleNamespace(model=model, batch=batch, folder=folder)
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """Gives a model's batch, the model compressed, its report, and its checkpoint; treat them as read-only."""
+
+    @functools.cache
+    def make(name, storage="pivoted", dtype="float32"):
+        folder = tmp_path_factory.mktemp(name)
+        model, batch = in_dtype(*build(name), DTYPES[dtype], folder / "dense")
+        model, report = compress(model, batch, storage=storage)
+        model.save_pretrained(folder / "compressed")
+        return SimpleNamespace(model=model, batch=batch, report=report, folder=folder / "compressed")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def bert(checkpoint):
+    return checkpoint("bert-sequence-classification")
 
 
 class TestRoundTrip:
-    @pytest.mark.parametrize("storage", STORAGES)
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("name", TINY_MODELS)
-    def test_gives_the_same_answers_bit_for_bit(self, name, dtype, storage, tmp_path):
-        model, batch = in_dtype(*build(name), DTYPES[dtype], tmp_path / "dense")
-        model, report = compress(model, batch, storage=storage)
-        assert 0.4 < report.keep_ratio <= 0.5
-        layers = factorized_layers(model)
+    @pytest.mark.parametrize(
+        ("name", "storage", "dtype"),
+        [
+            *((name, "pivoted", "float32") for name in TINY_MODELS),
+            *((name, "two-factor", "bfloat16") for name in TINY_MODELS),
+            *((name, "two-factor", "float32") for name in DIFFERENT),
+            *((name, "pivoted", "bfloat16") for name in DIFFERENT),
+        ],
+    )
+    def test_gives_the_same_answers_bit_for_bit(self, name, storage, dtype, checkpoint):
+        saved = checkpoint(name, storage, dtype)
+        assert {parameter.dtype for parameter in saved.model.parameters()} >= {DTYPES[dtype]}
+        assert 0.4 < saved.report.keep_ratio <= 0.5
+        layers = factorized_layers(saved.model)
         assert {layer.storage for layer in layers.values()} == {storage}
-        model.save_pretrained(tmp_path / "compressed")
-        for model_class in (type(model), auto_class(name)):
-            again = loaded(model_class, tmp_path / "compressed")
-            assert type(again) is type(model)
+        for model_class in (type(saved.model), auto_class(name)):
+            again = loaded(model_class, saved.folder)
+            assert type(again) is type(saved.model)
             assert factorized_layers(again).keys() == layers.keys()
-            check_same_state(model.state_dict(), again.state_dict())
-            check_same_answers(model, again, batch)
+            check_same_state(saved.model.state_dict(), again.state_dict())
+            check_same_answers(saved.model, again, saved.batch)
 
     @pytest.mark.parametrize("name", TINY_MODELS)
-    def test_can_be_repeated_with_the_same_files_without_the_card_and_the_report(self, name, tmp_path):
-        model, batch = compressed(name)
-        model.save_pretrained(tmp_path / "first")
-        again = loaded(type(model), tmp_path / "first")
-        again.save_pretrained(tmp_path / "second")
-        first, second = (folder_content(tmp_path / folder) for folder in ("first", "second"))
+    def test_can_be_repeated_with_the_same_files_without_the_card_and_the_report(self, name, checkpoint, tmp_path):
+        saved = checkpoint(name)
+        again = loaded(type(saved.model), saved.folder)
+        again.save_pretrained(tmp_path)
+        first, second = folder_content(saved.folder), folder_content(tmp_path)
         for written_by_a_compression in ("README.md", REPORT_NAME):
             del first[written_by_a_compression]
         assert first == second
-        check_same_answers(model, loaded(type(model), tmp_path / "second"), batch)
 
     def test_keeps_the_configuration_and_the_manifest(self, bert):
         again = loaded(type(bert.model), bert.folder).config.quantization_config
@@ -114,11 +130,11 @@ class TestRoundTrip:
         }
 
     @pytest.mark.parametrize("name", ["bert-sequence-classification", "llama", "gpt2", "t5"])
-    def test_in_shards_gives_the_same_answers(self, name, tmp_path):
-        model, batch = compressed(name)
-        model.save_pretrained(tmp_path, max_shard_size="20KB")
+    def test_in_shards_gives_the_same_answers(self, name, checkpoint, tmp_path):
+        saved = checkpoint(name)
+        saved.model.save_pretrained(tmp_path, max_shard_size="20KB")
         assert len(list(tmp_path.glob("*.safetensors"))) > 2
-        check_same_answers(model, loaded(type(model), tmp_path), batch)
+        check_same_answers(saved.model, loaded(type(saved.model), tmp_path), saved.batch)
 
     def test_can_change_the_dtype_of_the_factors(self, bert):
         again = loaded(type(bert.model), bert.folder, dtype=torch.bfloat16)
@@ -159,7 +175,8 @@ class TestRoundTrip:
 
 @torch.no_grad()
 def states(model, batch):
-    """The hidden states of a model and of its encoder and decoder."""
+    """The hidden states of a model and of its encoder and decoder; of a copy, as transformers leaves hooks in it."""
+    model = copy.deepcopy(model)
     inputs = {name: value for name, value in batch.items() if not name.endswith(("labels", "positions"))}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = batch["input_ids"]
@@ -185,25 +202,25 @@ def check_only_head_or_pooler(info):
 
 class TestAnotherClass:
     @pytest.mark.parametrize("name", TINY_MODELS)
-    def test_without_the_head_loads_a_checkpoint_that_has_one(self, name, tmp_path):
-        model, batch = compressed(name)
-        model.save_pretrained(tmp_path / "headed")
-        body, info = AutoModel.from_pretrained(tmp_path / "headed", output_loading_info=True)
+    def test_without_the_head_loads_a_checkpoint_that_has_one(self, name, checkpoint, tmp_path):
+        saved = checkpoint(name)
+        body, info = AutoModel.from_pretrained(saved.folder, output_loading_info=True)
         check_only_head_or_pooler(info)
-        assert len(factorized_layers(body)) == len(factorized_layers(model))
-        source = model if model.base_model is model else model.base_model
-        check_same_states(source, body.eval(), batch)
+        assert len(factorized_layers(body)) == len(factorized_layers(saved.model))
+        source = saved.model if saved.model.base_model is saved.model else saved.model.base_model
+        check_same_states(source, body.eval(), saved.batch)
         body.save_pretrained(tmp_path / "body")
-        check_same_states(source, AutoModel.from_pretrained(tmp_path / "body").eval(), batch)
+        check_same_states(source, AutoModel.from_pretrained(tmp_path / "body").eval(), saved.batch)
 
     @pytest.mark.parametrize("name", [name for name in TINY_MODELS if name != "t5"])  # its base has no prefix
-    def test_with_a_head_loads_a_checkpoint_that_has_none(self, name, tmp_path):
-        model, batch = compressed(name)
+    def test_with_a_head_loads_a_checkpoint_that_has_none(self, name, checkpoint, tmp_path):
+        saved = checkpoint(name)
+        model = copy.deepcopy(saved.model)  # to save a body notes its class in the configuration
         model.base_model.save_pretrained(tmp_path)
         again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
         check_only_head_or_pooler(info)
         assert factorized_layers(again).keys() == factorized_layers(model).keys()
-        check_same_states(model.base_model, again.base_model.eval(), batch)
+        check_same_states(model.base_model, again.base_model.eval(), saved.batch)
 
     def test_that_has_none_of_the_layers_is_refused(self, bert):
         with pytest.raises(
@@ -227,12 +244,12 @@ def pickled(model):
 
 
 class TestInMemory:
-    @pytest.mark.parametrize("name", ["bert-sequence-classification", "albert", "gpt2", "resnet"])
+    @pytest.mark.parametrize("name", DIFFERENT)
     @pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
-    def test_a_copy_answers_the_same_and_stands_for_itself(self, name, duplicate):
-        model, batch = compressed(name)
+    def test_a_copy_answers_the_same_and_stands_for_itself(self, name, duplicate, checkpoint):
+        model = checkpoint(name).model
         other = duplicate(model)
-        check_same_answers(model, other, batch)
+        check_same_answers(model, other, checkpoint(name).batch)
         other.dequantize()
         assert not factorized_layers(other)
         assert not hasattr(other.config, "quantization_config")
@@ -263,25 +280,26 @@ class TestInMemory:
 
 
 class TestDequantizing:
-    @pytest.mark.parametrize("storage", STORAGES)
-    @pytest.mark.parametrize("name", TINY_MODELS)
-    def test_gives_a_plain_model_with_the_same_answers(self, name, storage, tmp_path):
-        dense, batch = build(name)
-        types = {path: type(module) for path, module in dense.named_modules()}
-        model, _ = compress(dense, batch, storage=storage)
-        before = copy.deepcopy(model)
+    @pytest.mark.parametrize(
+        ("name", "storage"),
+        [*((name, "pivoted") for name in TINY_MODELS), *((name, "two-factor") for name in DIFFERENT)],
+    )
+    def test_gives_a_plain_model_with_the_same_answers(self, name, storage, checkpoint, tmp_path):
+        saved = checkpoint(name, storage)
+        types = {path: type(module) for path, module in build(name)[0].named_modules()}
+        model = copy.deepcopy(saved.model)
         names = factorized_layers(model)
         assert model.dequantize() is model
         assert {path: type(module) for path, module in model.named_modules()} == types
         assert {types[name] for name in names} <= set(LAYER_TYPES)
         assert not hasattr(model.config, "quantization_config")
         assert "dequantize" not in vars(model)
-        check_same_answers(before, model, batch, 10 * FLOAT32)
+        check_same_answers(saved.model, model, saved.batch, 10 * FLOAT32)
         model.save_pretrained(tmp_path)
         assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
         again = loaded(auto_class(name), tmp_path)
         assert not factorized_layers(again)
-        check_same_answers(model, again, batch)
+        check_same_answers(model, again, saved.batch)
 
     def test_of_a_loaded_model_gives_what_that_of_the_saved_one_gives(self, bert):
         again, mine = loaded(type(bert.model), bert.folder), copy.deepcopy(bert.model)
@@ -328,31 +346,28 @@ STOCK = {name: auto_class(name) for name in ("bert-sequence-classification", "ll
 
 
 @pytest.fixture(scope="module")
-def outcome(tmp_path_factory):
+def outcome(checkpoint, tmp_path_factory):
     """All four checkpoints loaded in one process that never imports this package; its last load is not guarded."""
-    folder = tmp_path_factory.mktemp("stock")
     arguments = []
     for name, model_class in STOCK.items():
-        compressed(name)[0].save_pretrained(folder / name)
-        arguments += [str(folder / name), model_class.__name__]
+        arguments += [str(checkpoint(name).folder), model_class.__name__]
     command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, *arguments]
-    return folder, subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    folder = tmp_path_factory.mktemp("elsewhere")
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
 
 
 class TestTransformersWithoutThisPackage:
     @pytest.mark.parametrize("name", STOCK)
-    def test_refuses_the_checkpoint(self, outcome, name):
-        folder, process = outcome
-        error, text = json.loads(process.stdout.splitlines()[-1])[str(folder / name)]
+    def test_refuses_the_checkpoint(self, outcome, checkpoint, name):
+        error, text = json.loads(outcome.stdout.splitlines()[-1])[str(checkpoint(name).folder)]
         assert error == "RuntimeError"
         assert "ignore_mismatched_sizes" in text
 
     def test_ends_with_an_error_that_names_the_layers_and_the_sizes(self, outcome):
-        _, process = outcome
-        assert process.returncode != 0
-        assert "MISMATCH" in process.stderr
-        assert "size mismatch - ckpt: torch.Size([1]) vs model:torch.Size([32, 32])" in process.stderr
-        assert "attention.self.query.weight" in process.stderr
+        assert outcome.returncode != 0
+        assert "MISMATCH" in outcome.stderr
+        assert "size mismatch - ckpt: torch.Size([1]) vs model:torch.Size([32, 32])" in outcome.stderr
+        assert "attention.self.query.weight" in outcome.stderr
 
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
@@ -409,8 +424,8 @@ BAD_MANIFESTS = {
     "missing field": (drop_record_field, r"expected the keys \['rank', 'storage'\], got \{'rank'"),
     "unknown field": (set_record(scale=2), r"expected the keys \['rank', 'storage'\]"),
     "newer format": (
-        set_manifest(format_version=2),
-        r"has format version 2; .* up to 1. Upgrade with `pip install -U",
+        set_manifest(format_version=FORMAT_VERSION + 1),
+        rf"has format version {FORMAT_VERSION + 1}; .* up to {FORMAT_VERSION}. Upgrade with `pip install -U",
     ),
     "a list": (set_manifest(modules=[QUERY]), r"modules: the manifest must map names to records, got \['bert"),
     "nothing": (set_manifest(modules={}), "none of the factorized modules of this checkpoint exists in Bert"),
@@ -502,10 +517,11 @@ class TestRefusal:
         edit_tensors(tmp_path / index[key], transpose(key))
         self.check_refused(tmp_path, f"the tensor '{key}' has the shape")
 
-    def test_of_another_storage_than_the_stored_one_works_both_ways(self, tmp_path):
-        compressed("bert-sequence-classification", storage="two-factor")[0].save_pretrained(tmp_path)
-        edit_config(tmp_path, set_record(storage="pivoted"))
-        self.check_refused(tmp_path, rf"lacks the tensor '{QUERY}.permutation'")
+    def test_of_another_storage_than_the_stored_one_works_both_ways(self, checkpoint, tmp_path):
+        two_factor = checkpoint("bert-sequence-classification", "two-factor").folder
+        folder = Path(shutil.copytree(two_factor, tmp_path / "copy"))
+        edit_config(folder, set_record(storage="pivoted"))
+        self.check_refused(folder, rf"lacks the tensor '{QUERY}.permutation'")
 
     def test_of_factors_that_the_manifest_does_not_list_is_as_loud(self, folder):
         edit_config(folder, lambda config: config["modules"].pop(QUERY))

@@ -31,11 +31,6 @@ from hf_lossless_lr.report.tables import comparison_table
 COUNT = 20
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
-
-
 def sentence(number, words=6):
     """A text of its own for each number: the first two words spell it."""
     spelled = (number, number // len(WORDS), *(number * 7 + position * position for position in range(2, words)))

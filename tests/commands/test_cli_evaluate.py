@@ -37,11 +37,6 @@ def place(tmp_path_factory):
     return SimpleNamespace(model=str(folder / "model"), data=str(data))
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 @pytest.fixture
 def compressed(place, tmp_path):
     out = str(tmp_path / "out")

@@ -87,7 +87,6 @@ def place(tmp_path_factory):
 @pytest.fixture
 def compress(place, tmp_path, monkeypatch):
     """Run `compress` with more arguments, and let the certificate come to a given status."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
 
     def run(status, *arguments):
         from hf_lossless_lr.pipeline import summary as reporting

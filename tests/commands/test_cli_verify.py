@@ -45,8 +45,7 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture
-def verify(place, tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+def verify(place):
 
     def run(compressed, *options):
         where = ("--task", "text-classification", "--dataset", "json", "--data_files", place.data)

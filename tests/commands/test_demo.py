@@ -1,4 +1,4 @@
-"""The demonstration, shortened to two epochs."""
+"""The demonstration, shortened to two epochs on half of the digits to train on."""
 
 import json
 import sys
@@ -21,6 +21,8 @@ from hf_lossless_lr.commands.demo import (
     run_demo,
 )
 
+pytestmark = pytest.mark.slow  # all but one test take the run, which trains
+
 ROWS = [
     "targeted parameters",
     "parameters",
@@ -36,7 +38,9 @@ def run(tmp_path_factory):
     """One run, with what it printed."""
     folder, printed = tmp_path_factory.mktemp("demo"), []
     with pytest.MonkeyPatch.context() as patch:
+        train, held_out = load_digits()
         patch.setattr(demo, "EPOCHS", 2)
+        patch.setattr(demo, "load_digits", lambda: (train[:10], held_out))
         patch.setattr("builtins.print", lambda *texts: printed.append(" ".join(texts)))
         result = run_demo(folder, 0.4)
     return SimpleNamespace(folder=folder, result=result, text="\n".join(printed))
@@ -87,10 +91,19 @@ class TestDemo:
         assert factorized_layers(models[1]).keys() == {name for name, layer in report.layers.items() if layer.rank}
         assert set(run.result["seconds"]) == {"train", "compress", "total"}
 
-    def test_compares_bit_for_bit(self, run, models):
-        """That the model in memory and the reloaded one agree is what lets `run_demo` return at all."""
+    def test_compares_bit_for_bit(self, run, models, monkeypatch):
+        """That the new process loads and answers is what lets `run_demo` return at all; here it is this process."""
+
+        def run_here(command, **_):
+            interpreter, option, code, *arguments = command
+            assert (interpreter, option) == (sys.executable, "-c")
+            monkeypatch.setattr(sys, "argv", [option, *arguments])
+            exec(code, {})
+
+        monkeypatch.setattr("subprocess.run", run_here)
         batches = load_digits()[1][:1]
         logits = logits_of(models[1], batches)
+        assert reload_in_new_process(run.folder / "compressed", batches, logits)
         logits[3, 4] = torch.nextafter(logits[3, 4], torch.tensor(torch.inf))
         assert not reload_in_new_process(run.folder / "compressed", batches, logits)
 

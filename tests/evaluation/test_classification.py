@@ -51,11 +51,6 @@ BERT |= {"intermediate_size": 48, "max_position_embeddings": 40, "initializer_ra
 MNLI = ("entailment", "neutral", "contradiction")
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 @pytest.fixture
 def warned(monkeypatch):
     """Collect the warnings of the shared scoring."""

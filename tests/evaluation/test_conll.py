@@ -29,11 +29,6 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "compress_bert_conl
 LENGTH = 32
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 class Tagger(nn.Module):
     """Tags word w5 as 0, w6 as 1 and so on, wherever it stands; other tokens as the last tag."""
 

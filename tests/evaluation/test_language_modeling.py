@@ -147,8 +147,7 @@ class TestBlocks:
         losses = [sum(token_loss(model, block[:place], block[place]) for place in range(1, 5)) for block in blocks]
         np.testing.assert_allclose(scores.counts[:, 0], losses, rtol=1e-9)
 
-    def test_of_local_text_files_are_those_of_their_lines(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    def test_of_local_text_files_are_those_of_their_lines(self, tmp_path):
         (tmp_path / "a.txt").write_text("w5 w6 w7\n\nw8 w9\n")
         data = load_dataset("text", data_files={"test": str(tmp_path / "a.txt")}, split="test")
         assert WIKITEXT2.prepare(data, word_tokenizer(), 3)["input_ids"] == [[CLS, 5, 6], [7, 8, 9]]

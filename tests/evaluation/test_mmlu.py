@@ -340,9 +340,8 @@ class TestRefusal:
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def place(tmp_path):
     """A model with its tokenizer, and MMLU as a folder of files."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     llama(num_hidden_layers=2).save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     for name, rows in (("dev", dev_rows()), ("test", questions((40, 40, 40)))):

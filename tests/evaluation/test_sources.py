@@ -16,11 +16,6 @@ from hf_lossless_lr.evaluation.pipelines import TASKS
 from hf_lossless_lr.evaluation.sources import choose_columns, load_split
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 def prepare(name, data, columns, max_length=128, processor=None):
     dataset = Dataset.from_dict(data) if isinstance(data, dict) else data
     return TASKS[name].prepare(dataset, processor or word_tokenizer(), columns, max_length)

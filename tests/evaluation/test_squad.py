@@ -31,11 +31,6 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "compress_bert_squa
 TASKS = {"v1.1": SQUAD, "v2.0": SQUAD_V2}
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 class Reader(nn.Module):
     """A question answerer whose logits depend on each token alone, wherever it stands."""
 

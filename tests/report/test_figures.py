@@ -107,7 +107,7 @@ class TestRanks:
     def test_are_labelled_by_what_tells_the_blocks_apart(self, names, labels):
         assert tick_labels(figures(with_layers(*names))["rank_per_layer"].axes[0].xaxis) == labels
 
-    @pytest.mark.parametrize("count", [6, 36, 100, 200])
+    @pytest.mark.parametrize("count", [6, 36, 200])
     def test_have_labels_that_do_not_overlap(self, count):
         names = blocks(count, *(f"{kind}_proj" for kind in "qkvo"))
         towers = [f"{tower}.layers.{block}.fc" for tower in ("encoder", "decoder") for block in range(count)]

@@ -102,6 +102,7 @@ class TestMean:
         assert mean_p_value(*padded, 0.4) == mean_p_value(differences, units, 0.4)
         assert mean_upper_bound([0.5, 0, 0], [1, 0, 0], 0.95) == math.inf
 
+    @pytest.mark.slow
     def test_covers_the_mean_as_often_as_it_says(self):
         # Normal differences of 5 clusters, where t is exact; three standard errors of the simulation. The normal
         # distribution in place of t would cover 91 %.
@@ -110,6 +111,7 @@ class TestMean:
         covered = np.mean([mean_upper_bound(row, np.ones(5), 0.95) >= 1.0 for row in draws])
         assert covered == pytest.approx(0.95, abs=3 * math.sqrt(0.95 * 0.05 / 4000))
 
+    @pytest.mark.slow
     def test_covers_the_mean_of_unequal_clusters(self):
         generator = np.random.default_rng(1)
         covered = 0
@@ -348,6 +350,7 @@ class TestProportion:
         expected = 1e-3 + stats.norm.ppf(0.95) * math.sqrt((9e-3 - 1e-6) / 1e9)
         assert proportion_upper_bound(*counts, 0.95) == pytest.approx(expected, abs=1e-9)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("chances", [(0.1, 0.1), (0.2, 0.05), (0.05, 0.3), (0.3, 0.4)], ids=str)
     def test_covers_the_drop_as_often_as_it_says(self, chances):
         # No simulation: all tables of 40 examples, each with its probability. They are few: it cannot be exact.

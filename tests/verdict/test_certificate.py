@@ -643,6 +643,7 @@ class TestTogether:
         assert certify_together(alone) == alone
         assert certify_together({}) == {}
 
+    @pytest.mark.slow
     def test_keeps_to_the_level_of_each_certificate(self):
         tasks = {task: replace(c, confidence=0.9) for task, c in with_p_values(a=0.04, b=0.04).items()}
         assert [c.status for c in certify_together(tasks).values()] == ["lossless", "lossless"]
