@@ -2,13 +2,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PATHS := $(wildcard hf_lossless_lr tests examples)
+PATHS := $(wildcard hf_lossless_lr tests examples studies)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types format clean
+.PHONY: help setup demo test test-portable lint types format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## create .venv with the package and its development tools (PYTHON=... chooses the interpreter)
 
@@ -30,6 +30,9 @@ demo: setup ## compress a small model, trained on the spot, and print the report
 test: setup ## run the tests
 	@$(BIN)/python -m pytest -n auto --dist loadfile
 
+test-portable: setup ## run the numerical tests as other processors would (a few minutes for each of some 15 settings)
+	@$(BIN)/python tests/portable.py
+
 lint: setup ## check style and formatting
 	@$(BIN)/ruff check $(PATHS)
 	@$(BIN)/ruff format --check $(PATHS)
@@ -43,4 +46,4 @@ format: setup ## rewrite the sources in the project's format
 
 clean: ## remove the environment, caches and build results
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
-	find hf_lossless_lr tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	find hf_lossless_lr tests examples studies -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

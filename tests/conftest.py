@@ -1,6 +1,7 @@
 """What all tests share: a fixed seed, one thread, no progress bars or log lines, and the testbed of trained models."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 # For NumPy, SciPy and torch, which read these when they are loaded, and for the processes that tests start.
@@ -11,6 +12,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
 import datasets
 import pytest
 import torch
+from support.perturbation import perturbed
 from transformers.utils import logging
 
 TESTBED = Path(__file__).resolve().parents[2] / "shared" / "testbed"
@@ -21,13 +23,22 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread():
-    """Models this small run faster on one thread, and their sums come out the same each time.
+def pytest_addoption(parser):
+    parser.addoption("--threads", type=int, default=1, help="threads of torch (default: 1)")
+    parser.addoption("--perturb", type=int, metavar="SEED", help="compute products otherwise; see perturbation.py")
 
-    With `OMP_NUM_THREADS` in the environment it is that many. Each worker of `make test` is a process of its own.
-    """
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+@pytest.fixture(autouse=True, scope="session")
+def _threads(request):
+    """One unless asked for more: models this small run faster on one."""
+    torch.set_num_threads(request.config.getoption("--threads"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _perturbed(request):
+    seed = request.config.getoption("--perturb")
+    with nullcontext() if seed is None else perturbed(seed):
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

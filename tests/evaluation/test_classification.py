@@ -1,10 +1,5 @@
 """GLUE, SWAG and picture classification: agreement with scikit-learn and scipy, labels by name, and the examples."""
 
-import importlib.util
-import json
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -28,7 +23,6 @@ from hf_lossless_lr.evaluation.scores import Scores, compare
 from hf_lossless_lr.evaluation.swag import SWAG
 from hf_lossless_lr.evaluation.task import ScoringOptions
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 OPTIONS = ScoringOptions(batch_size=8, max_length=32)
 COUNT = 40
 COLUMNS = {
@@ -623,97 +617,3 @@ class TestPictures:
         hidden = pictures().remove_columns("label").add_column("label", [-1] * COUNT)
         with pytest.raises(DataError, match="example 0 is -1: the labels of this split are hidden"):
             IMAGE_CLASSIFICATION.prepare(hidden, processor(), 0)
-
-
-def load_example(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def run_example(monkeypatch, name, *arguments):
-    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-    load_example(name).main()
-
-
-def save(folder, model, processing):
-    model.save_pretrained(folder)
-    processing.save_pretrained(folder)
-    return folder
-
-
-def write_splits(folder, train, validation):
-    folder.mkdir()
-    for split, data in (("train", train), ("validation", validation)):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
-
-
-def check_run(tmp_path, text, metric, dense):
-    """What each example prints and writes."""
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert 0.3 < figures["keep_ratio"] <= 0.5
-    found = figures["metrics"][metric]
-    before, after = found["values"]
-    assert tuple(before.values()) == pytest.approx(dense, abs=1e-9)
-    assert found["drop"]["mean"] == pytest.approx(before["value"] - after["value"], abs=1e-9)
-    assert found["drop"]["lower"] <= found["drop"]["mean"] <= found["drop"]["upper"]
-    (line,) = [line for line in text.splitlines() if line.startswith(f"{metric} ")]
-    assert f"{dense[0]:.4f} ± {dense[1]:.4f} " in line
-    assert f" {after['value']:.4f} ± " in line
-    assert f"kept {figures['keep_ratio']:.1%} of the targeted parameters; {figures['verdict']}" in text
-    assert (tmp_path / "out" / "model.safetensors").is_file()
-    assert (tmp_path / "out" / "compression_report.json").is_file()
-
-
-class TestExamples:
-    """Each on a tiny model and local data."""
-
-    def options(self, tmp_path, *more):
-        return ["--data", tmp_path / "data", "--output", tmp_path / "out", "--json", tmp_path / "figures.json", *more]
-
-    def test_mnli(self, tmp_path, monkeypatch, capsys):
-        names = ("CONTRADICTION", "ENTAILMENT", "NEUTRAL")
-        model, train, validation = classifier(3, names), glue_data("mnli", seed=1), glue_data("mnli", seed=2)
-        write_splits(tmp_path / "data", train, validation)
-        dense = GLUE["mnli"].score(model, validation, word_tokenizer(), OPTIONS).values()["accuracy"]
-        folder = save(tmp_path / "model", model, word_tokenizer())
-        run_example(monkeypatch, "compress_bert_mnli", "--model", folder, *self.options(tmp_path))
-        check_run(tmp_path, capsys.readouterr().out, "accuracy", dense)
-
-    def test_swag(self, tmp_path, monkeypatch, capsys):
-        model, train, validation = decided(bert_multiple_choice()[0]), swag_data(seed=20), swag_data(seed=40)
-        write_splits(tmp_path / "data", train, validation)
-        dense = SWAG.score(model, validation.shuffle(seed=0).select(range(30)), word_tokenizer(), OPTIONS)
-        folder = save(tmp_path / "model", model, word_tokenizer())
-        more = ["--examples", "30", "--keep-ratio", "0.45"]
-        run_example(monkeypatch, "compress_bert_swag", "--model", folder, *self.options(tmp_path, *more))
-        check_run(tmp_path, capsys.readouterr().out, "accuracy", dense.values()["accuracy"])
-        report = json.loads((tmp_path / "out" / "compression_report.json").read_text())
-        assert report["held_out"]["examples"] == 30
-
-    def test_swin(self, tmp_path, monkeypatch, capsys):
-        names = ["cat", "cow", "dog"]
-        options = {"image_size": 12, "patch_size": 2, "embed_dim": 16, "depths": [2], "num_heads": [2]}
-        options |= {"window_size": 3, "mlp_ratio": 2.0, "num_labels": 3, "initializer_range": 0.2}
-        model = build("SwinForImageClassification", "SwinConfig", **options)
-        model.config.id2label = dict(enumerate(names[::-1]))
-        parts = {"train": pictures(3, names, seed=1), "validation": pictures(3, names, seed=2)}
-        for split, part in parts.items():
-            for index, row in enumerate(part):
-                path = tmp_path / "data" / split / names[row["label"]] / f"{index:02}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                row["image"].save(path)
-        dense = IMAGE_CLASSIFICATION.score(model, parts["validation"], processor(), OPTIONS)
-        folder = save(tmp_path / "model", model, processor())
-        run_example(monkeypatch, "compress_swin_imagenet", "--model", folder, *self.options(tmp_path))
-        check_run(tmp_path, capsys.readouterr().out, "top-1 accuracy", dense.values()["top-1 accuracy"])
-
-    def test_mnli_knows_the_labels_of_its_model(self):
-        # TextAttack evaluates this model with the labels of GLUE mapped as {0: 1, 1: 2, 2: 0}.
-        (labels,) = load_example("compress_bert_mnli").LABELS.values()
-        assert [labels.index(name) for name in GLUE_LABELS["mnli"]] == [1, 2, 0]
-
-    def test_are_short(self):
-        for name in ("bert_mnli", "bert_swag", "swin_imagenet"):
-            assert len((EXAMPLES / f"compress_{name}.py").read_text(encoding="utf-8").splitlines()) <= 80

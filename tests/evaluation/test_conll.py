@@ -1,10 +1,7 @@
 """CoNLL-2003: tags and their names, F1 of whole entities, against seqeval on the whole and hand-made examples."""
 
-import json
 import random
-import runpy
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,7 +22,6 @@ from hf_lossless_lr.evaluation.task import ScoringOptions
 pytest.importorskip("seqeval", reason="entities are scored by seqeval")
 
 NAMES = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "compress_bert_conll.py"
 LENGTH = 32
 
 
@@ -375,27 +371,3 @@ class TestCompression:
         certificate = verify(dense, model, parts[1], data_collator=collator, batch_size=8)
         assert certificate.loss[0] == pytest.approx(compressor.report.dense.loss)
         assert compare(score(dense, held_out), score(model, held_out), 0.95).keys() == values(model, held_out).keys()
-
-
-class TestExample:
-    @pytest.mark.parametrize("strings", [False, True])
-    def test_compresses_scores_and_saves(self, tmp_path, monkeypatch, capsys, strings):
-        for seed, name in enumerate(("train", "validation")):
-            rows = [
-                {"tokens": text.split(), "ner_tags": [NAMES[tag] for tag in tags] if strings else tags}
-                for text, tags in some_sentences(20, seed)
-            ]
-            (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-        tagger(OTHER).save_pretrained(tmp_path / "model")
-        word_tokenizer().save_pretrained(tmp_path / "model")
-        out, file = tmp_path / "out", tmp_path / "figures.json"
-        arguments = ["--model", tmp_path / "model", "--data", tmp_path, "--output", out, "--json", file]
-        monkeypatch.setattr(sys, "argv", ["example", *map(str, arguments), "--keep-ratio", "0.6", "--examples", "16"])
-        runpy.run_path(str(EXAMPLE), run_name="__main__")
-        text, figures = capsys.readouterr().out, json.loads(file.read_text())
-        assert "conlleval_f1" in text
-        assert "of the targeted parameters; " in text
-        assert 0.5 < figures["keep_ratio"] <= 0.6
-        f1 = figures["metrics"]["f1"]
-        assert f1["values"][0]["value"] - f1["values"][1]["value"] == pytest.approx(f1["drop"]["mean"])
-        assert (out / "compression_report.json").is_file()

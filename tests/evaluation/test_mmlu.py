@@ -1,9 +1,7 @@
 """MMLU: prompts to the byte, letters against a slow oracle, and the loss that calibration and certificate see."""
 
-import importlib.util
 import json
 import math
-import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -24,8 +22,6 @@ from hf_lossless_lr.evaluation.scores import compare
 from hf_lossless_lr.evaluation.task import ScoringOptions
 
 mmlu_module = import_module("hf_lossless_lr.evaluation.mmlu")  # the room has a function of this name
-
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "compress_tinyllama_mmlu.py"
 
 
 def gpt2(seed=0):
@@ -337,44 +333,6 @@ class TestRefusal:
     def test_of_prompts_longer_than_the_model_takes(self):
         with pytest.raises(DataError, match=r"an input has \d+ tokens, LlamaForCausalLM takes 100; pass a max_length"):
             TASK.score(llama(max_position_embeddings=100), TEST, byte_tokenizer(), ScoringOptions(2, 2048))
-
-
-@pytest.fixture
-def place(tmp_path):
-    """A model with its tokenizer, and MMLU as a folder of files."""
-    llama(num_hidden_layers=2).save_pretrained(tmp_path / "model")
-    byte_tokenizer().save_pretrained(tmp_path / "model")
-    for name, rows in (("dev", dev_rows()), ("test", questions((40, 40, 40)))):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path
-
-
-def test_the_example_runs_on_local_files(place, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location(EXAMPLE.stem, EXAMPLE)
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    arguments = ["--model", str(place / "model"), "--data", str(place), "--examples", "60", "--keep-ratio", "0.5"]
-    arguments += ["--output", str(place / "out"), "--json", str(place / "figures.json")]
-    monkeypatch.setattr(sys, "argv", [EXAMPLE.name, *arguments])
-    example.main()
-    figures = json.loads((place / "figures.json").read_text())
-    assert figures["questions"] == {"calibration": 60, "scored": 60}
-    output = capsys.readouterr().out
-    assert "60 questions to calibrate on, 60 others to score" in output
-    assert "accuracy" in output
-    assert figures["verdict"] in output
-    model = AutoModelForCausalLM.from_pretrained(place / "out")
-    tokenizer = AutoTokenizer.from_pretrained(place / "out")
-    calibration, scored = example.split_questions(Dataset.from_json(str(place / "test.jsonl")), 60)
-    assert not {row["question"] for row in calibration} & {row["question"] for row in scored}
-    assert len({row["question"] for row in [*calibration, *scored]}) == 120
-    task = mmlu(Dataset.from_json(str(place / "dev.jsonl")))
-    again = task.score(model, scored, tokenizer, ScoringOptions(4, 1024)).values()
-    accuracy, loss = (figures["metrics"][name] for name in ("accuracy", "loss"))
-    assert again["accuracy"] == pytest.approx(tuple(accuracy["values"][1].values()))
-    assert again["loss"] == pytest.approx(tuple(loss["values"][1].values()), rel=FLOAT32)
-    drop = accuracy["values"][0]["value"] - accuracy["values"][1]["value"]
-    assert accuracy["drop"]["mean"] == pytest.approx(drop)
 
 
 @pytest.mark.testbed

@@ -1,11 +1,7 @@
 """SQuAD: windows, the search for the best span, exact match and F1, against slow oracles and hand-made examples."""
 
-import json
 import random
 import re
-import runpy
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,7 +23,6 @@ from hf_lossless_lr.evaluation.squad_scores import answer_scores, normalize_answ
 from hf_lossless_lr.evaluation.task import ScoringOptions
 
 LENGTH = 24
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "compress_bert_squad.py"
 TASKS = {"v1.1": SQUAD, "v2.0": SQUAD_V2}
 
 
@@ -549,40 +544,3 @@ class TestCompression:
         before, after = (SQUAD_V2.score(m, held_out, tokenizer(), options) for m in (dense, model))
         assert compare(before, after, 0.95).keys() == before.values().keys()
         check_right_answers(before, "exact_match")
-
-
-class TestExample:
-    def run(self, tmp_path, monkeypatch, names):
-        rows = some_examples(32, 6, longest=30)
-        for number, row in enumerate(rows):
-            row["title"] = f"article {number // 4}"
-        parts = [rows[:16], rows[16:]] if len(names) == 2 else [rows]
-        for name, part in zip(names, parts, strict=True):
-            (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)) + "\n")
-        question_answerer().save_pretrained(tmp_path / "model")
-        words = tokenizer()
-        words.model_max_length = 40
-        words.save_pretrained(tmp_path / "model")
-        out, figures = tmp_path / "out", tmp_path / "figures.json"
-        arguments = ["--model", tmp_path / "model", "--data", tmp_path, "--output", out, "--json", figures]
-        monkeypatch.setattr(sys, "argv", ["example", *map(str, arguments), "--keep-ratio", "0.6", "--examples", "16"])
-        runpy.run_path(str(EXAMPLE), run_name="__main__")
-        return out, json.loads(figures.read_text())
-
-    @pytest.mark.parametrize("names", [("train", "validation"), ("validation",)])
-    def test_compresses_scores_and_saves(self, tmp_path, monkeypatch, capsys, names):
-        out, figures = self.run(tmp_path, monkeypatch, names)
-        text = capsys.readouterr().out
-        assert "exact_match" in text
-        assert "of the targeted parameters; " in text
-        assert 0.5 < figures["keep_ratio"] <= 0.6
-        f1 = figures["metrics"]["f1"]
-        assert f1["values"][0]["value"] - f1["values"][1]["value"] == pytest.approx(f1["drop"]["mean"])
-        assert (out / "compression_report.json").is_file()
-
-    def test_splits_a_single_file_by_article(self, tmp_path):
-        rows = [{**row, "title": f"article {n // 4}"} for n, row in enumerate(some_examples(32))]
-        (tmp_path / "validation.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-        parts = runpy.run_path(str(EXAMPLE))["load_parts"](tmp_path, None)
-        assert not set(parts[0]["title"]) & set(parts[1]["title"])
-        assert [len(part) for part in parts] == [16, 16]

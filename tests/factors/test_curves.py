@@ -15,6 +15,8 @@ from hf_lossless_lr.layers.storage import (
 )
 from hf_lossless_lr.ranks.sizes import LayerSize, parameter_sizes
 
+pytestmark = pytest.mark.numerical
+
 SIZES = [1, 2, 3, 5, 8, 13]
 on_grid = pytest.mark.parametrize("shape", list(itertools.product(SIZES, SIZES)), ids=str)
 on_storages = pytest.mark.parametrize("storage", STORAGES)

@@ -16,6 +16,8 @@ from hf_lossless_lr.factors.metrics import METRIC_SIDES
 from hf_lossless_lr.layers.storage import STORAGES, choose_storage, factorized_parameters
 from hf_lossless_lr.statistics.records import LayerStatistics
 
+pytestmark = pytest.mark.numerical
+
 SHAPES = [(5, 9), (7, 7), (9, 5), (2, 6), (6, 2)]
 SEEDS = [0, 1]
 DAMPING = 0.5  # far more than anyone uses, so that leaving it out shows

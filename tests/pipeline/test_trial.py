@@ -18,6 +18,8 @@ from hf_lossless_lr.ranks.select import select_budget
 from hf_lossless_lr.report.records import Difference
 from hf_lossless_lr.verdict.certificate import accuracy_difference, loss_difference
 
+pytestmark = pytest.mark.numerical
+
 KEEP_RATIO = 0.3
 
 

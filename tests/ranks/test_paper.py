@@ -14,6 +14,8 @@ from hf_lossless_lr.layers.targets import find_targets
 from hf_lossless_lr.ranks.paper import EXAMPLES, find_epsilon
 from hf_lossless_lr.statistics.collector import collect_statistics
 
+pytestmark = pytest.mark.numerical
+
 NAMES = ["bert-sequence-classification", "llama", "gpt2", "vit", "resnet"]  # Linear, Conv1D and Conv2d
 TOLERANCES = [0.03, 3e-3, 3e-4]
 

@@ -13,7 +13,9 @@ from hf_lossless_lr.layers.storage import STORAGES, factorized_parameters
 from hf_lossless_lr.ranks.paper import select_paper
 from hf_lossless_lr.ranks.path import allowed_ranks, compression_path, second_order_cost
 from hf_lossless_lr.ranks.select import kept_parameters, kept_size, select_budget, select_uniform
-from hf_lossless_lr.ranks.sizes import LayerSize, parameter_sizes
+from hf_lossless_lr.ranks.sizes import LayerSize, parameter_size, parameter_sizes
+
+pytestmark = pytest.mark.numerical
 
 SEEDS = range(4)
 KINDS = ["convex", "falling", "rough"]
@@ -492,7 +494,7 @@ def test_the_unit_of_size_does_not_matter(seed, unit):
 
 def test_a_budget_compresses_the_layer_that_weighs_more_in_its_size():
     curves = {"often": make_curve(8, 8), "seldom": make_curve(8, 8)}
-    busy, idle = (LayerSize(rows * curves["often"].size.by_rank, rows * 64.0) for rows in (100, 1))
+    busy, idle = (LayerSize(rows * parameter_size(curves["often"]).by_rank, rows * 64.0) for rows in (100, 1))
     assert select_budget(curves, 0.7, 1, {"often": busy, "seldom": idle})["seldom"] is None
     assert select_budget(curves, 0.7, 1, {"often": idle, "seldom": busy})["often"] is None
 

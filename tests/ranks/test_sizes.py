@@ -25,6 +25,8 @@ from hf_lossless_lr.ranks.latency import forward_seconds, latency_sizes, run_sec
 from hf_lossless_lr.ranks.path import allowed_ranks
 from hf_lossless_lr.ranks.select import kept_size, select_budget
 
+pytestmark = pytest.mark.numerical
+
 LAYERS = {
     "Linear, wide": lambda: nn.Linear(12, 7),
     "Linear, tall": lambda: nn.Linear(7, 12, bias=False),

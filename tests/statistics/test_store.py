@@ -21,6 +21,8 @@ from hf_lossless_lr.statistics.collector import collect_statistics
 from hf_lossless_lr.statistics.records import CalibrationStatistics, LayerStatistics
 from hf_lossless_lr.statistics.store import load_statistics, save_statistics
 
+pytestmark = pytest.mark.numerical
+
 MODEL = "a" * 64
 CPU = torch.device("cpu")
 FIELDS = ("weight_grad", "input_covariance", "grad_covariance")

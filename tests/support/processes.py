@@ -43,6 +43,7 @@ def in_two_processes(work: Callable[[Path, int], None], folder: Path) -> None:
 def _in_one_of_them(work: Callable[[Path, int], None], folder: Path) -> None:
     signal.alarm(LAUNCH_SECONDS)  # a process that waits for one that died ends itself
     os.environ["OMP_NUM_THREADS"] = "1"  # the threads of the parent process do not live on in its children
+    torch.set_num_threads(1)  # a parent that has had two would leave its children waiting for the second
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     process = accelerator()

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_lossless_lr.factors.refit import RIDGE
 from support.statistics_oracle import input_rows, unpadded_examples
 from support.tiny_models import Batch
+from support.tolerances import AMPLIFICATION
 
 
 def plain_examples(model: PreTrainedModel, batch: Batch) -> list[Batch]:
@@ -81,6 +82,9 @@ def truncated(weight: np.ndarray, A: np.ndarray, B: np.ndarray, rank: int) -> np
     """The best approximation of a rank in the metric `(A, B)`."""
     (Q, Q_inverse), (P, P_inverse) = roots(A), roots(B)
     U, S, Vt = np.linalg.svd(P @ weight @ Q, full_matrices=False)
+    if rank < len(S):  # a smaller gap would say nothing about the code: any rounding turns the subspace
+        gap = (S[rank - 1] ** 2 - S[rank] ** 2) / S[0] ** 2
+        assert np.sqrt(np.linalg.cond(A) * np.linalg.cond(B)) / gap < AMPLIFICATION
     return P_inverse @ (U[:, :rank] * S[:rank]) @ Vt[:rank] @ Q_inverse
 
 

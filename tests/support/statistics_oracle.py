@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from support.tiny_models import IGNORED, Batch, rows
 
+ROUNDS_TO_FLOAT32 = ("llama", "t5", "t5-equal-lengths")  # in norms, rotary embeddings or softmax, also in float64
 SHIFTED = ("LlamaForCausalLM", "GPT2LMHeadModel")
 
 
@@ -65,6 +66,12 @@ def output_rows(module: nn.Module, y: torch.Tensor) -> torch.Tensor:
     if isinstance(module, nn.Conv2d):
         y = y.movedim(1, -1)
     return y.reshape(-1, y.shape[-1])
+
+
+def double_rows(rows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """What the package's `real_rows` returns, without its rounding to float32."""
+    rows = rows.flatten(0, -2)
+    return (rows if mask is None else rows[mask]).double()
 
 
 def slow_statistics(model: PreTrainedModel, names: list[str], examples: list[Batch]) -> Oracle:

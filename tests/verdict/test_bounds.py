@@ -8,6 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 from scipy import optimize, stats
+from support.tolerances import ROUNDING
 
 from hf_lossless_lr.errors import DataError
 from hf_lossless_lr.verdict.bounds import (
@@ -22,6 +23,8 @@ from hf_lossless_lr.verdict.bounds import (
     proportion_upper_bound,
     statistic_upper_bound,
 )
+
+pytestmark = pytest.mark.numerical
 
 # Student's data on sleep (datasets::sleep of R): hours gained with each of two drugs by the same ten patients.
 SLEEP_1 = np.array([0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0])
@@ -218,7 +221,7 @@ class TestStatistic:
         after = np.where(generator.uniform(size=30) < 0.1, units - right, right)
         dense, compressed = np.stack([right, units], 1), np.stack([after, units], 1)
         expected = bootstrap_upper_bound(right - after, units, 0.95, seed=3)
-        assert statistic_upper_bound(ratio, dense, compressed, 0.95, seed=3) == pytest.approx(expected, abs=1e-11)
+        assert statistic_upper_bound(ratio, dense, compressed, 0.95, seed=3) == pytest.approx(expected, abs=ROUNDING)
 
     @pytest.mark.parametrize("seed", range(3))
     def test_of_f1_is_bca_written_out(self, seed):

@@ -31,6 +31,8 @@ from hf_lossless_lr.layers.replacement import replace_modules
 from hf_lossless_lr.layers.targets import find_targets
 from hf_lossless_lr.verdict.outcomes import LOSS_TOLERANCE, TEMPERATURES, _divergence
 
+pytestmark = pytest.mark.numerical
+
 COUNT = 11
 SIZE = 4
 ARRAYS = [field.name for field in fields(PairedOutcomes) if field.name not in ("examples", "by_example")]
