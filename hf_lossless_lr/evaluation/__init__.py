@@ -1,19 +1,26 @@
 """Scores on published tasks, one a file. Never knows that a model is compressed."""
 
-from .mmlu import mmlu
+from .language_modeling import C4, WIKITEXT2
+from .mmlu import MMLU, mmlu
 from .pipelines import TASKS
 from .registry import EVALUATION_TASKS
-from .scores import summarize
+from .scores import Score, Scores, compare, summarize
 from .sources import choose_columns, load_split
 from .task import EvaluationTask, ScoringOptions, Task
 
 __all__ = [
+    "C4",
     "EVALUATION_TASKS",
+    "MMLU",
     "TASKS",
+    "WIKITEXT2",
     "EvaluationTask",
+    "Score",
+    "Scores",
     "ScoringOptions",
     "Task",
     "choose_columns",
+    "compare",
     "load_split",
     "mmlu",
     "summarize",

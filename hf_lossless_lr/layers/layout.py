@@ -79,7 +79,7 @@ def layout_of(module: nn.Module) -> Layout:
         TargetError: if the type is not supported.
     """
     if type(module) not in LAYOUTS:
-        known = ", ".join(known.__name__ for known in LAYOUTS)
+        known = ", ".join(sorted(known.__name__ for known in LAYOUTS))
         raise TargetError(f"layers of type {type(module).__name__} cannot be factorized; supported are {known}.")
     return LAYOUTS[type(module)]
 

@@ -3,19 +3,32 @@
 `bounds` is statistics and knows no model.
 """
 
-from .bounds import proportion_upper_bound, statistic_upper_bound
-from .certificate import CERTIFIED, accuracy_difference, certify, certify_together, demoted, loss_difference
+from .bounds import examples_needed, proportion_p_value, proportion_upper_bound, statistic_upper_bound
+from .certificate import (
+    CERTIFIED,
+    MIN_EXAMPLES,
+    accuracy_difference,
+    certify,
+    certify_together,
+    demoted,
+    loss_difference,
+)
 from .outcomes import PairedOutcomes, paired_outcomes
+from .temperatures import at_fitted_temperatures
 
 __all__ = [
     "CERTIFIED",
+    "MIN_EXAMPLES",
     "PairedOutcomes",
     "accuracy_difference",
+    "at_fitted_temperatures",
     "certify",
     "certify_together",
     "demoted",
+    "examples_needed",
     "loss_difference",
     "paired_outcomes",
+    "proportion_p_value",
     "proportion_upper_bound",
     "statistic_upper_bound",
 ]

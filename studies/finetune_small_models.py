@@ -1,10 +1,10 @@
 """Fine-tune a small encoder on local data, to have a model of each task to compress where no hub is at hand.
 
-    python examples/finetune_small_models.py --model MODEL --data FOLDER --task conll2003 --output DIR
+    python studies/finetune_small_models.py --model MODEL --data FOLDER --task conll2003 --output DIR
 
 MODEL is any encoder checkpoint: its head is replaced. FOLDER holds `train.jsonl` in the schema of the task's data set.
 For squad, `validation.jsonl` alone will do: every other article of it is trained on, and
-`compress_bert_squad.py` evaluates on the others.
+`compress_small_models.py` evaluates on the others.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import transformers
 from datasets import Dataset
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
-from hf_lossless_lr.evaluation.registry import EVALUATION_TASKS
+from hf_lossless_lr.evaluation import EVALUATION_TASKS
 
 TAGS = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC"]
 HEADS = {  # options of the new head, epochs
@@ -59,6 +59,7 @@ def main() -> None:
         learning_rate=1e-4,
         per_device_train_batch_size=16,
         warmup_steps=50,
+        dataloader_pin_memory=torch.cuda.is_available(),
         save_strategy="no",
         report_to="none",
         seed=0,

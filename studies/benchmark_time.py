@@ -1,28 +1,27 @@
 """Time each stage of a compression against plain passes over the same calibration data, in one run.
 
-    python examples/benchmark_time.py --model MODEL --data FOLDER --json FILE
+    python studies/benchmark_time.py --model MODEL --data FOLDER --records studies/results/benchmark_time.jsonl
 
 FOLDER holds `calibration.jsonl` with `{"sentence": ..., "label": ...}` lines.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 from statistics import median
 
 import torch
 from datasets import Dataset
+from records import write_records
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
 from hf_lossless_lr import LosslessLowRankConfig
-from hf_lossless_lr.data.loaders import make_dataloader
-from hf_lossless_lr.data.splits import DataSplits
-from hf_lossless_lr.layers.targets import find_targets
+from hf_lossless_lr.data import DataSplits, make_dataloader
+from hf_lossless_lr.layers import find_targets
 from hf_lossless_lr.pipeline.calibration import calibrate
 from hf_lossless_lr.pipeline.trial import run_trial
-from hf_lossless_lr.ranks.select import select_budget
+from hf_lossless_lr.ranks import select_budget
 
 
 def plain_pass(model, loader, backward: bool) -> float:
@@ -42,7 +41,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--examples", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--records", type=Path, help="file for the figures")
     arguments = parser.parse_args()
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -71,10 +70,9 @@ def main() -> None:
     }
     for name, value in {**seconds, **ratios}.items():
         print(f"{name:42}{value:8.2f}")
-    if arguments.json:
-        arguments.json.write_text(
-            json.dumps({"seconds": seconds, "ratios": ratios}, indent=2) + "\n", encoding="utf-8"
-        )
+    if arguments.records:
+        records = [{"stage": name, "seconds": value} for name, value in seconds.items()]
+        write_records(arguments.records, records + [{"stage": name, "ratio": value} for name, value in ratios.items()])
 
 
 if __name__ == "__main__":

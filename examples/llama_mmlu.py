@@ -1,7 +1,7 @@
 """Compress a language model and compare it with the dense one on MMLU, five-shot.
 
-    python examples/compress_tinyllama_mmlu.py --keep-ratio 0.8 --output DIR --json FILE
-    python examples/compress_tinyllama_mmlu.py --model MODEL --data FOLDER --examples 128
+    python examples/llama_mmlu.py --keep-ratio 0.8 --output DIR --json FILE
+    python examples/llama_mmlu.py --model MODEL --data FOLDER --examples 128
 
 FOLDER holds `dev.jsonl` and `test.jsonl` with the columns of cais/mmlu, the default. Some questions of `test`, drawn
 at random, serve to calibrate and are not scored; all others are scored.
@@ -16,11 +16,8 @@ from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
-from hf_lossless_lr.evaluation.mmlu import MMLU, mmlu
-from hf_lossless_lr.evaluation.scores import summarize
-from hf_lossless_lr.evaluation.task import ScoringOptions
-from hf_lossless_lr.report.sentence import verdict_sentence
-from hf_lossless_lr.report.tables import score_table
+from hf_lossless_lr.evaluation import MMLU, ScoringOptions, mmlu, summarize
+from hf_lossless_lr.report import score_table, verdict_sentence
 
 BATCH = 4
 

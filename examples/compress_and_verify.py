@@ -1,7 +1,7 @@
-"""Compress a text classifier, report loss, accuracy and size before and after, and state a verdict.
+"""Compress a text classifier, see what it cost, write it, and judge what was written.
 
-    python examples/compress_text_classifier.py --model MODEL --data FOLDER --keep-ratio 0.5 --output DIR --json FILE
-    python examples/compress_text_classifier.py --model MODEL --data FOLDER --objective compact
+    python examples/compress_and_verify.py --model MODEL --data FOLDER --keep-ratio 0.5 --output DIR --json FILE
+    python examples/compress_and_verify.py --model MODEL --data FOLDER --objective compact
 
 FOLDER holds `calibration.jsonl` and `validation.jsonl`, one `{"sentence": ..., "label": ...}` a line (the schema of
 glue/sst2). Without --data, glue/sst2 comes from the hub.
@@ -15,9 +15,8 @@ import torch
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
-from hf_lossless_lr.report.sentence import verdict_sentence
-from hf_lossless_lr.report.tables import comparison_table, report_rows
+from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor, verify
+from hf_lossless_lr.report import certificate_sentence, comparison_table, report_rows, verdict_sentence
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -30,7 +29,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--objective", default="budget", choices=["budget", "uniform", "compact", "lossless"])
     parser.add_argument("--storage", default="auto", choices=["auto", "pivoted", "two-factor"])
     parser.add_argument("--refit", action=argparse.BooleanOptionalAction, help="default: with the metric kronecker")
-    parser.add_argument("--output", help="folder for the compressed checkpoint")
+    parser.add_argument("--output", help="folder for the compressed checkpoint, which is then reloaded and judged")
     parser.add_argument("--json", type=Path, help="file for the figures")
     return parser.parse_args()
 
@@ -54,6 +53,7 @@ def main() -> None:
     def tokenize(batch):
         return tokenizer(batch["sentence"], truncation=True, max_length=128)
 
+    calibration, held_out = (part.map(tokenize, batched=True) for part in (calibration, validation))
     config = LosslessLowRankConfig(
         objective=arguments.objective,
         metric=arguments.metric,
@@ -62,12 +62,7 @@ def main() -> None:
         refit=arguments.refit,
     )
     compressor = LowRankCompressor(config)
-    model = compressor.compress(
-        model,
-        calibration.map(tokenize, batched=True),
-        eval_dataset=validation.map(tokenize, batched=True),
-        processing_class=tokenizer,
-    )
+    model = compressor.compress(model, calibration, eval_dataset=held_out, processing_class=tokenizer)
     report = compressor.report
     print(comparison_table(report_rows(report)))
     print(f"{len(report.trials)} point(s) measured")
@@ -75,11 +70,22 @@ def main() -> None:
     if arguments.output:
         model.save_pretrained(arguments.output)
         tokenizer.save_pretrained(arguments.output)
+        judge_again(arguments, held_out, tokenizer)
     if arguments.json:
         names = ("dense", "compressed", "seconds", "keep_ratio", "refitted", "trials", "verdict", "certificate")
         figures = {name: value for name, value in report.to_dict().items() if name in names}
         figures |= {"metric": config.metric, "objective": config.objective}
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def judge_again(arguments: argparse.Namespace, held_out: Dataset, tokenizer: AutoTokenizer) -> None:
+    """State a verdict on the checkpoint as anyone gets it: any pair of models can be judged like this."""
+    dense, compressed = (
+        AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
+        for path in (arguments.model, arguments.output)
+    )
+    certificate = verify(dense, compressed, held_out, processing_class=tokenizer)
+    print(f"reloaded from {arguments.output}: {certificate_sentence(certificate)}")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
 """Count how often a certificate is wrong, and how often it succeeds, where the true difference is known.
 
-    python examples/certificate_calibration.py --testbed FOLDER --outcomes FILE.npz --json FILE --plot FILE.png
+    python studies/verdict_error_rates.py --testbed FOLDER --outcomes FILE.npz --plot FILE.png \
+        --records studies/results/verdict_error_rates.jsonl
+    python studies/verdict_error_rates.py --records studies/results/verdict_error_rates.jsonl
 
 The answers of real pairs of a dense and a compressed model are taken as a population. Data sets are drawn from it with
 replacement, after a shift that puts the true difference at a chosen multiple of the margin: a constant added to the
 loss of each example, or other probabilities for examples whose answer was lost or gained. `lossless` is wrong where
 the true difference is the margin or more. The answers are kept in the file of `--outcomes`; with it, later runs need
-no models.
+no models. Without both, the tables and the plot are those of the records as they are.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -20,13 +21,16 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+from accelerate import Accelerator
+from benchmark_quality import TASKS
+from records import Record, read_records, write_records
 from scipy.special import ndtr, ndtri
 from scipy.stats import t as student
+from transformers.utils import logging
 
-from hf_lossless_lr.verdict.bounds import examples_needed, proportion_p_value
-from hf_lossless_lr.verdict.certificate import CERTIFIED, MIN_EXAMPLES, certify
-from hf_lossless_lr.verdict.outcomes import PairedOutcomes
-from hf_lossless_lr.verdict.temperatures import at_fitted_temperatures
+from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor, PairedOutcomes, certify, paired_outcomes
+from hf_lossless_lr.data import make_dataloader
+from hf_lossless_lr.verdict import CERTIFIED, MIN_EXAMPLES, at_fitted_temperatures, examples_needed, proportion_p_value
 
 CASES = {"minilm-sst2": (0.5, 0.35), "swin-mnist": (0.2, 0.1), "llama-small": (0.5,)}
 CONFIDENCE = 0.95
@@ -328,14 +332,6 @@ def simulate(name: str, outcomes: PairedOutcomes, seed: int = 0) -> dict[str, An
 
 def collect(testbed: Path) -> dict[str, PairedOutcomes]:
     """Compress the testbed's models and let both models of each pair answer the held-out examples."""
-    from accelerate import Accelerator
-    from benchmark_quality import TASKS
-    from transformers.utils import logging
-
-    from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
-    from hf_lossless_lr.data.loaders import make_dataloader
-    from hf_lossless_lr.verdict.outcomes import paired_outcomes
-
     logging.disable_progress_bar()
     results = {}
     for name, keep_ratios in CASES.items():
@@ -373,6 +369,37 @@ def load_outcomes(path: Path) -> dict[str, PairedOutcomes]:
             array = arrays[key]
             values.setdefault(name, {})[field] = array if array.ndim else array.item()
     return {name: PairedOutcomes(**columns) for name, columns in values.items()}
+
+
+def to_records(results: dict[str, Any]) -> list[Record]:
+    """Return the figures as flat records: each endpoint, point of a power curve, rate and verdict."""
+    records: list[Record] = []
+    for pair, result in results.items():
+        for endpoint, figures in result["endpoints"].items():
+            place = {"pair": pair, "endpoint": endpoint}
+            single = {name: value for name, value in figures.items() if name not in ("power_curve", "rates")}
+            records.append({"record": "endpoint", **place, **single})
+            records += [{"record": "power", **place, "examples": n, "power": p} for n, p in figures["power_curve"]]
+            records += [{"record": "rate", **place, **rate} for rate in figures["rates"]]
+        records += [{"record": "verdict", "pair": pair, **verdict} for verdict in result["verdicts"]]
+    return records
+
+
+def from_records(records: Sequence[Record]) -> dict[str, Any]:
+    """Return the figures that `to_records` made these of."""
+    results: dict[str, Any] = {}
+    for record in records:
+        values = {name: value for name, value in record.items() if name not in ("record", "pair", "endpoint")}
+        result = results.setdefault(record["pair"], {"endpoints": {}, "verdicts": []})
+        if record["record"] == "endpoint":
+            result["endpoints"][record["endpoint"]] = {**values, "power_curve": [], "rates": []}
+        elif record["record"] == "power":
+            result["endpoints"][record["endpoint"]]["power_curve"].append([values["examples"], values["power"]])
+        elif record["record"] == "rate":
+            result["endpoints"][record["endpoint"]]["rates"].append(values)
+        else:
+            result["verdicts"].append(values)
+    return results
 
 
 def with_error(rate: float, replications: int) -> str:
@@ -512,20 +539,26 @@ def main() -> None:
     parser.add_argument(
         "--outcomes", type=Path, help="npz file of the models' answers: read if it exists, else written"
     )
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument(
+        "--records", type=Path, help="file of the figures: written, or read where there are no models and no answers"
+    )
     parser.add_argument("--plot", type=Path, help="file for the plot; needs matplotlib")
     arguments = parser.parse_args()
+    outcomes = {}
     if arguments.outcomes and arguments.outcomes.exists():
         outcomes = load_outcomes(arguments.outcomes)
     elif arguments.testbed:
         outcomes = collect(arguments.testbed)
         if arguments.outcomes:
             save_outcomes(arguments.outcomes, outcomes)
+    elif not (arguments.records and arguments.records.exists()):
+        parser.error("give --testbed, or --outcomes or --records with a file that exists")
+    if outcomes:
+        results = {name: simulate(name, values) for name, values in outcomes.items()}
+        if arguments.records:
+            write_records(arguments.records, to_records(results))
     else:
-        parser.error("give --testbed, or --outcomes with a file that exists")
-    results = {name: simulate(name, values) for name, values in outcomes.items()}
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        results = from_records(read_records(arguments.records))
     if arguments.plot:
         plot(results, arguments.plot)
     print(markdown(results))

@@ -1,8 +1,10 @@
 """Compare methods at several sizes on the testbed's models: one run, the same statistics and evaluation for all.
 
-    python examples/benchmark_quality.py --testbed FOLDER --markdown docs/quality.md --json docs/quality.json
+    python studies/benchmark_quality.py --testbed FOLDER --records studies/results/benchmark_quality.jsonl
 
-Writes the loss increase over the dense model on held-out data, the change of the accuracy in points, and the verdict.
+Prints the loss increase over the dense model on held-out data, the change of the accuracy in points, and the verdict.
+Methods that the file has already are not measured again, so a run goes on where the file ends; without --testbed, the
+tables are printed from the file as it is.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from records import Record, append_records, read_records
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -27,8 +30,8 @@ from transformers import (
 )
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
-from hf_lossless_lr.files import write_atomically
 
+DENSE = "dense"
 METHODS: dict[str, dict[str, Any]] = {
     "SVD, uniform, two-factor": {"metric": "identity", "objective": "uniform", "storage": "two-factor"},
     "FWSVD, uniform, two-factor": {"metric": "fisher", "objective": "uniform", "storage": "two-factor"},
@@ -110,8 +113,8 @@ TASKS: dict[str, tuple[Callable[[Path], Task], tuple[float, ...], list[str]]] = 
 }
 
 
-def measure(task: Task, method: str, keep_ratios: tuple[float, ...], statistics: Path) -> dict[str, Any]:
-    """Return the figures of a method at each ratio, and the dense model's; statistics are collected by the first."""
+def measure(task: Task, name: str, method: str, keep_ratios: tuple[float, ...], statistics: Path) -> list[Record]:
+    """Return the figures of the dense model and of a method at each ratio; the first one collects the statistics."""
     compressor = LowRankCompressor(LosslessLowRankConfig(selection_fraction=0.125, **METHODS[method]))
     compressor.calibrate(
         task.model,
@@ -120,11 +123,14 @@ def measure(task: Task, method: str, keep_ratios: tuple[float, ...], statistics:
         processing_class=task.processing_class,
         statistics_path=statistics,
     )
-    figures: dict[str, Any] = {}
-    for keep_ratio in keep_ratios:
-        compressor.compress_to(keep_ratio)
+    found: list[Record] = []
+    for keep in keep_ratios:
+        compressor.compress_to(keep)
         report = compressor.report
-        figures[str(keep_ratio)] = {
+        if not found:
+            dense = {"loss": report.dense.loss, "accuracy": report.dense.accuracy}
+            found.append({"model": name, "method": DENSE, **dense})
+        figures = {
             "keep_ratio": report.keep_ratio,
             "loss": report.compressed.loss,
             "loss_increase": report.compressed.loss - report.dense.loss,
@@ -133,67 +139,63 @@ def measure(task: Task, method: str, keep_ratios: tuple[float, ...], statistics:
             "refitted": report.refitted,
             "verdict": report.verdict,
         }
-        print(f"{method}, keep {keep_ratio}: {figures[str(keep_ratio)]}", flush=True)
+        found.append({"model": name, "method": method, "keep": keep, **figures})
+        print(found[-1], flush=True)
     compressor.restore()
-    figures["dense"] = {"loss": report.dense.loss, "accuracy": report.dense.accuracy}
-    return figures
+    return found
 
 
-def cell(figures: dict[str, Any]) -> str:
-    text = f"{figures['loss_increase']:+.4f} / {100 * figures['accuracy_change']:+.2f}"
-    return f"**{text}**" if figures["verdict"].startswith(("lossless", "improved")) else text
+def is_certified(record: Record) -> bool:
+    return record["verdict"].startswith(("lossless", "improved"))
 
 
-def markdown(results: dict[str, dict[str, Any]]) -> str:
+def cell(record: Record) -> str:
+    text = f"{record['loss_increase']:+.4f} / {100 * record['accuracy_change']:+.2f}"
+    return f"**{text}**" if is_certified(record) else text
+
+
+def tables(records: list[Record]) -> str:
     """Return one table a model: loss increase / accuracy change in points, bold where certified."""
-    lines = [
-        "# Methods compared",
-        "",
-        "Printed by `python examples/benchmark_quality.py`; see its docstring. Each cell is the loss increase in nats",
-        "and the change of the accuracy in points, on held-out data. **Bold**: certified as `lossless` within 0.01",
-        "nats and 1 point with 95 % confidence, or as `improved`.",
-        "",
-    ]
-    for model in (name for name in TASKS if name in results):
-        methods = results[model]
-        dense = next(iter(methods.values()))["dense"]
-        ratios = [ratio for ratio in next(iter(methods.values())) if ratio != "dense"]
+    lines = []
+    for model in (name for name in TASKS if any(record["model"] == name for record in records)):
+        dense, *found = [record for record in records if record["model"] == model]
+        ratios = list(dict.fromkeys(record["keep"] for record in found))
         lines += [
-            f"## {model}",
+            f"### {model}",
             "",
             f"Dense: loss {dense['loss']:.4f}, accuracy {dense['accuracy']:.4f}.",
             "",
             "| method | " + " | ".join(f"keep {ratio}" for ratio in ratios) + " |",
             "|---" * (len(ratios) + 1) + "|",
         ]
-        for name, figures in methods.items():
-            lines.append(f"| {name} | " + " | ".join(cell(figures[ratio]) for ratio in ratios) + " |")
+        for method in dict.fromkeys(record["method"] for record in found):
+            cells = {record["keep"]: cell(record) for record in found if record["method"] == method}
+            lines.append(f"| {method} | " + " | ".join(cells[ratio] for ratio in ratios) + " |")
         lines.append("")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--testbed", type=Path, required=True, help="folder of the trained models and their data")
+    parser.add_argument("--testbed", type=Path, help="folder of the trained models and their data")
+    parser.add_argument("--records", type=Path, required=True, help="file of the figures, read and continued")
     parser.add_argument("--models", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="default: those of each model's table")
-    parser.add_argument("--markdown", type=Path, help="file for the tables")
-    parser.add_argument("--json", type=Path, help="file for the figures; a run goes on where the file ends")
     arguments = parser.parse_args()
-    results = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else {}
-    for name in arguments.models:
+    records = read_records(arguments.records) if arguments.records.exists() else []
+    for name in arguments.models if arguments.testbed else ():
         load, keep_ratios, methods = TASKS[name]
-        done = results.setdefault(name, {})
+        done = {record["method"] for record in records if record["model"] == name}
         missing = [method for method in arguments.methods or methods if method not in done]
         task = load(arguments.testbed) if missing else None
         with tempfile.TemporaryDirectory() as folder:
             for method in missing:
-                done[method] = measure(task, method, keep_ratios, Path(folder) / "statistics.safetensors")
-                if arguments.json:
-                    write_atomically(arguments.json, json.dumps(results, indent=2) + "\n")
-    if arguments.markdown:
-        write_atomically(arguments.markdown, markdown(results))
-    print(markdown(results))
+                found = measure(task, name, method, keep_ratios, Path(folder) / "statistics.safetensors")
+                found = found[1:] if done else found  # the dense model is measured once
+                append_records(arguments.records, found)
+                records += found
+                done.add(method)
+    print(tables(records))
 
 
 if __name__ == "__main__":

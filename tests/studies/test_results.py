@@ -1,0 +1,117 @@
+"""The results of the studies, as they are kept: documents show these figures, and plots can be drawn of them."""
+
+import importlib
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from support.tiny_models import as_examples, bert_sequence_classification
+from support.word_tokenizer import WORDS, word_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDIES = ROOT / "studies"
+RESULTS = STUDIES / "results"
+needs_matplotlib = pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="matplotlib is not installed")
+
+
+@pytest.fixture
+def study(monkeypatch):
+    """Import a study by its name."""
+    monkeypatch.syspath_prepend(STUDIES)
+    return importlib.import_module
+
+
+def rows(text):
+    """The rows of all tables, without their columns' names."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    return [line for line in lines if "---" not in line and "| keep " not in line and "examples | loss" not in line]
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.iterdir()), ids=lambda path: path.name)
+def test_each_line_of_a_result_is_one_record(path):
+    assert (STUDIES / path.name).with_suffix(".py").is_file()
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert records
+    assert all(isinstance(record, dict) for record in records)
+
+
+def test_the_methods_compared_are_those_of_the_records(study):
+    records = study("records").read_records(RESULTS / "benchmark_quality.jsonl")
+    shown = rows(study("benchmark_quality").tables(records))
+    documented = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8").splitlines()
+    assert len(shown) == 7 + 2 + 5 + 4
+    assert [row for row in shown if row not in documented] == []
+
+
+def test_the_rates_of_wrong_verdicts_are_those_of_the_records(study):
+    rates = study("verdict_error_rates")
+    results = rates.from_records(study("records").read_records(RESULTS / "verdict_error_rates.jsonl"))
+    documented = (ROOT / "docs" / "certificate.md").read_text(encoding="utf-8").splitlines()
+    shown = rows("\n".join(rates.false_rates(results)))
+    assert len(shown) == len(rates.SIZES)
+    assert [row for row in shown if row not in documented] == []
+
+
+@needs_matplotlib
+def test_plots_are_drawn_of_the_records(study, tmp_path):
+    read = study("records").read_records
+    study("plot_quality").draw(read(RESULTS / "benchmark_quality.jsonl"), tmp_path / "quality.png")
+    rates = study("verdict_error_rates")
+    rates.plot(rates.from_records(read(RESULTS / "verdict_error_rates.jsonl")), tmp_path / "rates.png")
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("quality.png", "rates.png"))
+
+
+def tiny_task(testbed):
+    """A tiny model in place of one of the testbed's."""
+    model, batch = bert_sequence_classification(160)
+    examples = as_examples(batch)
+    return SimpleNamespace(model=model, calibration=examples[:80], evaluation=examples[80:], processing_class=None)
+
+
+def test_quality_is_measured_and_continued(study, monkeypatch, tmp_path, capsys):
+    quality = study("benchmark_quality")
+    monkeypatch.setattr(
+        quality, "TASKS", {"tiny": (tiny_task, (0.7, 0.5), ["Kronecker, global ranks", "SVD, uniform, two-factor"])}
+    )
+    file, plain = tmp_path / "records.jsonl", "Kronecker, global ranks"
+    for methods in ([plain], [plain, "SVD, uniform, two-factor"]):
+        options = ["--testbed", str(tmp_path), "--records", str(file), "--models", "tiny", "--methods", *methods]
+        monkeypatch.setattr(sys, "argv", ["benchmark_quality.py", *options])
+        quality.main()
+    records = quality.read_records(file)
+    assert [(r["method"], r.get("keep")) for r in records] == [
+        ("dense", None),
+        *[(method, keep) for method in (plain, "SVD, uniform, two-factor") for keep in (0.7, 0.5)],
+    ]
+    assert capsys.readouterr().out.count("| Kronecker, global ranks |") == 2
+
+
+def test_the_answers_of_both_models_are_collected(study, monkeypatch, tmp_path):
+    rates = study("verdict_error_rates")
+    monkeypatch.setattr(rates, "TASKS", {"tiny": (tiny_task,)})
+    monkeypatch.setattr(rates, "CASES", {"tiny": (0.7, 0.5)})
+    answers = rates.collect(tmp_path)
+    assert list(answers) == ["tiny, keep 0.7", "tiny, keep 0.5"]
+    assert all(pair.clusters == 80 and pair.tempered is not None for pair in answers.values())
+    assert (answers["tiny, keep 0.5"].loss[0] == answers["tiny, keep 0.7"].loss[0]).all()
+
+
+def test_times_are_written_for_each_stage(study, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    bert_sequence_classification()[0].save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    lines = [{"sentence": f"{WORDS[n]} {WORDS[2 * n % 50]}", "label": n % 3} for n in range(16)]
+    (tmp_path / "calibration.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    file = tmp_path / "times.jsonl"
+    options = ["--model", tmp_path / "model", "--data", tmp_path, "--examples", 16, "--repeats", 1, "--records", file]
+    monkeypatch.setattr(sys, "argv", ["benchmark_time.py", *map(str, options)])
+    study("benchmark_time").main()
+    kept = study("records").read_records(RESULTS / "benchmark_time.jsonl")
+    measured = study("records").read_records(file)
+    assert [list(record) for record in measured] == [list(record) for record in kept]
+    assert [record["stage"] for record in measured] == [record["stage"] for record in kept]
+    printed = capsys.readouterr().out
+    assert all(f"{record['stage']} " in printed for record in measured)
