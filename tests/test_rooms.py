@@ -155,6 +155,30 @@ def test_no_stage_takes_a_configuration():
             )
 
 
+def code_of(path):
+    """Names and attributes that the code of a file uses, without its comments and strings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {getattr(node, "attr", getattr(node, "id", None)) for node in ast.walk(tree)} | {
+        alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+
+
+ALONE = {  # what only some places may name
+    "the dense layer types": ({"Linear", "Conv1d", "Conv2d", "Conv3d", "Conv1D"}, "layers"),
+    "the swapping of modules": ({"set_submodule"}, "layers/replacement.py"),
+    "attributes of a user's model": ({"__dict__", "quantization_config"}, "checkpoint"),
+    "attributes of a user's model, in one file": ({"__dict__"}, "checkpoint/attached.py"),
+}
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_only_its_place_names(case):
+    names, place = ALONE[case]
+    users = {path.relative_to(PACKAGE).as_posix() for path in FILES if names & code_of(path)}
+    assert users
+    assert {user for user in users if not user.startswith(place)} - {"layers/targets.py"} == set()
+
+
 def test_importing_the_package_loads_no_heavy_optional_library():
     assert loaded("import hf_lossless_lr") == []
 

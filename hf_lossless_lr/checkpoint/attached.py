@@ -45,6 +45,21 @@ def mark_compressed(model: PreTrainedModel, config: LosslessLowRankConfig) -> No
     model.__dict__["dequantize"] = partial(dequantize, model)  # a bound method would not survive pickling
 
 
+def mark_loaded(model: PreTrainedModel, config: LosslessLowRankConfig) -> None:
+    """Record that a model was loaded compressed, and take off what Transformers hangs on quantized models.
+
+    Args:
+        model: a model with factorized layers, as `from_pretrained` leaves it.
+        config: the configuration with their manifest.
+    """
+    for name in ("is_quantized", "hf_quantizer", "quantization_method"):
+        model.__dict__.pop(name, None)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config.__dict__.pop("_is_quantized", None)
+    mark_compressed(model, config)
+
+
 def unmark_compressed(model: PreTrainedModel) -> None:
     """Undo `mark_compressed`, and let the model save as any other."""
     for name in ATTACHED:

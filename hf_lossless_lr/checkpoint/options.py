@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ConfigurationError
+from ..factors import METRICS
 from ..layers import STORAGES
+from ..ranks import OBJECTIVES
 from ..renamed import Renamed, refuse_old_names
 
-OBJECTIVES = ("budget", "uniform", "lossless", "compact", "paper-lossless", "paper-compact")
 SIZES = ("parameters", "flops", "latency")
 SCOPES = ("targeted", "model")
-METRICS = ("kronecker", "activation", "activation-diagonal", "fisher", "identity")
 DEFAULT_KEEP_RATIO = 0.5
-MEASURED_OBJECTIVES = ("lossless", "compact")
+MEASURED_OBJECTIVES = tuple(name for name, objective in OBJECTIVES.items() if objective.search is not None)
 
 
 def _option(default: Any, text: str, **metadata: Any) -> Any:
@@ -57,14 +58,14 @@ class CompressionOptions(Renamed):
         epsilon_tolerance: gap between measured and first-order loss change that eq. 8 accepts, in nats.
     """
 
-    objective: str = _option("budget", "what to aim for", choices=OBJECTIVES)
+    objective: str = _option("budget", "what to aim for", choices=tuple(OBJECTIVES))
     keep_ratio: float | None = _option(
         None,
         f"share of the size to keep, in (0, 1]; default {DEFAULT_KEEP_RATIO} for budget and uniform",
     )
     size: str = _option("parameters", "what keep_ratio counts", choices=SIZES)
     scope: str = _option("targeted", "what keep_ratio is a share of: targeted weights or whole model", choices=SCOPES)
-    metric: str | None = _option(None, "metric of the factorization; default kronecker", choices=METRICS)
+    metric: str | None = _option(None, "metric of the factorization; default kronecker", choices=tuple(METRICS))
     target_modules: list[str] | None = _option(
         None, "layers to factorize: names, re:regex, globs or types; default all attention and MLP projections"
     )
@@ -94,14 +95,15 @@ class CompressionOptions(Renamed):
     def __post_init__(self) -> None:
         """Validate every value and resolve the defaults that depend on the objective."""
         _choice("objective", self.objective, OBJECTIVES)
-        paper = self.objective.startswith("paper-")
+        objective = OBJECTIVES[self.objective]
+        paper = objective.needs_noise
         if self.metric is None:
-            self.metric = "identity" if paper else "kronecker"
+            self.metric = objective.default_metric
         _choice("metric", self.metric, METRICS)
         _choice("size", self.size, SIZES)
         _choice("scope", self.scope, SCOPES)
         _choice("storage", self.storage, ("auto", *STORAGES))
-        if self.objective in ("budget", "uniform"):
+        if objective.sized:
             self.keep_ratio = DEFAULT_KEEP_RATIO if self.keep_ratio is None else self.keep_ratio
             _number("keep_ratio", self.keep_ratio, 0, 1, "(0, 1]", exclude_low=True)
         elif self.keep_ratio is not None:
@@ -158,8 +160,8 @@ class CompressionOptions(Renamed):
                 raise ConfigurationError(f"{name}: must be an integer of at least {low}, got {value!r}.")
 
 
-def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
+def _choice(name: str, value: Any, allowed: Collection[str]) -> None:
+    if value not in tuple(allowed):  # it may not be hashable
         near = difflib.get_close_matches(str(value), allowed, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigurationError(f"{name}: {value!r} is unknown; choose one of {', '.join(allowed)}.{hint}")

@@ -19,7 +19,7 @@ from transformers.quantizers import auto as quantizer_registry
 
 from ..errors import CheckpointError, ConfigurationError, TargetError
 from ..layers import METHOD, FactorizedLinear, layout_of, replace_modules
-from .attached import dequantize, mark_compressed
+from .attached import dequantize, mark_loaded
 from .config import LosslessLowRankConfig
 from .contents import check_files
 
@@ -52,12 +52,7 @@ class LosslessLowRankQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        for name in ("is_quantized", "hf_quantizer", "quantization_method"):
-            model.__dict__.pop(name, None)
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel):
-                module.config.__dict__.pop("_is_quantized", None)
-        mark_compressed(model, cast(LosslessLowRankConfig, self.quantization_config))
+        mark_loaded(model, cast(LosslessLowRankConfig, self.quantization_config))
         return model
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:

@@ -5,16 +5,7 @@
 
 from .curves import LossCurve
 from .factorize import Factorization, factorize, loss_curve
-from .metrics import METRIC_SIDES
+from .metrics import METRICS
 from .refit import RefitTarget, refit, refit_groups
 
-__all__ = [
-    "METRIC_SIDES",
-    "Factorization",
-    "LossCurve",
-    "RefitTarget",
-    "factorize",
-    "loss_curve",
-    "refit",
-    "refit_groups",
-]
+__all__ = ["METRICS", "Factorization", "LossCurve", "RefitTarget", "factorize", "loss_curve", "refit", "refit_groups"]

@@ -12,7 +12,7 @@ from ..errors import ConfigurationError, NumericalError
 from ..statistics import LayerStatistics
 from .curves import LossCurve
 from .linalg import MetricFactors, metric_svd, pivoted_form, quadratic_tails
-from .metrics import METRIC_SIDES
+from .metrics import METRICS
 
 SMALLEST_NORM = 1e-100  # below it a factor counts as zero, where balancing would divide by it
 
@@ -77,7 +77,7 @@ def factorize(weight: torch.Tensor, stats: LayerStatistics, metric: str, damping
     Args:
         weight: the dense weight.  # shape: (out, in)
         stats: its statistics.
-        metric: a key of `METRIC_SIDES`.
+        metric: a key of `METRICS`.
         damping: relative damping of A and B.
 
     Returns:
@@ -87,9 +87,9 @@ def factorize(weight: torch.Tensor, stats: LayerStatistics, metric: str, damping
         ConfigurationError: if the metric is unknown.
         NumericalError: if the weight or the statistics are not finite.
     """
-    if metric not in METRIC_SIDES:
-        raise ConfigurationError(f"metric: {metric!r} is unknown; choose one of {', '.join(METRIC_SIDES)}.")
-    input_metric, output_metric = METRIC_SIDES[metric](stats, damping)
+    if metric not in METRICS:
+        raise ConfigurationError(f"metric: {metric!r} is unknown; choose one of {', '.join(METRICS)}.")
+    input_metric, output_metric = METRICS[metric](stats, damping)
     factors = metric_svd(weight, input_metric, output_metric)
     if not all(torch.isfinite(factor).all() for factor in factors):
         raise NumericalError(f"the factorization of a {tuple(weight.shape)} weight is not finite; raise `damping`.")

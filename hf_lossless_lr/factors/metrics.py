@@ -20,14 +20,14 @@ def _fisher(stats: LayerStatistics, damping: float) -> tuple[Side, Side]:
     return None, damped(stats.grad_covariance.diagonal(), damping)
 
 
-METRIC_SIDES: dict[str, Callable[[LayerStatistics, float], tuple[Side, Side]]] = {
-    "identity": lambda stats, damping: (None, None),
-    "fisher": _fisher,
-    "activation-diagonal": _activation_diagonal,
-    "activation": lambda stats, damping: (damped(stats.input_covariance, damping), None),
+METRICS: dict[str, Callable[[LayerStatistics, float], tuple[Side, Side]]] = {
     "kronecker": lambda stats, damping: (
         damped(stats.input_covariance, damping),
         damped(stats.grad_covariance, damping),
     ),
+    "activation": lambda stats, damping: (damped(stats.input_covariance, damping), None),
+    "activation-diagonal": _activation_diagonal,
+    "fisher": _fisher,
+    "identity": lambda stats, damping: (None, None),
 }
 """Name of a metric to its sides `(A, B)`; None is the identity."""

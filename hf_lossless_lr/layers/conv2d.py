@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -47,6 +48,8 @@ class FactorizedConv2d(Factorized):
 
 
 class _Conv2dLayout:
+    by_default = False
+
     def as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.flatten(1)
 
@@ -57,6 +60,9 @@ class _Conv2dLayout:
             x, module.kernel_size, dilation=module.dilation, padding=module.padding, stride=module.stride
         )
         return patches.transpose(1, 2)
+
+    def input_key(self, module: nn.Module, x: torch.Tensor) -> Hashable:
+        return id(x), id(module)  # the patches depend on the geometry
 
     def random_input(self, module: Any, rows: int) -> torch.Tensor:
         height = math.isqrt(rows)  # of the output of one image, as square as the rows allow

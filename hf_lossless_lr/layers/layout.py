@@ -6,6 +6,7 @@ are, and builds the factorized or the dense counterpart.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, Protocol
 
 import torch
@@ -16,13 +17,22 @@ from .factorized import Factorized
 
 
 class Layout(Protocol):
-    """How a layer type is seen as a matrix `W (out, in)` acting on rows."""
+    """How a layer type is seen as a matrix `W (out, in)` acting on rows.
+
+    Attributes:
+        by_default: whether layers of this type are targets where none are named.
+    """
+
+    by_default: bool
 
     def as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
         """Return a weight, or its gradient, as a matrix.  # shape: (out, in)."""
 
     def input_rows(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """Return the layer input with the matrix' columns as last dimension.  # shape: (..., in)."""
+
+    def input_key(self, module: nn.Module, x: torch.Tensor) -> Hashable:
+        """Return the same value for layers whose rows are the same, for the time of one forward pass."""
 
     def random_input(self, module: nn.Module, rows: int) -> torch.Tensor:
         """Return an input that is at least `rows` rows, and hardly more, on the module's device and in its dtype."""

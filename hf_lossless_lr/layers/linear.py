@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -50,11 +51,16 @@ class FactorizedLinear(Factorized):
 
 
 class _LinearLayout:
+    by_default = True
+
     def as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
         return weight
 
     def input_rows(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return x
+
+    def input_key(self, module: nn.Module, x: torch.Tensor) -> Hashable:
+        return id(x)
 
     def random_input(self, module: Any, rows: int) -> torch.Tensor:
         weight = module.weight

@@ -22,7 +22,6 @@ from .factorized import METHOD, is_factorized
 from .layout import LAYOUTS
 
 EXACT, SUFFIX, REGEX, GLOB, TYPE, NO_MATCH = 5, 4, 3, 2, 1, 0
-LINEAR_TYPES = tuple(layer_type for layer_type in LAYOUTS if layer_type is not nn.Conv2d)
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def find_targets(
         wanted = _best(target_modules or (), name, module)
         unwanted = _best(ignore or (), name, module)
         if target_modules is None:
-            wanted = TYPE if type(module) in LINEAR_TYPES or _is_quantized(module) else NO_MATCH
+            wanted = TYPE if _is_quantized(module) or LAYOUTS[type(module)].by_default else NO_MATCH
         if unwanted and unwanted >= wanted:
             skipped[name] = "in `ignore`"
         elif not wanted:

@@ -21,7 +21,7 @@ from ..errors import CheckpointError, NumericalError
 from ..factors import Factorization, LossCurve, factorize, loss_curve
 from ..fingerprint import tensors_fingerprint
 from ..layers import Targets, evaluating, on_device, weight_matrix
-from ..ranks import Budget
+from ..ranks import OBJECTIVES, Budget
 from ..statistics import CalibrationStatistics, collect_statistics, data_fingerprint, load_statistics, save_statistics
 from ..timing import timed
 
@@ -143,7 +143,7 @@ def _factorize(
     config: LosslessLowRankConfig, targets: Mapping[str, nn.Module], statistics: CalibrationStatistics
 ) -> tuple[dict[str, Factorization], dict[str, LossCurve]]:
     factorizations, curves = {}, {}
-    with_noise = config.objective.startswith("paper-")
+    with_noise = OBJECTIVES[config.objective].needs_noise
     for name, module in logging.tqdm(targets.items(), desc="Factorizing"):
         weight, stats = weight_matrix(module), statistics.layers[name]
         try:

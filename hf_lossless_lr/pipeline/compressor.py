@@ -16,18 +16,7 @@ from ..checkpoint import MEASURED_OBJECTIVES, LosslessLowRankConfig, attach_card
 from ..data import split_data
 from ..errors import ConfigurationError
 from ..layers import check_model, find_targets, on_device, replace_modules
-from ..ranks import (
-    Budget,
-    Ranks,
-    compression_path,
-    find_epsilon,
-    lowest_loss,
-    most_compressed,
-    second_order_cost,
-    select_budget,
-    select_paper,
-    select_uniform,
-)
+from ..ranks import OBJECTIVES, Budget, Limits, Ranks, Search, compression_path, find_epsilon, second_order_cost
 from ..report import CompressionReport
 from ..timing import timed
 from ..verdict import paired_outcomes
@@ -37,9 +26,6 @@ from .summary import make_report, visited_point
 from .trial import Trial, run_trial
 
 logger = logging.get_logger(__name__)
-
-
-LOSSLESS_SHARES = (0.95, 0.9, 0.8, 0.7, 0.6)  # kept shares that the objective `lossless` measures
 
 
 class LowRankCompressor:
@@ -181,7 +167,7 @@ class LowRankCompressor:
         calibration = replace(self._calibration, seconds=dict(self._calibration.seconds))  # times of this ratio alone
         config = self.config
         if keep_ratio is not None:
-            objective = "uniform" if config.objective == "uniform" else "budget"
+            objective = config.objective if OBJECTIVES[config.objective].sized else "budget"
             config = replace(config, objective=objective, keep_ratio=keep_ratio, epsilon=None)
         model = calibration.model
         self.restore()
@@ -222,41 +208,34 @@ class LowRankCompressor:
             return trial
 
         curves, budget = calibration.curves, budget_of(calibration, config)
-        if config.objective in MEASURED_OBJECTIVES:
-            return self._search(calibration, config, budget, visit), visited, None
-        epsilon = None
-        if config.objective == "budget":
-            ranks = select_budget(curves, float(config.keep_ratio or 1), config.rank_multiple, *budget)
-        elif config.objective == "uniform":
-            ranks = select_uniform(curves, float(config.keep_ratio or 1), config.rank_multiple, *budget)
-        else:
-            epsilon = _epsilon(calibration, config)
-            ranks = select_paper(curves, epsilon, compact=config.objective == "paper-compact")
+        objective = OBJECTIVES[config.objective]
+        if objective.search is not None:
+            return self._search(calibration, config, objective.search, budget, visit), visited, None
+        epsilon = _epsilon(calibration, config) if objective.needs_noise else None
+        limits = Limits(float(config.keep_ratio or 1), config.rank_multiple, budget, epsilon or {})
+        ranks = objective.select(curves, limits) if objective.select is not None else {}
         if all(rank is None for rank in ranks.values()):
             logger.warning("no rank meets objective=%r in any layer; the model stays dense.", config.objective)
         return visit(ranks), visited, epsilon
 
     def _search(
-        self, calibration: Calibration, config: LosslessLowRankConfig, budget: Budget, visit: Callable[[Ranks], Trial]
+        self,
+        calibration: Calibration,
+        config: LosslessLowRankConfig,
+        search: Search,
+        budget: Budget,
+        visit: Callable[[Ranks], Trial],
     ) -> Trial:
         """Walk the path and measure; a margin that no point meets leaves the model dense."""
         path = compression_path(calibration.curves, second_order_cost, config.rank_multiple, *budget)
-        kept = [path.kept_after(count) for count in range(len(path) + 1)]
-        costs = [path.predicted_cost_after(count) for count in range(len(path) + 1)]
-
-        def measure(point: int) -> Trial:
-            return visit(path.ranks_after(point))
-
-        if config.objective == "lossless":
-            found = lowest_loss(kept, measure, LOSSLESS_SHARES)
-        else:
-            found = most_compressed(
-                costs,
-                kept,
-                measure,
-                lambda trial: trial.passes(config.loss_margin, config.accuracy_margin),
-                config.loss_margin,
-            )
+        points = range(len(path) + 1)
+        found = search(
+            [path.predicted_cost_after(count) for count in points],
+            [path.kept_after(count) for count in points],
+            lambda point: visit(path.ranks_after(point)),
+            lambda trial: trial.passes(config.loss_margin, config.accuracy_margin),
+            config.loss_margin,
+        )
         if not path.steps:
             logger.warning("no rank meets objective=%r in any layer; the model stays dense.", config.objective)
         elif found is None:

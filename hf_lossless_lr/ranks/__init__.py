@@ -5,6 +5,7 @@
 
 from .flops import flop_sizes, forward_flops
 from .latency import forward_seconds, latency_sizes
+from .objectives import OBJECTIVES, Limits, Search
 from .paper import find_epsilon, select_paper
 from .path import Ranks, compression_path, second_order_cost
 from .search import lowest_loss, most_compressed
@@ -12,9 +13,12 @@ from .select import kept_share, select_budget, select_uniform
 from .sizes import Budget, LayerSize, parameter_size, parameter_sizes
 
 __all__ = [
+    "OBJECTIVES",
     "Budget",
     "LayerSize",
+    "Limits",
     "Ranks",
+    "Search",
     "compression_path",
     "find_epsilon",
     "flop_sizes",

@@ -18,12 +18,13 @@ class Measured(Protocol):
 
 
 T = TypeVar("T", bound=Measured)
+Measure = Callable[[int], T]
 
 
 def most_compressed(
     costs: Sequence[float],
     kept: Sequence[float],
-    measure: Callable[[int], T],
+    measure: Measure[T],
     accept: Callable[[T], bool],
     margin: float,
 ) -> tuple[int, T] | None:
@@ -67,7 +68,7 @@ def most_compressed(
     return best
 
 
-def lowest_loss(kept: Sequence[float], measure: Callable[[int], T], shares: Sequence[float]) -> tuple[int, T] | None:
+def lowest_loss(kept: Sequence[float], measure: Measure[T], shares: Sequence[float]) -> tuple[int, T] | None:
     """Find the point with the lowest measured loss among the points next to some kept shares.
 
     Args:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +51,7 @@ class _Collector:
         self.targets = targets
         self.layouts = {name: layout_of(module) for name, module in targets.items()}
         self.masks = PaddingMasks(model)
-        self.inputs: dict[tuple[int, int], _Input] = {}
+        self.inputs: dict[Hashable, _Input] = {}
         self.recording = False
         self.order: list[Key] = []  # of the inputs in a forward pass, also of those that only some batches have
         self.input_sums: dict[Key, torch.Tensor] = {}
@@ -72,7 +72,7 @@ class _Collector:
             x = args[0]
             mask = self.masks.of(module, x)
             if self.recording:  # false while gradient checkpointing repeats the forward pass
-                key = (id(x), id(module) if isinstance(module, nn.Conv2d) else 0)
+                key = layout.input_key(module, x)
                 self.inputs.setdefault(key, _Input(x, module, layout, mask, [])).names.append(name)
             if output.requires_grad:
                 output.register_hook(lambda grad: self.add_output_grad(name, grad, mask))

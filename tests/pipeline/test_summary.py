@@ -183,7 +183,10 @@ class TestSequence:
         for report in (second, fourth):
             assert report.certificate.status in ("lossless", "improved")
 
-    @pytest.mark.parametrize("stage", ["select_budget", "paired_outcomes", "mark_compressed", "make_report"])
+    @pytest.mark.parametrize(
+        "stage",
+        ["compressor.paired_outcomes", "compressor.mark_compressed", "compressor.make_report", "trial.build_layers"],
+    )
     def test_passes_over_a_compression_that_failed(self, stage, monkeypatch):
         compressor, _ = calibrated()
 
@@ -191,7 +194,7 @@ class TestSequence:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(f"hf_lossless_lr.pipeline.compressor.{stage}", fail)
+            patch.setattr(f"hf_lossless_lr.pipeline.{stage}", fail)
             with pytest.raises(KeyboardInterrupt):
                 compressor.compress_to(0.4)
         (report,) = reports_of(compressor, 0.8)
