@@ -22,6 +22,7 @@ from hf_lossless_lr.layers import find_targets
 from hf_lossless_lr.pipeline.calibration import calibrate
 from hf_lossless_lr.pipeline.trial import run_trial
 from hf_lossless_lr.ranks import select_budget
+from hf_lossless_lr.timing import Clock
 
 
 def plain_pass(model, loader, backward: bool) -> float:
@@ -49,17 +50,18 @@ def main() -> None:
     data = Dataset.from_json(str(arguments.data / "calibration.jsonl")).select(range(arguments.examples))
     data = data.map(lambda x: tokenizer(x["sentence"], truncation=True, max_length=128), batched=True)
     loader = make_dataloader(data, model, batch_size=32, processing_class=tokenizer)
-    config, selection = LosslessLowRankConfig(keep_ratio=0.5), find_targets(model)
+    config, targets = LosslessLowRankConfig(keep_ratio=0.5), find_targets(model)
     plain_pass(model, loader, backward=True)  # warm-up
     measured = ("statistics", "factorization", "refit", "refit_forward", "refit_products", "refit_solves")
     times: dict[str, list[float]] = {name: [] for name in ("forward", "forward+backward", *measured)}
     for _ in range(arguments.repeats):
         times["forward"].append(plain_pass(model, loader, backward=False))
         times["forward+backward"].append(plain_pass(model, loader, backward=True))
-        calibration = calibrate(model, config, DataSplits(loader, None, loader, {}), selection)
-        run_trial(calibration, select_budget(calibration.curves, 0.5), config)
+        calibration = calibrate(model, config, DataSplits(loader, None, loader, {}), targets)
+        clock = Clock(calibration.seconds)
+        run_trial(calibration, select_budget(calibration.factors.curves, 0.5), config, clock)
         for name in measured:
-            times[name].append(calibration.seconds[name])
+            times[name].append(clock.seconds[name])
     seconds = {name: median(taken) for name, taken in times.items()}
     ratios = {
         "statistics / forward+backward": seconds["statistics"] / seconds["forward+backward"],

@@ -33,7 +33,7 @@ from transformers.utils import logging
 from ..data import PaddingMasks
 from ..layers import evaluating, in_place, weight_matrix
 from ..statistics import CalibrationStatistics, Group, Pause, Stream, gram, pausing
-from ..timing import timed
+from ..timing import Clock
 from .factorize import Factorization
 from .linalg import damped, metric_svd, shifted_weight
 
@@ -73,7 +73,7 @@ def refit(
     loader: DataLoader,
     accelerator: Accelerator,
     damping: float,
-    seconds: dict[str, float],
+    clock: Clock,
 ) -> list[str]:
     """Refit the factorized layers to their shifted inputs, in the order of the forward pass.
 
@@ -84,7 +84,7 @@ def refit(
         loader: calibration data.
         accelerator: made with `even_batches=False`.
         damping: relative damping of the metric.
-        seconds: the times of the forward passes, of the products of their inputs and of the solves are added here.
+        clock: the times of the forward passes, of the products of their inputs and of the solves are added here.
 
     Returns:
         The layers that were left as they are: in no group, not reached by the data, or behind a router that sends them
@@ -100,17 +100,17 @@ def refit(
         finished: set[Group] = set()
         try:
             for group in logging.tqdm(groups, desc="Refitting", disable=not accelerator.is_main_process):
-                with timed(seconds, "refit_forward"):
+                with clock.timed("refit_forward"):
                     arrived = [stream.advance(group, finished) for stream in dense]
                     with in_place(model, factorized):
                         arrived = [s.advance(group, finished) and a for s, a in zip(compressed, arrived, strict=True)]
                 pairs = [(d, c) for d, c, a in zip(dense, compressed, arrived, strict=True) if a]
-                with timed(seconds, "refit_products"):
+                with clock.timed("refit_products"):
                     products = _products([targets[name] for name in group], pairs, accelerator)
                 finished.add(group)
                 if products is not None:
                     left -= set(group)
-                    with timed(seconds, "refit_solves"):
+                    with clock.timed("refit_solves"):
                         for name, output_cross in zip(group, products.output_cross, strict=True):
                             _solve(targets[name], output_cross, products.input_gram, damping)
         finally:

@@ -29,11 +29,11 @@ class Targets:
     """The chosen layers and, for each other supported layer, why it stays dense.
 
     Attributes:
-        targets: name to layer, in the model's order; a layer with several names appears once.
+        chosen: name to layer, in the model's order; a layer with several names appears once.
         skipped: name to reason.
     """
 
-    targets: dict[str, nn.Module]
+    chosen: dict[str, nn.Module]
     skipped: dict[str, str]
 
 

@@ -18,7 +18,7 @@ from ..errors import ConfigurationError
 from ..layers import check_model, find_targets, on_device, replace_modules
 from ..ranks import OBJECTIVES, Budget, Limits, Ranks, Search, compression_path, find_epsilon, second_order_cost
 from ..report import CompressionReport
-from ..timing import timed
+from ..timing import Clock
 from ..verdict import paired_outcomes
 from .budget import budget_of
 from .calibration import Calibration, calibrate
@@ -55,6 +55,7 @@ class LowRankCompressor:
         self.config = config if config is not None else LosslessLowRankConfig()
         self.report: CompressionReport | None = None
         self._calibration: Calibration | None = None
+        self._budgets: dict[tuple[str, str, int], Budget] = {}  # counted so far: a latency is measured once
         self._certified: list[CompressionReport] = []  # models judged on the held-out data so far
         self._restore_dense = ExitStack()  # what turns the calibrated model back into the dense one
 
@@ -127,9 +128,9 @@ class LowRankCompressor:
                 the data; statistics of another model or of other data are an error. Else it is written.
         """
         check_model(model)
-        selection = find_targets(model, self.config.target_modules, self.config.ignore)
+        targets = find_targets(model, self.config.target_modules, self.config.ignore)
         config = self.config
-        data = split_data(
+        parts = split_data(
             model,
             calib_dataset,
             eval_dataset,
@@ -142,8 +143,8 @@ class LowRankCompressor:
         )
         with ExitStack() as undo:
             undo.callback(vars(model.config).update, dict(vars(model.config)))  # a loss may set config.problem_type
-            calibration = calibrate(model, self.config, data, selection, statistics_path)
-        self._calibration, self._restore_dense, self._certified = calibration, ExitStack(), []
+            calibration = calibrate(model, self.config, parts, targets, statistics_path)
+        self._calibration, self._restore_dense, self._certified, self._budgets = calibration, ExitStack(), [], {}
 
     def compress_to(self, keep_ratio: float | None = None) -> PreTrainedModel:
         """Compress the calibrated model, in place of an earlier compression of it.
@@ -164,22 +165,22 @@ class LowRankCompressor:
         """
         if self._calibration is None:
             raise ConfigurationError("compress_to() needs a calibration: call calibrate(model, calib_dataset) first.")
-        calibration = replace(self._calibration, seconds=dict(self._calibration.seconds))  # times of this ratio alone
-        config = self.config
+        calibration, config = self._calibration, self.config
+        clock = Clock(calibration.seconds)  # times of this ratio alone
         if keep_ratio is not None:
             objective = config.objective if OBJECTIVES[config.objective].sized else "budget"
             config = replace(config, objective=objective, keep_ratio=keep_ratio, epsilon=None)
-        model = calibration.model
+        model = calibration.dense.model
         self.restore()
-        dense = calibration.targets.values()
-        with on_device(model, calibration.accelerator.device, dense), ExitStack() as undo:
+        layers = calibration.factors.targets.chosen.values()
+        with on_device(model, calibration.accelerator.device, layers), ExitStack() as undo:
             undo.callback(vars(model.config).update, dict(vars(model.config)))
-            trial, trials, epsilon = self._choose(calibration, config)
-            with timed(calibration.seconds, "held_out"):
-                data, accelerator = calibration.data.held_out, calibration.accelerator
+            trial, trials, epsilon = self._choose(calibration, config, clock)
+            with clock.timed("held_out"):
+                data, accelerator = calibration.parts.held_out, calibration.accelerator
                 outcomes = paired_outcomes(model, trial.layers, data, accelerator, "Evaluating", temperatures=True)
             self._put(calibration, trial, config, undo)
-            report = make_report(calibration, config, trial, trials, epsilon, outcomes, self._certified)
+            report = make_report(calibration, config, trial, trials, epsilon, outcomes, self._certified, clock.seconds)
             if trial.layers:
                 attach_card(model, report)
                 self._certified.append(report)
@@ -194,20 +195,20 @@ class LowRankCompressor:
 
     def release(self) -> None:
         """Forget the calibration (statistics, factorizations, the dense layers); the compressed model stays."""
-        self._calibration, self._restore_dense = None, ExitStack()
+        self._calibration, self._restore_dense, self._budgets = None, ExitStack(), {}
 
     def _choose(
-        self, calibration: Calibration, config: LosslessLowRankConfig
+        self, calibration: Calibration, config: LosslessLowRankConfig, clock: Clock
     ) -> tuple[Trial, list[dict[str, Any]], dict[str, float] | None]:
         """Return the chosen trial, a record of every point visited, and the paper's epsilon."""
         visited: list[dict[str, Any]] = []
 
         def visit(ranks: Ranks) -> Trial:
-            trial = run_trial(calibration, ranks, config)
-            visited.append(visited_point(calibration, trial, config))
+            trial = run_trial(calibration, ranks, config, clock)
+            visited.append(visited_point(curves, trial, config))
             return trial
 
-        curves, budget = calibration.curves, budget_of(calibration, config)
+        curves, budget = calibration.factors.curves, self._budget(calibration, config)
         objective = OBJECTIVES[config.objective]
         if objective.search is not None:
             return self._search(calibration, config, objective.search, budget, visit), visited, None
@@ -218,6 +219,13 @@ class LowRankCompressor:
             logger.warning("no rank meets objective=%r in any layer; the model stays dense.", config.objective)
         return visit(ranks), visited, epsilon
 
+    def _budget(self, calibration: Calibration, config: LosslessLowRankConfig) -> Budget:
+        """Return what the configured size counts; all ratios of a calibration go by one table."""
+        key = config.size, config.scope, config.rank_multiple
+        if key not in self._budgets:
+            self._budgets[key] = budget_of(calibration, *key)
+        return self._budgets[key]
+
     def _search(
         self,
         calibration: Calibration,
@@ -227,7 +235,7 @@ class LowRankCompressor:
         visit: Callable[[Ranks], Trial],
     ) -> Trial:
         """Walk the path and measure; a margin that no point meets leaves the model dense."""
-        path = compression_path(calibration.curves, second_order_cost, config.rank_multiple, *budget)
+        path = compression_path(calibration.factors.curves, second_order_cost, config.rank_multiple, *budget)
         points = range(len(path) + 1)
         found = search(
             [path.predicted_cost_after(count) for count in points],
@@ -253,10 +261,10 @@ class LowRankCompressor:
         """Put the chosen layers in and record them in the model's config."""
         if not trial.layers:
             return
-        model = calibration.model
+        model = calibration.dense.model
         replacement = replace_modules(model, trial.layers)
         undo.callback(replacement.undo)
-        name_of = {id(module): name for name, module in calibration.targets.items()}
+        name_of = {id(module): name for name, module in calibration.factors.targets.chosen.items()}
         config = deepcopy(config)
         config.modules = {}
         for path, old in replacement.originals.items():
@@ -269,12 +277,12 @@ class LowRankCompressor:
 def _epsilon(calibration: Calibration, config: LosslessLowRankConfig) -> dict[str, float]:
     """Return the noise bound of each layer for the paper's objectives."""
     if config.epsilon is not None:
-        return dict.fromkeys(calibration.targets, config.epsilon)
+        return dict.fromkeys(calibration.factors.targets.chosen, config.epsilon)
     return find_epsilon(
-        calibration.model,
-        calibration.targets,
-        calibration.factorizations,
-        calibration.data.calibration,
+        calibration.dense.model,
+        calibration.factors.targets.chosen,
+        calibration.factors.factorizations,
+        calibration.parts.calibration,
         calibration.accelerator,
         config.epsilon_tolerance,
     )

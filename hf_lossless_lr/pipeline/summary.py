@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib.metadata import version
 from typing import Any
@@ -20,9 +20,8 @@ from .calibration import Calibration
 from .trial import Trial
 
 
-def visited_point(calibration: Calibration, trial: Trial, config: LosslessLowRankConfig) -> dict[str, Any]:
+def visited_point(curves: Mapping[str, LossCurve], trial: Trial, config: LosslessLowRankConfig) -> dict[str, Any]:
     """Return the record of a trial for the report."""
-    curves = calibration.curves
     predicted = sum(float(curves[name].second_order[rank]) for name, rank in trial.ranks.items() if rank is not None)
     record: dict[str, Any] = {
         "keep_ratio": kept_share(curves, trial.ranks),
@@ -46,6 +45,7 @@ def make_report(
     epsilon: dict[str, float] | None,
     outcomes: PairedOutcomes,
     earlier: Sequence[CompressionReport],
+    seconds: Mapping[str, float],
 ) -> CompressionReport:
     """Return the report of a compression.
 
@@ -57,24 +57,26 @@ def make_report(
         epsilon: noise bounds of the paper's objectives.
         outcomes: both models' answers to the held-out data.
         earlier: reports of models that were judged on the same data.
+        seconds: time of each stage.
 
     Returns:
         The report.
     """
-    statistics, fingerprints = calibration.statistics, calibration.data.fingerprints
+    dense_model, factors = calibration.dense, calibration.factors
+    statistics, fingerprints = calibration.statistics, calibration.parts.fingerprints
     loss, accuracy = outcomes.mean_loss, outcomes.accuracy or (None, None)
-    parameters = (calibration.dense_parameters, calibration.model.num_parameters())
+    parameters = (dense_model.parameters, dense_model.model.num_parameters())
     dense, compressed = (Measurement(*values) for values in zip(loss, accuracy, parameters, strict=True))
-    kept = kept_share(calibration.curves, trial.ranks)
+    kept = kept_share(factors.curves, trial.ranks)
     certificate, uncertified = _certificate(trial, config, outcomes, fingerprints["held_out"], kept, earlier)
     return CompressionReport(
-        model=type(calibration.model).__name__,
+        model=type(dense_model.model).__name__,
         config={f.name: getattr(config, f.name) for f in fields(CompressionOptions)},
         layers={
-            name: _layer_report(module, calibration.curves[name], trial.ranks[name], trial.layers.get(name))
-            for name, module in calibration.targets.items()
+            name: _layer_report(module, factors.curves[name], trial.ranks[name], trial.layers.get(name))
+            for name, module in factors.targets.chosen.items()
         },
-        skipped=calibration.selection.skipped,
+        skipped=factors.targets.skipped,
         refitted=trial.refitted,
         trials=trials,
         dense=dense,
@@ -88,10 +90,10 @@ def make_report(
         },
         held_out={"examples": outcomes.examples, "units": int(outcomes.units.sum())},
         fingerprints=fingerprints,
-        model_fingerprint=calibration.model_fingerprint,
+        model_fingerprint=dense_model.fingerprint,
         epsilon=epsilon,
         versions=_versions(),
-        seconds=dict(calibration.seconds),
+        seconds=dict(seconds),
     )
 
 

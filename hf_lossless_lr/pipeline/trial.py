@@ -15,9 +15,9 @@ from ..factors import RefitTarget, refit, refit_groups
 from ..layers import choose_storage, layout_of
 from ..ranks import Ranks
 from ..report import Difference
-from ..timing import timed
+from ..timing import Clock
 from ..verdict import PairedOutcomes, accuracy_difference, loss_difference, paired_outcomes
-from .calibration import Calibration
+from .calibration import Calibration, Factors
 
 logger = logging.get_logger(__name__)
 
@@ -52,64 +52,66 @@ class Trial:
         return self.accuracy_drop is None or self.accuracy_drop.upper <= accuracy_margin
 
 
-def build_layers(calibration: Calibration, ranks: Mapping[str, int | None], storage: str) -> dict[str, Any]:
+def build_layers(factors: Factors, ranks: Mapping[str, int | None], storage: str) -> dict[str, Any]:
     """Return factorized layers with the factors of the given ranks; layers without a rank are left out."""
     layers: dict[str, Any] = {}
     for name, rank in ranks.items():
         if rank is None:
             continue
-        module: Any = calibration.targets[name]
-        curve = calibration.curves[name]
+        module: Any = factors.targets.chosen[name]
+        curve = factors.curves[name]
         stored = choose_storage(curve.out_features, curve.in_features, rank, storage)
         layer = layout_of(module).factorized(module, rank, stored)
-        factors = calibration.factorizations[name].truncate(rank, stored, layer.pivots_inputs)
-        layer.load_factors(*factors, module.bias)
+        tensors = factors.factorizations[name].truncate(rank, stored, layer.pivots_inputs)
+        layer.load_factors(*tensors, module.bias)
         layers[name] = layer
     return layers
 
 
-def run_trial(calibration: Calibration, ranks: Ranks, config: LosslessLowRankConfig) -> Trial:
+def run_trial(calibration: Calibration, ranks: Ranks, config: LosslessLowRankConfig, clock: Clock) -> Trial:
     """Build a choice of ranks, refit it, and keep the refit only if it brings predictions closer to the dense model's.
 
     Args:
         calibration: the calibration of a model, which is dense.
         ranks: the choice.
         config: storage, refit, damping, confidence.
+        clock: the times of the stages are added here.
 
     Returns:
         The trial.
     """
-    with timed(calibration.seconds, "replacement"):
-        layers = build_layers(calibration, ranks, config.storage)
+    with clock.timed("replacement"):
+        layers = build_layers(calibration.factors, ranks, config.storage)
     measured, refitted = None, False
-    if calibration.data.selection is not None or (config.refit and layers):
-        measured = _outcomes(calibration, layers)
+    if calibration.parts.selection is not None or (config.refit and layers):
+        measured = _outcomes(calibration, layers, clock)
     if config.refit and layers and measured is not None:
         states = {name: deepcopy(layer.state_dict()) for name, layer in layers.items()}
-        _refit(calibration, layers, config.damping)
-        after = _outcomes(calibration, layers)
+        _refit(calibration, layers, config.damping, clock)
+        after = _outcomes(calibration, layers, clock)
         refitted = _distance(after) < _distance(measured)
         if refitted:
             measured = after
         else:
             for name, state in states.items():
                 layers[name].load_state_dict(state)
-    if calibration.data.selection is None or measured is None:
+    if calibration.parts.selection is None or measured is None:
         return Trial(dict(ranks), layers, refitted, None, None)
     loss = loss_difference(measured.loss_increase, measured.units, config.confidence, bootstrap=False)
     drop = accuracy_difference(measured, config.confidence, bootstrap=False)
     return Trial(dict(ranks), layers, refitted, loss, drop)
 
 
-def _refit(calibration: Calibration, layers: Mapping[str, Any], damping: float) -> None:
-    covariances = {name: calibration.statistics.layers[name].grad_covariance for name in layers}
+def _refit(calibration: Calibration, layers: Mapping[str, Any], damping: float, clock: Clock) -> None:
+    statistics, dense = calibration.statistics, calibration.factors.targets.chosen
     targets = {
-        name: RefitTarget(calibration.targets[name], layer, covariances[name]) for name, layer in layers.items()
+        name: RefitTarget(dense[name], layer, statistics.layers[name].grad_covariance)
+        for name, layer in layers.items()
     }
-    groups = refit_groups(calibration.statistics, targets)
-    data, accelerator = calibration.data.calibration, calibration.accelerator
-    with timed(calibration.seconds, "refit"):
-        left = refit(calibration.model, targets, groups, data, accelerator, damping, calibration.seconds)
+    groups = refit_groups(statistics, targets)
+    data, accelerator = calibration.parts.calibration, calibration.accelerator
+    with clock.timed("refit"):
+        left = refit(calibration.dense.model, targets, groups, data, accelerator, damping, clock)
     if left:
         logger.warning_once(
             f"{len(left)} layers keep their closed-form factors, because they are called several times in a forward "
@@ -117,11 +119,11 @@ def _refit(calibration: Calibration, layers: Mapping[str, Any], damping: float) 
         )
 
 
-def _outcomes(calibration: Calibration, layers: Mapping[str, nn.Module]) -> PairedOutcomes:
+def _outcomes(calibration: Calibration, layers: Mapping[str, nn.Module], clock: Clock) -> PairedOutcomes:
     """Compare with the dense model on the selection split, or else on the calibration data."""
-    loader = calibration.data.selection or calibration.data.calibration
-    with timed(calibration.seconds, "selection"):
-        return paired_outcomes(calibration.model, layers, loader, calibration.accelerator)
+    dense, loader = calibration.dense, calibration.parts.selection or calibration.parts.calibration
+    with clock.timed("selection"):
+        return paired_outcomes(dense.model, layers, loader, calibration.accelerator, dense_answers=dense.answers)
 
 
 def _distance(outcomes: PairedOutcomes) -> float:

@@ -13,12 +13,13 @@ from .certificate import (
     demoted,
     loss_difference,
 )
-from .outcomes import PairedOutcomes, paired_outcomes
+from .outcomes import KeptAnswers, PairedOutcomes, paired_outcomes
 from .temperatures import at_fitted_temperatures
 
 __all__ = [
     "CERTIFIED",
     "MIN_EXAMPLES",
+    "KeptAnswers",
     "PairedOutcomes",
     "accuracy_difference",
     "at_fitted_temperatures",

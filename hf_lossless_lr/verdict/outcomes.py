@@ -24,6 +24,7 @@ from ..layers import evaluating, in_place
 TEMPERATURES = tuple(2.0 ** (step / 4) for step in range(-4, 9))
 """Temperatures at which losses are taken, from 1/2 to 4; a fitted one is interpolated between them."""
 
+MAX_KEPT_BYTES = 2**30  # of logits; those of a classifier always fit, of a language model a few hundred texts
 LOSS_TOLERANCE = 0.02  # relative gap between a model's loss and the cross-entropy of its logits: rounding in bfloat16
 
 
@@ -107,6 +108,37 @@ class _Answer(NamedTuple):
     units: int
     asked: list[Question]
 
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.numel() * tensor.itemsize for question in self.asked for tensor in question)
+
+    def to(self, device: torch.device | str) -> _Answer:
+        return self._replace(asked=[Question(*(tensor.to(device) for tensor in q)) for q in self.asked])
+
+
+class KeptAnswers:
+    """A model's answers to the batches of one loader, kept on the CPU as far as they fit, so that they are given once.
+
+    Args:
+        max_bytes: most bytes of logits to keep; answers beyond are given again each time.
+    """
+
+    def __init__(self, max_bytes: int = MAX_KEPT_BYTES) -> None:
+        self._left = max_bytes
+        self._answers: dict[int, _Answer] = {}
+
+    def answer(self, model: PreTrainedModel, batch: Mapping[str, Any], index: int) -> _Answer:
+        """Return the model's answer to the batch of this number, of which only the first call needs a forward pass."""
+        kept = self._answers.get(index)
+        if kept is not None:
+            return kept.to(model.device)
+        answer = _answer(model, batch, index)
+        size = answer.bytes
+        if size <= self._left:
+            self._left -= size
+            self._answers[index] = answer.to("cpu")
+        return answer
+
 
 class _Record(NamedTuple):
     """What both models say to one batch; `by_unit` is empty where the head does not classify."""
@@ -124,6 +156,7 @@ def paired_outcomes(
     accelerator: Accelerator,
     description: str | None = None,
     temperatures: bool = False,
+    dense_answers: KeptAnswers | None = None,
 ) -> PairedOutcomes:
     """Let two models answer every example of a loader once, whatever the number of processes.
 
@@ -134,6 +167,7 @@ def paired_outcomes(
         accelerator: made with `even_batches=False`.
         description: label of the progress bar; None for no bar.
         temperatures: whether to take losses at all of `TEMPERATURES`, too.
+        dense_answers: the dense model's answers to this loader, as far as they are known; new ones are added.
 
     Returns:
         The outcomes, the same on each process.
@@ -143,6 +177,7 @@ def paired_outcomes(
         NumericalError: if a loss is not finite.
     """
     records = []
+    dense_answers = KeptAnswers(0) if dense_answers is None else dense_answers
     hidden = description is None or not accelerator.is_main_process
     batches = logging.tqdm(accelerator.prepare(loader), desc=description, disable=hidden)
     with ExitStack() as modes, torch.no_grad():
@@ -150,7 +185,7 @@ def paired_outcomes(
         if isinstance(compressed, nn.Module):
             modes.enter_context(evaluating(compressed))
         for index, batch in enumerate(batches):
-            before = _answer(dense, batch, index)
+            before = dense_answers.answer(dense, batch, index)
             if isinstance(compressed, nn.Module):
                 after = _answer(compressed, batch, index)
             else:

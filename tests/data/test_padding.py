@@ -24,7 +24,7 @@ def test_a_batch_as_large_as_its_examples_are_long_is_no_other_than_smaller_ones
     options = {"vocab_size": VOCABULARY, "num_labels": 3, "initializer_range": 0.2, **TOKENS_FIRST[name]}
     model = build(f"{name}ForSequenceClassification", f"{name}Config", **options)
     batch = text_inputs(COUNT, LENGTH) | class_labels(COUNT, 3)
-    targets = find_targets(model).targets
+    targets = find_targets(model).chosen
     square, other = (
         collect_statistics(model, targets, loader_of(split_batch(batch, size)), accelerator()).layers
         for size in (LENGTH, 4)

@@ -28,6 +28,7 @@ from hf_lossless_lr.layers.replacement import replace_modules
 from hf_lossless_lr.layers.targets import find_targets
 from hf_lossless_lr.statistics.collector import collect_statistics
 from hf_lossless_lr.statistics.records import CalibrationStatistics
+from hf_lossless_lr.timing import Clock
 
 refit_module = import_module("hf_lossless_lr.factors.refit")  # the room has a function of this name
 
@@ -67,7 +68,7 @@ class Prepared(NamedTuple):
         }
 
     def refit(self, batches, damping: float = DAMPING) -> dict[str, np.ndarray]:
-        refit(self.model, self.targets, self.groups, loader_of(batches), accelerator(), damping, {})
+        refit(self.model, self.targets, self.groups, loader_of(batches), accelerator(), damping, Clock())
         return self.products()
 
 
@@ -79,7 +80,7 @@ def target_modules(model):
 
 def prepare(model, batches, storage="pivoted", share=3, damping=DAMPING) -> Prepared:
     """Factorize every target at a third of its full rank."""
-    found = find_targets(model, target_modules(model)).targets
+    found = find_targets(model, target_modules(model)).chosen
     statistics = collect_statistics(model, found, loader_of(batches), accelerator())
     targets = {}
     for name, module in found.items():

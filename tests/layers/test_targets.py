@@ -88,15 +88,15 @@ def test_every_tiny_model_has_an_expected_choice():
 class TestTheDefault:
     def test_is_every_linear_layer_of_the_base_model_and_no_other(self, name):
         selection = find_targets(TINY_MODELS[name]()[0])
-        assert (list(selection.targets), selection.skipped) == DEFAULTS[name]
+        assert (list(selection.chosen), selection.skipped) == DEFAULTS[name]
 
     def test_maps_each_name_to_the_module_of_that_name(self, name):
         model, _ = TINY_MODELS[name]()
-        assert all(model.get_submodule(path) is module for path, module in find_targets(model).targets.items())
+        assert all(model.get_submodule(path) is module for path, module in find_targets(model).chosen.items())
 
     def test_holds_no_weight_that_another_module_uses(self, name):
         model, _ = TINY_MODELS[name]()
-        chosen = find_targets(model).targets
+        chosen = find_targets(model).chosen
         others = {id(p) for other, m in model.named_modules() if other not in chosen for p in m.parameters(False)}
         assert not any(id(module.weight) in others for module in chosen.values())
 
@@ -105,13 +105,13 @@ def test_untied_output_embeddings_stay_dense():
     model = llama(tied=False)[0]
     selection = find_targets(model)
     assert selection.skipped == {"lm_head": "output embeddings"}
-    assert list(selection.targets) == names("model.layers", LLAMA_LAYER)
+    assert list(selection.chosen) == names("model.layers", LLAMA_LAYER)
 
 
 def test_a_model_without_a_head_gets_the_same_targets():
     model = bert_sequence_classification()[0].bert
     selection = find_targets(model)
-    assert list(selection.targets) == [name.removeprefix("bert.") for name in BERT_TARGETS]
+    assert list(selection.chosen) == [name.removeprefix("bert.") for name in BERT_TARGETS]
     assert selection.skipped == {"pooler.dense": "pooler"}
 
 
@@ -151,52 +151,52 @@ class TestSpecificity:
         model, _ = bert_sequence_classification()
         wanted = [self.PATTERNS[stronger], "key"]  # `key` keeps the choice from being empty
         for other, unwanted in enumerate(self.PATTERNS):
-            assert (self.QUERY in find_targets(model, wanted, [unwanted]).targets) == (stronger < other)
+            assert (self.QUERY in find_targets(model, wanted, [unwanted]).chosen) == (stronger < other)
 
     def test_of_the_best_pattern_counts_whatever_the_order(self):
         model, _ = bert_sequence_classification()
         for patterns in (["Linear", self.QUERY], [self.QUERY, "Linear"]):
-            assert self.QUERY in find_targets(model, patterns, ["*.query"]).targets
+            assert self.QUERY in find_targets(model, patterns, ["*.query"]).chosen
 
 
 class TestPatterns:
     def test_ignore_takes_layers_from_the_default(self):
         selection = find_targets(bert_sequence_classification()[0], ignore=["query", "*.layer.1.*"])
-        assert list(selection.targets) == [n for n in BERT_TARGETS if ".0." in n and not n.endswith("query")]
+        assert list(selection.chosen) == [n for n in BERT_TARGETS if ".0." in n and not n.endswith("query")]
         assert [n for n, reason in selection.skipped.items() if reason == "in `ignore`"] == [
-            n for n in BERT_TARGETS if n not in selection.targets
+            n for n in BERT_TARGETS if n not in selection.chosen
         ]
 
     def test_layers_outside_target_modules_say_so(self):
         selection = find_targets(bert_sequence_classification()[0], ["query"])
-        assert list(selection.targets) == [n for n in BERT_TARGETS if n.endswith("query")]
+        assert list(selection.chosen) == [n for n in BERT_TARGETS if n.endswith("query")]
         assert set(selection.skipped.values()) == {"not in `target_modules`"}
-        assert len(selection.targets) + len(selection.skipped) == len(BERT_TARGETS) + len(POOLED_HEAD)
+        assert len(selection.chosen) + len(selection.skipped) == len(BERT_TARGETS) + len(POOLED_HEAD)
 
     @pytest.mark.parametrize("pattern", ["classifier", "re:classif.*", "class*"])
     def test_a_head_asked_for_by_name_is_included(self, pattern):
         model, _ = bert_sequence_classification()
-        assert find_targets(model, [pattern]).targets == {"classifier": model.classifier}
+        assert find_targets(model, [pattern]).chosen == {"classifier": model.classifier}
 
     def test_a_pooler_asked_for_by_name_is_included(self):
-        assert list(find_targets(bert_sequence_classification()[0], ["pooler.dense"]).targets) == ["bert.pooler.dense"]
+        assert list(find_targets(bert_sequence_classification()[0], ["pooler.dense"]).chosen) == ["bert.pooler.dense"]
 
     def test_untied_output_embeddings_asked_for_by_name_are_included(self):
         model = llama(tied=False)[0]
-        assert list(find_targets(model, ["lm_head"]).targets) == ["lm_head"]
+        assert list(find_targets(model, ["lm_head"]).chosen) == ["lm_head"]
 
     def test_a_head_asked_for_by_type_alone_stays_dense(self):
         selection = find_targets(bert_sequence_classification()[0], ["Linear"])
-        assert (list(selection.targets), selection.skipped) == DEFAULTS["bert-sequence-classification"]
+        assert (list(selection.chosen), selection.skipped) == DEFAULTS["bert-sequence-classification"]
 
     def test_conv1d_is_chosen_by_its_type(self):
-        assert list(find_targets(TINY_MODELS["gpt2"]()[0], ["Conv1D"]).targets) == DEFAULTS["gpt2"][0]
+        assert list(find_targets(TINY_MODELS["gpt2"]()[0], ["Conv1D"]).chosen) == DEFAULTS["gpt2"][0]
 
     def test_the_type_conv2d_chooses_every_convolution(self):
         model, _ = TINY_MODELS["resnet"]()
         selection = find_targets(model, ["Conv2d"])
-        assert list(selection.targets) == [n for n, m in model.named_modules() if type(m) is nn.Conv2d]
-        assert len(selection.targets) == 12
+        assert list(selection.chosen) == [n for n, m in model.named_modules() if type(m) is nn.Conv2d]
+        assert len(selection.chosen) == 12
         assert selection.skipped == {"classifier.1": "not in `target_modules`"}
 
 
@@ -247,7 +247,7 @@ class TestRefusal:
         model.bert.encoder.layer[1].requires_grad_(False)
         with pytest.raises(TargetError, match=r"'bert.encoder.layer.1.attention.self.query' is frozen .*ignore"):
             find_targets(model)
-        assert list(find_targets(model, ignore=["*.layer.1.*"]).targets) == BERT_TARGETS[:6]
+        assert list(find_targets(model, ignore=["*.layer.1.*"]).chosen) == BERT_TARGETS[:6]
 
     def test_of_a_model_on_the_meta_device(self):
         model = bert_sequence_classification()[0].to("meta")
@@ -259,7 +259,7 @@ class TestRefusal:
         model.bert.encoder.layer[0].intermediate.dense = Linear4bit(32, 48)
         with pytest.raises(TargetError, match=r"intermediate.dense' is quantized \(Linear4bit, torch.uint8\)"):
             find_targets(model)
-        remaining = find_targets(model, ignore=["Linear4bit"]).targets
+        remaining = find_targets(model, ignore=["Linear4bit"]).chosen
         assert list(remaining) == [n for n in BERT_TARGETS if n != "bert.encoder.layer.0.intermediate.dense"]
 
     def test_of_a_compressed_model(self):
@@ -272,7 +272,7 @@ class TestRefusal:
         model, _ = bert_sequence_classification()
         model.bert.encoder.layer[0].output.dense = nn.Linear(48, 32)
         assert not any(is_factorized(module) for module in model.modules())
-        assert list(find_targets(model).targets) == BERT_TARGETS
+        assert list(find_targets(model).chosen) == BERT_TARGETS
 
     def test_of_a_network_of_convolutions_says_how_to_choose_them(self):
         with pytest.raises(
@@ -324,7 +324,7 @@ class TestMultiheadAttention:
         return model
 
     def test_is_left_alone(self, model):
-        assert find_targets(model).targets.keys() == dict.fromkeys(BERT_TARGETS).keys()
+        assert find_targets(model).chosen.keys() == dict.fromkeys(BERT_TARGETS).keys()
 
     def test_cannot_be_asked_for(self, model):
         with pytest.raises(TargetError, match="'out_proj' matches no layer"):
@@ -335,5 +335,5 @@ def test_a_layer_under_two_names_appears_once():
     model, _ = bert_sequence_classification()
     model.bert.encoder.layer[1] = model.bert.encoder.layer[0]
     selection = find_targets(model)
-    assert list(selection.targets) == BERT_TARGETS[:6]
+    assert list(selection.chosen) == BERT_TARGETS[:6]
     assert "tied" not in selection.skipped.values()

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
+from hf_lossless_lr.layers.targets import find_targets
 from hf_lossless_lr.pipeline import budget as budgets
 from hf_lossless_lr.ranks.latency import latency_sizes
 
@@ -38,7 +39,7 @@ def test_in_flops_is_kept_and_nearly_used_up(scope, keep_ratio):
     compressor, model, batch = calibrated(size="flops", scope=scope, keep_ratio=keep_ratio)
     with torch.no_grad():
         model(**batch)
-    parts = None if scope == "model" else list(compressor._calibration.targets)
+    parts = None if scope == "model" else list(find_targets(model).chosen)
     dense = flops(model, batch, parts)
     compressor.compress_to()
     assert factorized_layers(model)
@@ -75,7 +76,7 @@ class Clock:
 def test_in_latency_is_kept_by_what_is_measured_once(scope, monkeypatch):
     clock = Clock(monkeypatch)
     compressor, model, _ = calibrated(size="latency", scope=scope, storage="two-factor")  # linear in the rank
-    clock.names = set(compressor._calibration.targets)
+    clock.names = set(find_targets(model).chosen)
     fixed = FIXED_SECONDS if scope == "model" else 0.0
     dense = fixed + clock.of(model)
     for index, keep_ratio in enumerate((0.8, 0.6)):

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from accelerate import Accelerator
 from support.compressions import build, check_same_state, factorized_layers
 from support.tiny_models import IGNORED, TINY_MODELS, as_examples, other_inputs, split_batch
 from torch import nn
@@ -21,6 +22,7 @@ from hf_lossless_lr import (
 from hf_lossless_lr.data.loaders import make_dataloader
 from hf_lossless_lr.data.splits import combined_digest, item_digests, split_data
 from hf_lossless_lr.layers.model_state import on_device
+from hf_lossless_lr.layers.targets import find_targets
 from hf_lossless_lr.pipeline import calibration as calibration_module
 
 NAME = "bert-sequence-classification"
@@ -380,10 +382,9 @@ class TestOnDevice:
 
     def test_takes_the_replaced_layers_back_from_the_device_after_a_compression(self, monkeypatch):
         compressor, model = calibrated()
-        targets = dict(compressor._calibration.targets)
-        accelerator = compressor._calibration.accelerator
+        targets = find_targets(model).chosen
         moves, to = [], nn.Module.to
-        monkeypatch.setattr(type(accelerator), "device", property(lambda _: torch.device("cpu", 0)))
+        monkeypatch.setattr(Accelerator, "device", property(lambda _: torch.device("cpu", 0)))
         monkeypatch.setattr(nn.Module, "to", lambda m, *a, **k: (moves.append((m, a)), to(m, *a, **k))[1])
         compressor.compress_to(0.5)
         back = {id(module) for module, arguments in moves if arguments == (torch.device("cpu"),)}

@@ -5,16 +5,21 @@ from dataclasses import replace
 
 import pytest
 from support.compressions import certifiable, factorized_layers
+from support.processes import accelerator, loader_of
 from support.tiny_models import rows, split_batch
 from support.tolerances import FLOAT32
-from torch import nn
 from torch.nn.functional import cross_entropy
 
 from hf_lossless_lr import CompressionReport, LosslessLowRankConfig, LowRankCompressor, certify, paired_outcomes
+from hf_lossless_lr.data.loaders import make_dataloader
+from hf_lossless_lr.factors.factorize import factorize, loss_curve
+from hf_lossless_lr.layers.layout import weight_matrix
+from hf_lossless_lr.layers.targets import find_targets
 from hf_lossless_lr.pipeline import summary as reporting_module
 from hf_lossless_lr.pipeline.summary import visited_point
 from hf_lossless_lr.pipeline.trial import Trial
 from hf_lossless_lr.report.records import Difference
+from hf_lossless_lr.statistics.collector import collect_statistics
 from hf_lossless_lr.verdict.certificate import MIN_EXAMPLES
 
 WIDE = {"loss_margin": 9.0, "accuracy_margin": 1.0}  # margins that every model meets
@@ -54,8 +59,7 @@ class TestFigures:
     @pytest.fixture
     def case(self):
         compressor, evaluation = calibrated(keep_ratio=0.5)
-        dense = compressor._calibration.model
-        logits = [dense(**evaluation).logits.detach().double()]
+        logits = [certifiable()[0](**evaluation).logits.detach().double()]
         dense = compressor.compress_to()
         logits.append(dense(**evaluation).logits.detach().double())
         return compressor.report, logits, evaluation["labels"]
@@ -86,9 +90,8 @@ class TestCertificate:
         compressor, evaluation = calibrated(keep_ratio=0.5, **options)
         dense = certifiable()[0]
         model = compressor.compress_to()
-        loader = compressor._calibration.data.held_out
-        accelerator = compressor._calibration.accelerator
-        outcomes = paired_outcomes(dense, model, loader, accelerator, temperatures=True)
+        loader = make_dataloader(split_batch(evaluation, 8), dense, batch_size=8)
+        outcomes = paired_outcomes(dense, model, loader, accelerator(), temperatures=True)
         fingerprint = compressor.report.fingerprints["held_out"]
         assert compressor.report.certificate == certify(outcomes, 0.5, 0.25, 0.9, fingerprint)
         assert compressor.report.uncertified is None
@@ -153,7 +156,7 @@ class TestSequence:
         assert all(report.certificate is not None for report in earlier)
         assert (last.certificate, last.uncertified) == (None, USED)
         assert last.keep_ratio <= ratios[-1]
-        assert factorized_layers(compressor._calibration.model)
+        assert factorized_layers(compressor.compress_to(ratios[-1]))
         (alone,) = reports_of(calibrated()[0], ratios[-1])
         assert (last.dense, last.compressed) == (alone.dense, alone.compressed)
 
@@ -213,18 +216,23 @@ class TestSequence:
 class TestVisitedPoint:
     @pytest.fixture
     def case(self):
-        compressor, _ = calibrated()
-        calibration = compressor._calibration
-        return calibration, dict.fromkeys(calibration.targets, 3), LosslessLowRankConfig(loss_margin=0.5)
+        model, batch, _ = certifiable()
+        targets = find_targets(model).chosen
+        statistics = collect_statistics(model, targets, loader_of([batch]), accelerator()).layers
+        weights = {name: weight_matrix(module) for name, module in targets.items()}
+        curves = {
+            name: loss_curve(weight, factorize(weight, statistics[name], "kronecker", 0.03), statistics[name])
+            for name, weight in weights.items()
+        }
+        return curves, dict.fromkeys(curves, 3), LosslessLowRankConfig(loss_margin=0.5)
 
     def record(self, case, loss, drop):
-        calibration, ranks, config = case
-        return visited_point(calibration, Trial(ranks, {}, True, loss, drop), config)
+        curves, ranks, config = case
+        return visited_point(curves, Trial(ranks, {}, True, loss, drop), config)
 
     def test_has_its_prediction_and_nothing_else_where_nothing_was_measured(self, case):
-        calibration, *_ = case
-        curves = calibration.curves.values()
-        weights = [module.weight.numel() for module in calibration.targets.values() if type(module) is nn.Linear]
+        curves = case[0].values()
+        weights = [curve.dense_parameters for curve in curves]
         record = self.record(case, None, None)
         assert record == {
             "keep_ratio": pytest.approx(sum(curve.parameters(3) for curve in curves) / sum(weights)),

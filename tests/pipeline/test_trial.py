@@ -11,11 +11,16 @@ from support.compressions import COUNT, build, check_same_state
 from support.tiny_models import other_inputs, split_batch
 from support.tolerances import FLOAT32
 
-from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor, paired_outcomes
+from hf_lossless_lr import LosslessLowRankConfig, paired_outcomes
+from hf_lossless_lr.data.forward import forward_loss
+from hf_lossless_lr.data.splits import split_data
+from hf_lossless_lr.layers.targets import find_targets
 from hf_lossless_lr.pipeline import trial as trials_module
+from hf_lossless_lr.pipeline.calibration import calibrate
 from hf_lossless_lr.pipeline.trial import Trial, build_layers, run_trial
 from hf_lossless_lr.ranks.select import select_budget
 from hf_lossless_lr.report.records import Difference
+from hf_lossless_lr.timing import Clock
 from hf_lossless_lr.verdict.certificate import accuracy_difference, loss_difference
 
 pytestmark = pytest.mark.numerical
@@ -27,10 +32,16 @@ def make_case(**options):
     """A calibration, ranks for a third of the parameters, and the configuration."""
     model, batch = build("bert-sequence-classification")
     config = LosslessLowRankConfig(keep_ratio=KEEP_RATIO, **{"selection_fraction": 0.5} | options)
-    compressor = LowRankCompressor(config)
-    compressor.calibrate(model, split_batch(batch, 2), eval_dataset=[other_inputs(batch)])
-    calibration = compressor._calibration
-    return calibration, select_budget(calibration.curves, KEEP_RATIO), config
+    parts = split_data(
+        model,
+        split_batch(batch, 2),
+        [other_inputs(batch)],
+        batch_size=config.batch_size,
+        seed=config.seed,
+        selection_fraction=config.selection_fraction,
+    )
+    calibration = calibrate(model, config, parts, find_targets(model))
+    return calibration, select_budget(calibration.factors.curves, KEEP_RATIO), config
 
 
 @pytest.fixture
@@ -43,21 +54,21 @@ def states(layers):
 
 
 def plain_and_refitted(calibration, ranks, config):
-    plain, refitted = (build_layers(calibration, ranks, config.storage) for _ in range(2))
-    trials_module._refit(calibration, refitted, config.damping)
+    plain, refitted = (build_layers(calibration.factors, ranks, config.storage) for _ in range(2))
+    trials_module._refit(calibration, refitted, config.damping, Clock())
     return plain, refitted
 
 
 def outcomes_of(calibration, layers, loader):
-    return paired_outcomes(calibration.model, layers, loader, calibration.accelerator)
+    return paired_outcomes(calibration.dense.model, layers, loader, calibration.accelerator)
 
 
 def force(monkeypatch, *changes):
     """Let the outcomes of a trial, one after the other, be the true ones with some attributes changed."""
     left = list(changes)
 
-    def changed(*arguments):
-        return replace(paired_outcomes(*arguments), **left.pop(0))
+    def changed(*arguments, **options):
+        return replace(paired_outcomes(*arguments, **options), **left.pop(0))
 
     monkeypatch.setattr(trials_module, "paired_outcomes", changed)
     return left
@@ -72,17 +83,17 @@ class TestRefit:
     def test_that_does_not_help_is_undone_bit_for_bit(self, case, after, monkeypatch):
         calibration, ranks, config = case
         left = force(monkeypatch, divergence(0.5), divergence(after))
-        trial = run_trial(calibration, ranks, config)
+        trial = run_trial(calibration, ranks, config, Clock())
         assert not trial.refitted
         assert left == []
-        check_same_state(states(trial.layers), states(build_layers(calibration, ranks, config.storage)))
+        check_same_state(states(trial.layers), states(build_layers(calibration.factors, ranks, config.storage)))
 
     def test_that_helps_is_kept(self, case, monkeypatch):
         calibration, ranks, config = case
         force(monkeypatch, divergence(0.5), divergence(0.499))
-        trial = run_trial(calibration, ranks, config)
+        trial = run_trial(calibration, ranks, config, Clock())
         assert trial.refitted
-        plain, kept = states(build_layers(calibration, ranks, config.storage)), states(trial.layers)
+        plain, kept = states(build_layers(calibration.factors, ranks, config.storage)), states(trial.layers)
         assert kept.keys() == plain.keys()
         assert any(not torch.equal(kept[name], plain[name]) for name in plain)
 
@@ -91,9 +102,9 @@ class TestRefit:
         """On the selection split, or else on the calibration data."""
         calibration, ranks, config = make_case(**options)
         plain, refitted = plain_and_refitted(calibration, ranks, config)
-        loader = calibration.data.selection if not options else calibration.data.calibration
+        loader = calibration.parts.selection if not options else calibration.parts.calibration
         before, after = (outcomes_of(calibration, x, loader).mean_divergence for x in (plain, refitted))
-        trial = run_trial(calibration, ranks, config)
+        trial = run_trial(calibration, ranks, config, Clock())
         assert before != after
         assert trial.refitted == (after < before)
         check_same_state(states(trial.layers), states(refitted if after < before else plain))
@@ -101,7 +112,7 @@ class TestRefit:
     def test_lowers_the_divergence_on_the_data_it_is_fitted_to(self, case):
         calibration, ranks, config = case
         plain, refitted = plain_and_refitted(calibration, ranks, config)
-        loader = calibration.data.calibration
+        loader = calibration.parts.calibration
         before, after = (outcomes_of(calibration, x, loader).mean_divergence for x in (plain, refitted))
         assert after < before
 
@@ -112,19 +123,19 @@ class TestRefit:
         lower = np.array([[0.9] * 3, [0.499 if helps else 0.5] * 3])
         no_answers = {"divergence": None, "right": None, "units": np.array([2] * 3)}
         force(monkeypatch, no_answers | {"loss": loss}, no_answers | {"loss": lower})
-        assert run_trial(calibration, ranks, config).refitted is helps
+        assert run_trial(calibration, ranks, config, Clock()).refitted is helps
 
     def test_is_not_tried_where_it_is_not_asked_for(self, monkeypatch):
         monkeypatch.setattr(trials_module, "_refit", lambda *_: pytest.fail("a refit"))
         calibration, ranks, config = make_case(refit=False)
-        trial = run_trial(calibration, ranks, config)
+        trial = run_trial(calibration, ranks, config, Clock())
         assert not trial.refitted
-        check_same_state(states(trial.layers), states(build_layers(calibration, ranks, config.storage)))
+        check_same_state(states(trial.layers), states(build_layers(calibration.factors, ranks, config.storage)))
 
     def test_of_no_layer_is_not_tried(self, case, monkeypatch):
         monkeypatch.setattr(trials_module, "_refit", lambda *_: pytest.fail("a refit"))
         calibration, ranks, config = case
-        trial = run_trial(calibration, dict.fromkeys(ranks), config)
+        trial = run_trial(calibration, dict.fromkeys(ranks), config, Clock())
         assert (trial.layers, trial.refitted) == ({}, False)
         assert (trial.loss.mean, trial.accuracy_drop.mean) == (0.0, 0.0)
 
@@ -132,19 +143,19 @@ class TestRefit:
 class TestTrial:
     def test_leaves_the_model_dense(self, case):
         calibration, ranks, config = case
-        modules = dict(calibration.model.named_modules())
-        run_trial(calibration, ranks, config)
-        after = dict(calibration.model.named_modules())
+        modules = dict(calibration.dense.model.named_modules())
+        run_trial(calibration, ranks, config, Clock())
+        after = dict(calibration.dense.model.named_modules())
         assert after.keys() == modules.keys()
         assert all(after[name] is module for name, module in modules.items())
 
     def test_measures_the_increase_on_the_selection_split(self, case):
         calibration, ranks, config = case
-        trial = run_trial(calibration, ranks, config)
-        parts = list(calibration.data.selection)
+        trial = run_trial(calibration, ranks, config, Clock())
+        parts = list(calibration.parts.selection)
         assert sum(len(part["labels"]) for part in parts) == COUNT // 2
         losses, right = [], []
-        model = calibration.model
+        model = calibration.dense.model
         with torch.no_grad():
             for _ in range(2):
                 logits = torch.cat([model(**part).logits for part in parts]).double()
@@ -164,15 +175,15 @@ class TestTrial:
     def test_measures_the_layers_it_ends_with(self, case, refitted, monkeypatch):
         calibration, ranks, config = case
         chosen = plain_and_refitted(calibration, ranks, config)[refitted]
-        measured = outcomes_of(calibration, chosen, calibration.data.selection)
+        measured = outcomes_of(calibration, chosen, calibration.parts.selection)
         force(monkeypatch, divergence(0.5), divergence(0.4 if refitted else 0.6))
-        trial = run_trial(calibration, ranks, config)
+        trial = run_trial(calibration, ranks, config, Clock())
         loss = loss_difference(measured.loss_increase, measured.units, config.confidence, bootstrap=False)
         assert trial.loss == loss
         assert trial.accuracy_drop == accuracy_difference(measured, config.confidence, bootstrap=False)
 
     def test_without_a_selection_split_measures_nothing_and_passes_no_margin(self):
-        trial = run_trial(*make_case(selection_fraction=0.0))
+        trial = run_trial(*make_case(selection_fraction=0.0), Clock())
         assert trial.loss is trial.accuracy_drop is None
         assert trial.increase == 0.0
         assert not trial.passes(math.inf, 1.0)
@@ -180,7 +191,7 @@ class TestTrial:
     def test_with_nothing_to_choose_reads_no_data(self, monkeypatch):
         calibration, ranks, config = make_case(selection_fraction=0.0, refit=False)
         monkeypatch.setattr(trials_module, "paired_outcomes", lambda *_: pytest.fail("a measurement"))
-        trial = run_trial(calibration, ranks, config)
+        trial = run_trial(calibration, ranks, config, Clock())
         assert trial.layers
         assert trial.loss is None
 
@@ -189,13 +200,13 @@ class TestTrial:
         calibration, ranks, config = make_case(selection_fraction=fraction)
         seen = []
 
-        def watch(dense, compressed, loader, *arguments):
+        def watch(dense, compressed, loader, *arguments, **options):
             seen.append(loader)
-            return paired_outcomes(dense, compressed, loader, *arguments)
+            return paired_outcomes(dense, compressed, loader, *arguments, **options)
 
         monkeypatch.setattr(trials_module, "paired_outcomes", watch)
-        run_trial(calibration, ranks, config)
-        assert seen == [getattr(calibration.data, part)] * 2
+        run_trial(calibration, ranks, config, Clock())
+        assert seen == [getattr(calibration.parts, part)] * 2
 
     @pytest.mark.parametrize(
         ("loss", "drop", "passes"),
@@ -211,3 +222,19 @@ class TestTrial:
     def test_passes_if_both_upper_bounds_are_inside_the_margins(self, loss, drop, passes):
         loss, drop = (None if upper is None else Difference(-1.0, -2.0, upper) for upper in (loss, drop))
         assert Trial({}, {}, False, loss, drop).passes(0.01, 0.02) is passes
+
+
+class TestTheDenseModel:
+    def test_answers_the_selection_split_once_for_all_trials(self, case, monkeypatch):
+        calibration, ranks, config = case
+        first = run_trial(calibration, ranks, config, Clock())
+        batches, calls = len(calibration.parts.selection), []
+
+        def count(model, batch, index):
+            calls.append(index)
+            return forward_loss(model, batch, index)
+
+        monkeypatch.setattr("hf_lossless_lr.verdict.outcomes.forward_loss", count)
+        second = run_trial(calibration, ranks, config, Clock())
+        assert (second.loss, second.accuracy_drop) == (first.loss, first.accuracy_drop)
+        assert len(calls) == 2 * batches  # the compressed model, before and after the refit

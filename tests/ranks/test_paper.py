@@ -43,7 +43,7 @@ class Case:
 
     def __init__(self, name):
         self.model, self.batch = build(name)
-        self.targets = find_targets(self.model, **default_options(self.model)).targets
+        self.targets = find_targets(self.model, **default_options(self.model)).chosen
         self.statistics = collect_statistics(self.model, self.targets, loader_of(self.batch), accelerator())
         self.factorizations = {
             layer: factorize(weight_matrix(module), self.statistics.layers[layer], "identity", 0.0)
@@ -143,7 +143,7 @@ class TestEpsilon:
     def test_restores_the_weights_of_a_narrow_dtype_to_the_last_bit(self):
         model, batch = build("bert-sequence-classification")
         model.to(torch.bfloat16)
-        targets = find_targets(model).targets
+        targets = find_targets(model).chosen
         statistics = collect_statistics(model, targets, loader_of(batch), accelerator())
         factorizations = {
             layer: factorize(weight_matrix(module), statistics.layers[layer], "identity", 0.0)
@@ -156,7 +156,7 @@ class TestEpsilon:
     def test_uses_the_first_examples_alone(self, monkeypatch):
         monkeypatch.setattr("hf_lossless_lr.ranks.paper.EXAMPLES", 5)
         model, batch = TINY_MODELS["bert-sequence-classification"](12)
-        targets = find_targets(model, ["query"]).targets
+        targets = find_targets(model, ["query"]).chosen
         results = []
         for part in (batch, rows(batch, slice(5))):
             examples = [rows(part, index) for index in range(len(part["labels"]))]

@@ -90,7 +90,7 @@ def test_flops_are_counted_where_a_weight_enters_a_module_as_an_argument():
     model = build("DebertaForSequenceClassification", "DebertaConfig", vocab_size=61, **sizes, **options)
     model.classifier.requires_grad_(False)
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    targets = find_targets(model, None, None).targets
+    targets = find_targets(model, None, None).chosen
     flops = forward_flops(model, targets, {"input_ids": torch.arange(12).view(2, 6)}, 2)
     assert flops.rows.keys() == targets.keys()
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
@@ -109,7 +109,7 @@ def half(model, targets):
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_flops_of_a_model_are_those_of_its_layers_and_the_fixed_part_dense_and_factorized(name):
     model, batch = TINY_MODELS[name]()
-    targets = find_targets(model, ["Conv2d"] if name == "resnet" else None, None).targets
+    targets = find_targets(model, ["Conv2d"] if name == "resnet" else None, None).chosen
     flops = forward_flops(model, targets, batch, EXAMPLES)
     curves = {target: curve_of(module) for target, module in targets.items()}
     sizes = flop_sizes(curves, flops.rows)
@@ -124,14 +124,14 @@ def test_flops_of_a_model_are_those_of_its_layers_and_the_fixed_part_dense_and_f
 
 def test_rows_are_tokens_with_padding_output_positions_and_repeated_calls():
     model, batch = TINY_MODELS["bert-sequence-classification"]()
-    targets = find_targets(model, None, None).targets
+    targets = find_targets(model, None, None).chosen
     assert set(forward_flops(model, targets, batch, EXAMPLES).rows.values()) == {float(LENGTH)}
     model, batch = TINY_MODELS["resnet"]()
     stem = "resnet.embedder.embedder.convolution"  # 20 x 20 pixels at stride 2
     rows = forward_flops(model, {stem: model.get_submodule(stem)}, batch, EXAMPLES).rows
     assert rows == {stem: 100.0}
     model, batch = TINY_MODELS["albert"]()
-    targets = find_targets(model, None, None).targets
+    targets = find_targets(model, None, None).chosen
     repeats = model.config.num_hidden_layers * float(LENGTH)
     assert repeats in forward_flops(model, targets, batch, EXAMPLES).rows.values()
 

@@ -53,7 +53,7 @@ ORACLE_MODELS = {
 
 
 def targets_of(model):
-    return find_targets(model, ["Conv2d"] if "ResNet" in type(model).__name__ else None).targets
+    return find_targets(model, ["Conv2d"] if "ResNet" in type(model).__name__ else None).chosen
 
 
 def collect(model, batches, targets=None) -> CalibrationStatistics:

@@ -34,7 +34,7 @@ def first(items):
 
 def collect(build):
     model, batch = build()
-    targets = find_targets(model, ["Conv2d"] if "ResNet" in type(model).__name__ else None).targets
+    targets = find_targets(model, ["Conv2d"] if "ResNet" in type(model).__name__ else None).chosen
     loader = DataLoader(split_batch(batch, 2), batch_size=1, collate_fn=first)
     return collect_statistics(model, targets, loader, Accelerator(cpu=True))
 

@@ -26,10 +26,13 @@ from torch import nn
 from transformers import BertForSequenceClassification, BertForTokenClassification
 
 from hf_lossless_lr import PairedOutcomes, paired_outcomes
+from hf_lossless_lr.data.forward import forward_loss
+from hf_lossless_lr.data.labels import questions
 from hf_lossless_lr.errors import DataError, NumericalError
 from hf_lossless_lr.layers.replacement import replace_modules
 from hf_lossless_lr.layers.targets import find_targets
-from hf_lossless_lr.verdict.outcomes import LOSS_TOLERANCE, TEMPERATURES, _divergence
+from hf_lossless_lr.verdict import outcomes as outcomes_module
+from hf_lossless_lr.verdict.outcomes import LOSS_TOLERANCE, TEMPERATURES, KeptAnswers, _divergence
 
 pytestmark = pytest.mark.numerical
 
@@ -45,7 +48,7 @@ NEAR = {"rtol": 20 * FLOAT32, "atol": 20 * FLOAT32}
 def changed_layers(model):
     """Layers of a model by name (the last of its targets), and others in their place."""
     kinds = ["Conv2d"] if "ResNet" in type(model).__name__ else None
-    *_, (name, layer) = find_targets(model, kinds).targets.items()
+    *_, (name, layer) = find_targets(model, kinds).chosen.items()
     layer = deepcopy(layer)
     with torch.no_grad():
         layer.weight.mul_(-1.5)
@@ -551,3 +554,30 @@ class TestTwoProcesses:
         mine, others = launched[case]
         assert mine.keys() == others.keys()
         assert all(np.array_equal(mine[name], others[name]) for name in mine)
+
+
+class TestKeptAnswers:
+    @pytest.fixture
+    def case(self):
+        model, batch = TINY_MODELS["bert-token-classification"](8)
+        return model, split_batch(batch, 2), changed_layers(model)
+
+    def outcomes(self, case, kept):
+        model, batches, layers = case
+        return paired_outcomes(model, layers, loader_of(batches), accelerator(), dense_answers=kept)
+
+    @pytest.mark.parametrize(("room", "again"), [(1.0, 0), (0.5, 2), (0.0, 4)])
+    def test_are_given_once_as_far_as_they_fit(self, case, room, again, monkeypatch):
+        model, batches, _ = case
+        with torch.no_grad():
+            asked = [questions(model, batch, model(**batch)) for batch in batches]
+        sizes = [sum(t.numel() * t.itemsize for question in one for t in question) for one in asked]
+        kept = KeptAnswers(int(sum(sizes[: int(room * len(batches))])))
+        first, calls = self.outcomes(case, kept), []
+        monkeypatch.setattr(
+            outcomes_module, "forward_loss", lambda *arguments: calls.append(1) or forward_loss(*arguments)
+        )
+        second = self.outcomes(case, kept)
+        assert len(calls) == again + len(batches)
+        for name in ("loss", "right", "confidence", "changed", "divergence"):
+            assert np.array_equal(getattr(first, name), getattr(second, name)), name
