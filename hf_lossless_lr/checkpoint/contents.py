@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from safetensors import safe_open
-from torch import nn
 
 from ..errors import CheckpointError
+from ..layers import Factorized, layers_in
 
 
-def check_files(modules: Mapping[str, nn.Module], files: list[str] | None, unused: int) -> None:
+def check_files(modules: Mapping[str, Factorized], files: list[str] | None, unused: int) -> None:
     """Refuse files whose tensors are not those of the factorized modules; stock loading would fill gaps at random.
 
     Transformers renames modules of some architectures when it saves them, so a module without a namesake in the files
@@ -26,10 +26,8 @@ def check_files(modules: Mapping[str, nn.Module], files: list[str] | None, unuse
     """
     if not files or any(not str(file).endswith(".safetensors") for file in files):
         return
-    stored = _stored_modules(files)
-    expected = {
-        name: {key: tuple(t.shape) for key, t in module.state_dict().items()} for name, module in modules.items()
-    }
+    stored = _stored_layers(files)
+    expected = {name: module.tensor_shapes() for name, module in modules.items()}
     strangers = {name: shapes for name, shapes in stored.items() if name not in expected}
     for name, shapes in expected.items():
         if name in stored:
@@ -42,30 +40,18 @@ def check_files(modules: Mapping[str, nn.Module], files: list[str] | None, unuse
                 "incomplete, or one of the two was edited."
             )
         del strangers[namesake]
-    unlisted = [name for name, shapes in strangers.items() if shapes.get("weight") == (1,) and "up.weight" in shapes]
+    unlisted = [name for name, shapes in strangers.items() if Factorized.is_complete(shapes)]
     if len(unlisted) > unused:
         raise CheckpointError(f"the checkpoint has factors of {unlisted[0]!r}, which its manifest does not list.")
 
 
-def _stored_modules(files: list[str]) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Return the factorized modules in safetensors files: name to the shapes of the tensors below it."""
+def _stored_layers(files: list[str]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Return the factorized layers in safetensors files: name to the shapes of the tensors below it."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             shapes.update({key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()})  # noqa: SIM118
-    endings = (".down.weight", ".up.weight", ".permutation")
-    names = {key.removesuffix(ending) for key in shapes for ending in endings if key.endswith(ending)}
-    names |= {
-        key.removesuffix(".weight") for key, shape in shapes.items() if key.endswith(".weight") and shape == (1,)
-    }
-    modules: dict[str, dict[str, tuple[int, ...]]] = {name: {} for name in names}
-    for key, shape in shapes.items():
-        parts = key.split(".")
-        for length in range(1, len(parts)):
-            name = ".".join(parts[:length])
-            if name in modules:
-                modules[name][".".join(parts[length:])] = shape
-    return modules
+    return layers_in(shapes)
 
 
 def _compare(name: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:

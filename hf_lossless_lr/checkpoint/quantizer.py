@@ -12,13 +12,12 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers import auto as quantizer_registry
 
 from ..errors import CheckpointError, ConfigurationError, TargetError
-from ..layers import METHOD, FactorizedLinear, layout_of, replace_modules
+from ..layers import METHOD, Factorized, FactorizedLinear, layout_of, replace_modules
 from .attached import dequantize, mark_loaded
 from .config import LosslessLowRankConfig
 from .contents import check_files
@@ -40,7 +39,7 @@ class LosslessLowRankQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = cast(LosslessLowRankConfig, self.quantization_config)
         path_of = _paths_in(model, config.modules)
-        built: dict[str, nn.Module] = {}
+        built: dict[str, Factorized] = {}
         for name, path in path_of.items():
             record, module = config.record(name), model.get_submodule(path)
             try:

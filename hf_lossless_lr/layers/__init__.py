@@ -5,7 +5,7 @@ room tests for a layer type.
 """
 
 from .conv2d import FactorizedConv2d
-from .factorized import METHOD, is_factorized
+from .factorized import METHOD, Factorized, is_factorized, layers_in
 from .layout import Layout, layout_of, to_dense, weight_matrix
 from .linear import FactorizedLinear
 from .model_state import differentiating_only, evaluating, on_device
@@ -16,6 +16,7 @@ from .targets import Targets, check_model, find_targets
 __all__ = [
     "METHOD",
     "STORAGES",
+    "Factorized",
     "FactorizedConv2d",
     "FactorizedLinear",
     "Layout",
@@ -29,6 +30,7 @@ __all__ = [
     "find_targets",
     "in_place",
     "is_factorized",
+    "layers_in",
     "layout_of",
     "on_device",
     "replace_modules",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -27,6 +28,12 @@ class Factorized(nn.Module):
     stock Transformers that does not know this package refuses the checkpoint with a shape mismatch instead of filling
     the layer with random numbers.
     """
+
+    own_tensors: ClassVar[tuple[str, ...]] = ("down.weight", "up.weight", "permutation")
+    """Tensors below a layer that no dense layer has. A class that stores others (scales) names these."""
+
+    guard_shape: ClassVar[tuple[int, ...]] = (1,)
+    """Shape of the guard."""
 
     feature_dim = -1
     pivots_inputs = False
@@ -55,7 +62,7 @@ class Factorized(nn.Module):
         permuted = self.in_features if self.pivots_inputs else self.out_features
         order = torch.arange(permuted, device=device, dtype=torch.int32)
         self.register_buffer("permutation", order if self.storage == "pivoted" else None)
-        self.register_buffer("weight", torch.zeros(1, device=device, dtype=dtype))
+        self.register_buffer("weight", torch.zeros(self.guard_shape, device=device, dtype=dtype))
 
     def _stored_sizes(self) -> tuple[int, int]:
         """Return the inputs of `down` and the outputs of `up`: what pivots stand for is not stored."""
@@ -108,6 +115,15 @@ class Factorized(nn.Module):
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
 
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the name below the layer, and the shape, of each tensor that a checkpoint holds of it."""
+        return {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+
+    @classmethod
+    def is_complete(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """Return whether tensors of these names and shapes are a whole layer: its guard and one that only it has."""
+        return shapes.get("weight") == cls.guard_shape and any(name in shapes for name in cls.own_tensors)
+
     def dense_weight(self) -> torch.Tensor:
         """Return the matrix that the factors stand for, in float32 or wider.  # shape: (out, in)."""
         dtype = torch.promote_types(self.down.weight.dtype, torch.float32)
@@ -124,6 +140,34 @@ class Factorized(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"bias={self.bias is not None}, storage={self.storage}"
         )
+
+
+def layers_in(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Find the factorized layers among the tensors of a checkpoint, whole ones or not.
+
+    Args:
+        shapes: name of each tensor to its shape.
+
+    Returns:
+        Name of a layer to the shapes of the tensors below it.
+    """
+    kinds = _kinds(Factorized)
+    endings = {f".{name}" for kind in kinds for name in kind.own_tensors}
+    names = {key.removesuffix(ending) for key in shapes for ending in endings if key.endswith(ending)}
+    guards = {kind.guard_shape for kind in kinds}
+    names |= {key.removesuffix(".weight") for key, s in shapes.items() if key.endswith(".weight") and s in guards}
+    layers: dict[str, dict[str, tuple[int, ...]]] = {name: {} for name in names}
+    for key, shape in shapes.items():
+        parts = key.split(".")
+        for length in range(1, len(parts)):
+            name = ".".join(parts[:length])
+            if name in layers:
+                layers[name][".".join(parts[length:])] = shape
+    return layers
+
+
+def _kinds(kind: type[Factorized]) -> list[type[Factorized]]:
+    return [kind, *(further for below in kind.__subclasses__() for further in _kinds(below))]
 
 
 def is_factorized(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_lossless_lr.errors import ConfigurationError, TargetError
 from hf_lossless_lr.factors.linalg import pivoted_form
 from hf_lossless_lr.layers.conv2d import FactorizedConv2d
-from hf_lossless_lr.layers.factorized import is_factorized
+from hf_lossless_lr.layers.factorized import is_factorized, layers_in
 from hf_lossless_lr.layers.layout import LAYOUTS, layout_of, to_dense, weight_matrix
 from hf_lossless_lr.layers.linear import FactorizedLinear
 from hf_lossless_lr.layers.storage import STORAGES, factorized_parameters
@@ -449,3 +449,37 @@ def test_a_factorized_model_computes_what_its_dense_counterpart_does(storage):
     found = nn.Sequential(*layers)(x)
     expected = nn.Sequential(*(to_dense(layer) for layer in layers))(x)
     torch.testing.assert_close(found, expected, rtol=0, atol=FLOAT32 * expected.abs().max().item())
+
+
+class Scaled(FactorizedLinear):
+    """A layer type that stores a tensor more, as a number format does."""
+
+    own_tensors = (*FactorizedLinear.own_tensors, "scale")
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("scale", torch.ones(3))
+
+
+class TestTheTensorsOfALayer:
+    def test_are_those_that_a_checkpoint_holds(self):
+        layer = FactorizedLinear(6, 4, 2, storage="pivoted")
+        assert layer.tensor_shapes() == {
+            "down.weight": (2, 6),
+            "up.weight": (2, 2),
+            "permutation": (4,),
+            "bias": (4,),
+            "weight": (1,),
+        }
+
+    def test_are_found_among_others_by_what_a_class_names(self):
+        shapes = {"a.b.weight": (4, 6), "a.b.bias": (4,), "a.c.scale": (3,), "norm.weight": (7,)}
+        assert layers_in(shapes) == {"a.c": {"scale": (3,)}}
+        whole = {f"a.d.{name}": shape for name, shape in Scaled(6, 4, 2).tensor_shapes().items()}
+        assert layers_in(shapes | whole)["a.d"] == Scaled(6, 4, 2).tensor_shapes()
+
+    def test_are_complete_with_the_guard_and_one_that_only_such_layers_have(self):
+        shapes = Scaled(6, 4, 2).tensor_shapes()
+        assert Scaled.is_complete(shapes)
+        assert not Scaled.is_complete({name: shape for name, shape in shapes.items() if name != "weight"})
+        assert not Scaled.is_complete({"weight": (1,), "bias": (4,)})
