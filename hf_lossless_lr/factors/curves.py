@@ -17,12 +17,13 @@ class LossCurve:
     """What replacing one layer by its rank-`k` form is predicted to cost, for every `k`.
 
     Attributes:
-        out_features: rows of the weight.
-        in_features: columns of the weight.
+        out_features: rows of the weight, or of each of its matrices.
+        in_features: columns of the same.
         storage: how the factors are stored: `pivoted`, `two-factor` or `auto`.
         first_order: `⟨G, Ŵ_k − W⟩` in nats.  # shape: (m + 1,)
         second_order: `½ tr(B D A Dᵀ)` in nats, at least 0.  # shape: (m + 1,)
         max_noise: `max |Ŵ_k − W|` elementwise, only where a rule needs it.  # shape: (m + 1,)
+        groups: number of matrices, all of one shape and rank.
     """
 
     out_features: int
@@ -31,11 +32,12 @@ class LossCurve:
     first_order: np.ndarray
     second_order: np.ndarray
     max_noise: np.ndarray | None = None
+    groups: int = 1
 
     @property
     def dense_parameters(self) -> int:
         """Parameters of the dense weight."""
-        return self.out_features * self.in_features
+        return self.groups * self.out_features * self.in_features
 
     @property
     def break_even_rank(self) -> int:
@@ -46,4 +48,4 @@ class LossCurve:
         """Return the parameters of the weight at `rank`, or of the dense weight for None."""
         if rank is None:
             return self.dense_parameters
-        return factorized_parameters(self.out_features, self.in_features, rank, self.storage)
+        return self.groups * factorized_parameters(self.out_features, self.in_features, rank, self.storage)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ class FactorTensors(NamedTuple):
 
 @dataclass(frozen=True)
 class Factorization:
-    """Nested factors of one weight; every rank is a slice.
+    """Nested factors of one weight, or of each matrix of it; every rank is a slice.
 
     Attributes:
         factors: left and right factors of full rank, in float64.
@@ -36,8 +37,8 @@ class Factorization:
     factors: MetricFactors
 
     def weight(self, rank: int) -> torch.Tensor:
-        """Return the approximation of the given rank.  # shape: (out, in)."""
-        return self.factors.left[:, :rank] @ self.factors.right[:rank]
+        """Return the approximation of the given rank.  # shape: (..., out, in)."""
+        return self.factors.left[..., :rank] @ self.factors.right[..., :rank, :]
 
     def truncate(self, rank: int, storage: str, pivot_inputs: bool = False) -> FactorTensors:
         """Return the factors of the given rank in the given storage.
@@ -48,9 +49,15 @@ class Factorization:
             pivot_inputs: whether pivots are columns of the weight rather than rows.
 
         Returns:
-            Tensors for `load_factors`.
+            Tensors for `load_factors`, with the leading dimensions of the factors.
         """
-        left, right = self.factors.left[:, :rank], self.factors.right[:rank]
+        left, right = self.factors.left[..., :rank], self.factors.right[..., :rank, :]
+        if left.ndim > 2:
+            parts = [Factorization(MetricFactors(*each)) for each in zip(*self.factors, strict=True)]
+            down, up, order = zip(*(part.truncate(rank, storage, pivot_inputs) for part in parts), strict=True)
+            return FactorTensors(
+                torch.stack(down), torch.stack(up), None if storage == "two-factor" else torch.stack(order)
+            )
         if storage == "pivoted" and pivot_inputs:
             form = pivoted_form(right.T, left.T)
             return FactorTensors(form.coefficients.T, form.skeleton.T, torch.argsort(form.permutation))
@@ -75,7 +82,7 @@ def factorize(weight: torch.Tensor, stats: LayerStatistics, metric: str, damping
     | `kronecker` | A | B | K-FAC SVD, GFWSVD |
 
     Args:
-        weight: the dense weight.  # shape: (out, in)
+        weight: the dense weight.  # shape: (..., out, in)
         stats: its statistics.
         metric: a key of `METRICS`.
         damping: relative damping of A and B.
@@ -103,13 +110,13 @@ def loss_curve(
     storage: str = "pivoted",
     with_noise: bool = False,
 ) -> LossCurve:
-    r"""Predict the loss of one layer for every rank.
+    r"""Predict the loss of one layer for every rank, which all of its matrices have.
 
     With `l_i`, `r_i` the columns and rows of the factors and `D_k = −Σ_{i>k} l_i r_i`:
     first order `⟨G, D_k⟩ = −Σ_{i>k} l_iᵀ G r_iᵀ`, second order `½ tr(B D_k A D_kᵀ)`.
 
     Args:
-        weight: the dense weight.  # shape: (out, in)
+        weight: the dense weight.  # shape: (..., out, in)
         factorization: its factors.
         stats: its statistics, not damped.
         storage: storage whose parameters are counted: `pivoted`, `two-factor` or `auto`.
@@ -119,17 +126,19 @@ def loss_curve(
         The curve.
     """
     left, right, _ = factorization.factors
-    slopes = ((left.T @ stats.weight_grad.double()) * right).sum(1)
-    first = -torch.cat([slopes.flip(0).cumsum(0).flip(0), slopes.new_zeros(1)])
+    slopes = ((left.mT @ stats.weight_grad.double()) * right).sum(-1)
+    first = -torch.cat([slopes.flip(-1).cumsum(-1).flip(-1), torch.zeros_like(slopes[..., :1])], dim=-1)
     second = quadratic_tails(factorization.factors, stats.input_covariance, stats.grad_covariance)
     noise = _max_noise(weight.double(), factorization.factors) if with_noise else None
+    *matrices, out_features, in_features = weight.shape
     return LossCurve(
-        out_features=weight.shape[0],
-        in_features=weight.shape[1],
+        out_features=out_features,
+        in_features=in_features,
         storage=storage,
-        first_order=first.cpu().numpy(),
-        second_order=second.cpu().numpy(),
+        first_order=first.reshape(-1, first.shape[-1]).sum(0).cpu().numpy(),
+        second_order=second.reshape(-1, second.shape[-1]).sum(0).cpu().numpy(),
         max_noise=noise,
+        groups=math.prod(matrices),
     )
 
 
@@ -137,7 +146,7 @@ def _max_noise(weight: torch.Tensor, factors: MetricFactors) -> np.ndarray:
     """Return `max |Ŵ_k − W|` for every rank.  # shape: (m + 1,)."""
     remainder = weight.clone()
     noise = [remainder.abs().max()]
-    for column, row in zip(factors.left.T, factors.right, strict=True):
-        remainder -= torch.outer(column, row)
+    for rank in range(factors.left.shape[-1]):
+        remainder -= factors.left[..., rank, None] * factors.right[..., rank, None, :]
         noise.append(remainder.abs().max())
     return torch.stack(noise).cpu().numpy()

@@ -3,6 +3,8 @@ r"""Dense linear algebra behind the factorization: metric SVD, quadratic tails, 
 Nothing here knows a module or a name. All functions take and return tensors and compute in float64, on the device
 of their input.
 
+Leading dimensions, where arguments have them, are those of several independent matrices.
+
 A *metric* is a pair of symmetric positive semi-definite matrices: `A (in, in)` on the input side and `B (out, out)`
 on the output side. Each may also be a vector (a diagonal matrix) or `None` (the identity). It measures a change `D` of
 the weight by
@@ -21,11 +23,11 @@ from ..errors import NumericalError
 
 
 class MetricFactors(NamedTuple):
-    """Factors of one matrix, nested in the rank: the best rank-`k` approximation is `left[:, :k] @ right[:k]`."""
+    """Factors of a matrix, nested in the rank: `left[..., :k] @ right[..., :k, :]` is the best one of rank `k`."""
 
-    left: torch.Tensor  # shape: (out, m), m = min(out, in)
-    right: torch.Tensor  # shape: (m, in)
-    singular_values: torch.Tensor  # shape: (m,), descending, in the metric
+    left: torch.Tensor  # shape: (..., out, m), m = min(out, in)
+    right: torch.Tensor  # shape: (..., m, in)
+    singular_values: torch.Tensor  # shape: (..., m), descending, in the metric
 
 
 class PivotedForm(NamedTuple):
@@ -42,50 +44,61 @@ def damped(matrix: torch.Tensor, damping: float) -> torch.Tensor:
     A matrix that is entirely zero (a layer that never saw a signal) carries no information and becomes the identity.
 
     Args:
-        matrix: symmetric positive semi-definite, or the vector of a diagonal one.  # shape: (d, d) or (d,)
+        matrix: symmetric positive semi-definite.  # shape: (..., d, d)
         damping: relative damping, dimensionless, at least 0.
 
     Returns:
         The damped matrix in float64, of the same shape.
     """
     matrix = matrix.double()
-    diagonal = matrix if matrix.ndim == 1 else matrix.diagonal()
-    level = diagonal.mean()
-    if level <= 0:
-        return torch.ones_like(matrix) if matrix.ndim == 1 else torch.eye(len(matrix)).to(matrix)
-    if matrix.ndim == 1:
-        return matrix + damping * level
-    return matrix + damping * level * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    level = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    return torch.where(level <= 0, identity, matrix + damping * level * identity)
+
+
+def damped_diagonal(diagonal: torch.Tensor, damping: float) -> torch.Tensor:
+    """Return what `damped` does to a diagonal matrix.
+
+    Args:
+        diagonal: its diagonal.  # shape: (..., d)
+        damping: relative damping, dimensionless, at least 0.
+
+    Returns:
+        The damped diagonal in float64, of the same shape.
+    """
+    diagonal = diagonal.double()
+    level = diagonal.mean(-1, keepdim=True)
+    return torch.where(level <= 0, torch.ones_like(diagonal), diagonal + damping * level)
 
 
 def _times(metric: torch.Tensor | None, matrix: torch.Tensor) -> torch.Tensor:
     """Return `metric @ matrix` for a full, diagonal or identity metric."""
     if metric is None:
         return matrix
-    return metric[:, None] * matrix if metric.ndim == 1 else metric @ matrix
+    return metric[..., None] * matrix if metric.ndim < matrix.ndim else metric @ matrix
 
 
-def _roots(metric: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _roots(metric: torch.Tensor | None, diagonal: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Return the symmetric square root of a metric and its pseudo-inverse, by an eigendecomposition."""
     if metric is None:
         return None, None
-    values, vectors = (metric, None) if metric.ndim == 1 else torch.linalg.eigh(metric)
-    floor = values.max() * values.numel() * torch.finfo(values.dtype).eps
+    values, vectors = (metric, None) if diagonal else torch.linalg.eigh(metric)
+    floor = values.amax(-1, keepdim=True) * values.shape[-1] * torch.finfo(values.dtype).eps
     root = values.clamp_min(0.0).sqrt()
     inverse = torch.where(values > floor, values.clamp_min(floor).rsqrt(), torch.zeros_like(values))
     if vectors is None:
         return root, inverse
-    return (vectors * root) @ vectors.T, (vectors * inverse) @ vectors.T
+    return (vectors * root[..., None, :]) @ vectors.mT, (vectors * inverse[..., None, :]) @ vectors.mT
 
 
 def _check_metric(name: str, metric: torch.Tensor | None, size: int, weight: torch.Tensor) -> None:
     if metric is None:
         return
-    if metric.shape not in (torch.Size([size, size]), torch.Size([size])):
-        out, in_ = weight.shape
+    *matrices, out, in_ = weight.shape
+    if metric.shape not in (torch.Size([*matrices, size, size]), torch.Size([*matrices, size])):
         raise NumericalError(
             f"metric_svd: W is {(out, in_)}, so A must be ({in_}, {in_}) and B ({out}, {out}) (or their diagonals); "
-            f"{name} is {tuple(metric.shape)}. For Conv1D pass the transposed weight."
+            f"{name} is {tuple(metric.shape[len(matrices) :])}. For Conv1D pass the transposed weight."
         )
     if not torch.isfinite(metric).all():
         raise NumericalError(f"metric_svd: {name} has entries that are not finite.")
@@ -102,9 +115,9 @@ def metric_svd(
     `V`) comes from the eigendecomposition of the Gram matrix of that side.
 
     Args:
-        weight: the matrix W.  # shape: (out, in)
-        input_metric: A, or its diagonal, or None for the identity.  # shape: (in, in) or (in,)
-        output_metric: B, or its diagonal, or None for the identity.  # shape: (out, out) or (out,)
+        weight: the matrix W.  # shape: (..., out, in)
+        input_metric: A, or its diagonal, or None for the identity.  # shape: (..., in, in) or (..., in)
+        output_metric: B, or its diagonal, or None for the identity.  # shape: (..., out, out) or (..., out)
 
     Returns:
         Factors in float64 that reproduce W at full rank (up to the null space of a singular metric).
@@ -114,7 +127,7 @@ def metric_svd(
 
     Source: Hsu et al. 2022 (FWSVD), Chen et al. 2021 (DRONE), Wang et al. 2024 (SVD-LLM) for one-sided metrics.
     """
-    out_features, in_features = weight.shape
+    out_features, in_features = weight.shape[-2:]
     _check_metric("A", input_metric, in_features, weight)
     _check_metric("B", output_metric, out_features, weight)
     if not torch.isfinite(weight).all():
@@ -123,18 +136,18 @@ def metric_svd(
     A = None if input_metric is None else input_metric.double()
     B = None if output_metric is None else output_metric.double()
     if out_features <= in_features:
-        root, inverse = _roots(B)
+        root, inverse = _roots(B, diagonal=B is not None and B.ndim < W.ndim)
         PW = _times(root, W)
-        values, U = torch.linalg.eigh(PW @ _times(A, PW.T))
-        U = U.flip(1)
-        left, right = _times(inverse, U), U.T @ PW
+        values, U = torch.linalg.eigh(PW @ _times(A, PW.mT))
+        U = U.flip(-1)
+        left, right = _times(inverse, U), U.mT @ PW
     else:
-        root, inverse = _roots(A)
-        WQ = _times(root, W.T).T
-        values, V = torch.linalg.eigh(WQ.T @ _times(B, WQ))
-        V = V.flip(1)
-        left, right = WQ @ V, _times(inverse, V).T
-    return MetricFactors(left, right, values.flip(0).clamp_min(0.0).sqrt())
+        root, inverse = _roots(A, diagonal=A is not None and A.ndim < W.ndim)
+        WQ = _times(root, W.mT).mT
+        values, V = torch.linalg.eigh(WQ.mT @ _times(B, WQ))
+        V = V.flip(-1)
+        left, right = WQ @ V, _times(inverse, V).mT
+    return MetricFactors(left, right, values.flip(-1).clamp_min(0.0).sqrt())
 
 
 def quadratic_tails(
@@ -147,16 +160,16 @@ def quadratic_tails(
 
     Args:
         factors: nested factors from `metric_svd`.
-        input_covariance: A.  # shape: (in, in)
-        grad_covariance: B.  # shape: (out, out)
+        input_covariance: A.  # shape: (..., in, in)
+        grad_covariance: B.  # shape: (..., out, out)
 
     Returns:
-        Predicted second-order loss increase in nats for each rank.  # shape: (m + 1,)
+        Predicted second-order loss increase in nats for each rank.  # shape: (..., m + 1)
     """
     left, right = factors.left.double(), factors.right.double()
-    terms = (left.T @ grad_covariance.double() @ left) * (right @ input_covariance.double() @ right.T)
-    block_sums = terms.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
-    return torch.cat([0.5 * block_sums, block_sums.new_zeros(1)]).clamp_min(0.0)
+    terms = (left.mT @ grad_covariance.double() @ left) * (right @ input_covariance.double() @ right.mT)
+    block_sums = terms.flip(-2, -1).cumsum(-2).cumsum(-1).diagonal(dim1=-2, dim2=-1).flip(-1)
+    return torch.cat([0.5 * block_sums, torch.zeros_like(block_sums[..., :1])], dim=-1).clamp_min(0.0)
 
 
 def pivoted_form(left: torch.Tensor, right: torch.Tensor, bound: float = 2.0) -> PivotedForm:
@@ -213,17 +226,18 @@ def shifted_weight(
     inputs, fewer rows than features), `T` stays at `W`.
 
     Args:
-        weight: W.  # shape: (out, in)
-        output_cross: `W X X'ᵀ` per row.  # shape: (out, in)
-        input_gram: `X' X'ᵀ` per row.  # shape: (in, in)
+        weight: W.  # shape: (..., out, in)
+        output_cross: `W X X'ᵀ` per row.  # shape: (..., out, in)
+        input_gram: `X' X'ᵀ` per row.  # shape: (..., in, in)
         ridge: relative ridge, above 0.
 
     Returns:
-        T in float64.  # shape: (out, in)
+        T in float64.  # shape: (..., out, in)
     """
     weight, input_gram, output_cross = weight.double(), input_gram.double(), output_cross.double()
-    level = ridge * input_gram.diagonal().mean()
-    if level <= 0:
-        return weight
-    shift = level * torch.eye(len(input_gram)).to(input_gram)
-    return torch.linalg.solve(input_gram + shift, output_cross + level * weight, left=False)
+    level = ridge * input_gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    seen = ~(level <= 0)  # where nothing was, `T (0 + I) = 0 + W` is solved; what is not a number stays it
+    level = torch.where(seen, level, 1.0)
+    shift = level * torch.eye(input_gram.shape[-1]).to(input_gram)
+    known = torch.where(seen, output_cross, 0.0) + level * weight
+    return torch.linalg.solve(torch.where(seen, input_gram, 0.0) + shift, known, left=False)

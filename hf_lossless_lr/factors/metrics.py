@@ -7,17 +7,17 @@ from collections.abc import Callable
 import torch
 
 from ..statistics import LayerStatistics
-from .linalg import damped
+from .linalg import damped, damped_diagonal
 
 Side = torch.Tensor | None
 
 
 def _activation_diagonal(stats: LayerStatistics, damping: float) -> tuple[Side, Side]:
-    return damped(stats.input_covariance.diagonal(), damping), None
+    return damped_diagonal(stats.input_covariance.diagonal(dim1=-2, dim2=-1), damping), None
 
 
 def _fisher(stats: LayerStatistics, damping: float) -> tuple[Side, Side]:
-    return None, damped(stats.grad_covariance.diagonal(), damping)
+    return None, damped_diagonal(stats.grad_covariance.diagonal(dim1=-2, dim2=-1), damping)
 
 
 METRICS: dict[str, Callable[[LayerStatistics, float], tuple[Side, Side]]] = {

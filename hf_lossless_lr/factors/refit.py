@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..data import PaddingMasks
-from ..layers import evaluating, in_place, weight_matrix
+from ..layers import evaluating, in_place, weight_matrices
 from ..statistics import CalibrationStatistics, Group, Pause, Stream, gram, pausing
 from ..timing import Clock
 from .factorize import Factorization
@@ -48,7 +48,7 @@ class RefitTarget:
     Attributes:
         dense: the dense layer.
         factorized: the layer that replaces it, with factors loaded; changed in place.
-        grad_covariance: B of the layer.  # shape: (out, out)
+        grad_covariance: B of the layer.  # shape: (groups, out, out)
     """
 
     dense: nn.Module
@@ -150,7 +150,7 @@ def _compares_outputs(group: Sequence[RefitTarget]) -> bool:
     the rest.
     """
     dense: Any = group[0].dense
-    out, size = weight_matrix(dense).shape
+    out, size = weight_matrices(dense).shape[-2:]
     return len(group) == 1 and out <= size and (dense.bias is None or dense.weight.dtype.itemsize >= 4)
 
 
@@ -161,24 +161,24 @@ def _products(
 
     A layer behind a router may receive other rows in the compressed model than in the dense one.
     """
-    weights = [weight_matrix(target.dense) for target in group]
-    stacked, outputs = torch.cat(weights), _compares_outputs(group)
-    out, size = stacked.shape
-    cross = stacked.new_zeros((out if outputs else size, size), dtype=torch.float64)
-    input_gram = cross.new_zeros((size, size))
+    weights = [weight_matrices(target.dense) for target in group]
+    stacked, outputs = torch.cat(weights, dim=-2), _compares_outputs(group)
+    matrices, out, size = stacked.shape
+    cross = stacked.new_zeros((matrices, out if outputs else size, size), dtype=torch.float64)
+    input_gram = cross.new_zeros((matrices, size, size))
     pairs = [(dense.rows, compressed.rows) for dense, compressed in streams]
-    paired = [(d, c) for d, c in pairs if d is not None and c is not None and len(d) == len(c)]
+    paired = [(d, c) for d, c in pairs if d is not None and c is not None and d.shape[-2] == c.shape[-2]]
     for dense_rows, shifted_rows in _chunks(paired):
-        cross += dense_rows.T @ shifted_rows
+        cross += dense_rows.mT @ shifted_rows
         input_gram += gram(shifted_rows)
-    counts = cross.new_tensor([sum(len(d) for d, _ in paired), len(pairs) - len(paired)])
+    counts = cross.new_tensor([sum(d.shape[-2] for d, _ in paired), len(pairs) - len(paired)])
     cross, input_gram, counts = (accelerator.reduce(total, "sum") for total in (cross, input_gram, counts))
     rows, unpaired = counts.tolist()
     if rows == 0 or unpaired:
         return None
     if not outputs:
         cross = stacked.double() @ cross
-    return _Products(torch.split(cross / rows, [len(weight) for weight in weights]), input_gram / rows)
+    return _Products(torch.split(cross / rows, [weight.shape[-2] for weight in weights], dim=-2), input_gram / rows)
 
 
 def _chunks(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -186,14 +186,14 @@ def _chunks(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tupl
     chunk: list[tuple[torch.Tensor, torch.Tensor]] = []
     for index, pair in enumerate(pairs):
         chunk.append(pair)
-        if sum(len(rows) for rows, _ in chunk) >= CHUNK or index == len(pairs) - 1:
+        if sum(rows.shape[-2] for rows, _ in chunk) >= CHUNK or index == len(pairs) - 1:
             dense_rows, shifted_rows = zip(*chunk, strict=True)
-            yield torch.cat(dense_rows), torch.cat(shifted_rows)
+            yield torch.cat(dense_rows, dim=-2), torch.cat(shifted_rows, dim=-2)
             chunk = []
 
 
 def _solve(target: RefitTarget, output_cross: torch.Tensor, input_gram: torch.Tensor, damping: float) -> None:
-    weight = shifted_weight(weight_matrix(target.dense), output_cross, input_gram, RIDGE)
+    weight = shifted_weight(weight_matrices(target.dense), output_cross, input_gram, RIDGE)
     factors = metric_svd(weight, damped(input_gram, damping), damped(target.grad_covariance, damping))
     layer = target.factorized
     layer.load_factors(*Factorization(factors).truncate(layer.rank, layer.storage, layer.pivots_inputs))

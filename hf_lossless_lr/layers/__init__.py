@@ -6,7 +6,7 @@ room tests for a layer type.
 
 from .conv2d import FactorizedConv2d
 from .factorized import METHOD, Factorized, is_factorized, layers_in
-from .layout import Layout, layout_of, to_dense, weight_matrix
+from .layout import Layout, layout_of, to_dense, weight_matrices
 from .linear import FactorizedLinear
 from .model_state import differentiating_only, evaluating, on_device
 from .replacement import in_place, replace_modules
@@ -35,5 +35,5 @@ __all__ = [
     "on_device",
     "replace_modules",
     "to_dense",
-    "weight_matrix",
+    "weight_matrices",
 ]

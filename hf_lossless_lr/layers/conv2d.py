@@ -50,8 +50,8 @@ class FactorizedConv2d(Factorized):
 class _Conv2dLayout:
     by_default = False
 
-    def as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.flatten(1)
+    def matrices(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.flatten(1)[None]
 
     def input_rows(self, module: Any, x: torch.Tensor) -> torch.Tensor:
         if isinstance(module.padding, str):
@@ -59,7 +59,7 @@ class _Conv2dLayout:
         patches = F.unfold(
             x, module.kernel_size, dilation=module.dilation, padding=module.padding, stride=module.stride
         )
-        return patches.transpose(1, 2)
+        return patches.transpose(1, 2).unsqueeze(-2)
 
     def input_key(self, module: nn.Module, x: torch.Tensor) -> Hashable:
         return id(x), id(module)  # the patches depend on the geometry
@@ -73,7 +73,7 @@ class _Conv2dLayout:
         return torch.randn(1, module.in_channels, *sides, device=weight.device, dtype=weight.dtype)
 
     def output_rows(self, y: torch.Tensor) -> torch.Tensor:
-        return y.flatten(2).transpose(1, 2)
+        return y.flatten(2).transpose(1, 2).unsqueeze(-2)
 
     def factorized(self, module: Any, rank: int, storage: str) -> FactorizedConv2d:
         if module.groups != 1 or module.padding_mode != "zeros":

@@ -111,7 +111,7 @@ class Factorized(nn.Module):
         self.down.weight.copy_(down.reshape(self.down.weight.shape))
         self.up.weight.copy_(up.reshape(self.up.weight.shape))
         if self.permutation is not None and permutation is not None:
-            self.permutation.copy_(permutation)
+            self.permutation.copy_(permutation.reshape(self.permutation.shape))
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
 

@@ -17,7 +17,9 @@ from .factorized import Factorized
 
 
 class Layout(Protocol):
-    """How a layer type is seen as a matrix `W (out, in)` acting on rows.
+    """How a layer type is seen as one or several matrices `W (out, in)` acting on rows.
+
+    A linear layer is one matrix, a convolution in `g` groups `g` of them. Matrices of a layer have the same shape.
 
     Attributes:
         by_default: whether layers of this type are targets where none are named.
@@ -25,11 +27,11 @@ class Layout(Protocol):
 
     by_default: bool
 
-    def as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return a weight, or its gradient, as a matrix.  # shape: (out, in)."""
+    def matrices(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return a weight, or its gradient, as matrices that share its memory.  # shape: (groups, out, in)."""
 
     def input_rows(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """Return the layer input with the matrix' columns as last dimension.  # shape: (..., in)."""
+        """Return the layer input as rows that the matrices act on.  # shape: (..., groups, in)."""
 
     def input_key(self, module: nn.Module, x: torch.Tensor) -> Hashable:
         """Return the same value for layers whose rows are the same, for the time of one forward pass."""
@@ -38,7 +40,7 @@ class Layout(Protocol):
         """Return an input that is at least `rows` rows, and hardly more, on the module's device and in its dtype."""
 
     def output_rows(self, y: torch.Tensor) -> torch.Tensor:
-        """Return a layer output, or its gradient, with the matrix' rows as last dimension.  # shape: (..., out)."""
+        """Return a layer output, or its gradient, as what the matrices return.  # shape: (..., groups, out)."""
 
     def factorized(self, module: nn.Module, rank: int, storage: str) -> Factorized:
         """Return an uninitialized factorized layer on the module's device and in its dtype."""
@@ -94,9 +96,9 @@ def layout_of(module: nn.Module) -> Layout:
     return LAYOUTS[type(module)]
 
 
-def weight_matrix(module: Any) -> torch.Tensor:
-    """Return the weight of a dense layer as a matrix that shares its memory.  # shape: (out, in)."""
-    return layout_of(module).as_matrix(module.weight.detach())
+def weight_matrices(module: Any) -> torch.Tensor:
+    """Return the weight of a dense layer as matrices that share its memory.  # shape: (groups, out, in)."""
+    return layout_of(module).matrices(module.weight.detach())
 
 
 def to_dense(module: nn.Module) -> nn.Module:

@@ -53,24 +53,24 @@ class FactorizedLinear(Factorized):
 class _LinearLayout:
     by_default = True
 
-    def as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight
+    def matrices(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight[None]
 
     def input_rows(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return x
+        return x.unsqueeze(-2)
 
     def input_key(self, module: nn.Module, x: torch.Tensor) -> Hashable:
         return id(x)
 
     def random_input(self, module: Any, rows: int) -> torch.Tensor:
         weight = module.weight
-        return torch.randn(rows, self.as_matrix(weight).shape[1], device=weight.device, dtype=weight.dtype)
+        return torch.randn(rows, self.matrices(weight).shape[-1], device=weight.device, dtype=weight.dtype)
 
     def output_rows(self, y: torch.Tensor) -> torch.Tensor:
-        return y
+        return y.unsqueeze(-2)
 
     def factorized(self, module: Any, rank: int, storage: str) -> FactorizedLinear:
-        out_features, in_features = self.as_matrix(module.weight).shape
+        _, out_features, in_features = self.matrices(module.weight).shape
         return FactorizedLinear(
             in_features,
             out_features,
@@ -90,8 +90,8 @@ class _LinearLayout:
 
 
 class _Conv1DLayout(_LinearLayout):
-    def as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.T
+    def matrices(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.T[None]
 
     def dense(self, module: FactorizedLinear) -> nn.Module:
         layer = Conv1D(module.out_features, module.in_features).to(module.down.weight)

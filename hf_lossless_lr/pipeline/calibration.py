@@ -19,7 +19,7 @@ from ..data import DataSplits, forward_loss, subset
 from ..errors import CheckpointError, NumericalError
 from ..factors import Factorization, LossCurve, factorize, loss_curve
 from ..fingerprint import tensors_fingerprint
-from ..layers import Targets, evaluating, on_device, weight_matrix
+from ..layers import Targets, evaluating, on_device, weight_matrices
 from ..ranks import OBJECTIVES
 from ..statistics import CalibrationStatistics, collect_statistics, data_fingerprint, load_statistics, save_statistics
 from ..timing import Clock
@@ -144,7 +144,7 @@ def _factorize(config: LosslessLowRankConfig, targets: Targets, statistics: Cali
     factorizations, curves = {}, {}
     with_noise = OBJECTIVES[config.objective].needs_noise
     for name, module in logging.tqdm(targets.chosen.items(), desc="Factorizing"):
-        weight, stats = weight_matrix(module), statistics.layers[name]
+        weight, stats = weight_matrices(module), statistics.layers[name]
         try:
             factorizations[name] = factorize(weight, stats, str(config.metric), config.damping)
         except NumericalError as error:

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import TargetError
 from ..factors import LossCurve
-from ..layers import differentiating_only, weight_matrix
+from ..layers import differentiating_only, weight_matrices
 from .sizes import LayerSize, parameter_size
 
 
@@ -55,7 +55,7 @@ def forward_flops(
         model(**batch)
     by_module = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
     flops = {name: by_module.get(f"{type(model).__name__}.{name}", 0) for name in targets}
-    rows = {name: count / (2 * weight_matrix(targets[name]).numel() * examples) for name, count in flops.items()}
+    rows = {name: count / (2 * weight_matrices(targets[name]).numel() * examples) for name, count in flops.items()}
     for name, count in rows.items():
         if count == 0:
             raise TargetError(f"{name!r} was never called in the forward pass; add it to `ignore`.")

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from ..data import dataset_size, mean_loss, subset
 from ..errors import ConfigurationError
 from ..factors import Factorization, loss_curve
-from ..layers import break_even_rank, layout_of, weight_matrix
+from ..layers import break_even_rank, layout_of, weight_matrices
 from ..statistics import collect_statistics
 from .path import Curves, Ranks
 
@@ -85,7 +85,7 @@ def find_epsilon(
     statistics = collect_statistics(model, targets, few, accelerator)
     epsilon = {}
     for name, module in logging.tqdm(targets.items(), desc="Calibrating epsilon"):
-        weight = weight_matrix(module).double().clone()
+        weight = weight_matrices(module).double().clone()
         approximation = factorizations[name].weight
         curve = loss_curve(weight, factorizations[name], statistics.layers[name])
         low, high = 0, len(curve.first_order) - 1  # the gap at full rank is 0
@@ -104,7 +104,7 @@ def _loss_with(
 ) -> float:
     original = module.weight.detach().clone()
     try:
-        layout_of(module).as_matrix(module.weight).copy_(matrix.reshape(weight_matrix(module).shape))
+        layout_of(module).matrices(module.weight).copy_(matrix.reshape(weight_matrices(module).shape))
         return mean_loss(model, loader, accelerator)
     finally:
         module.weight.copy_(original)

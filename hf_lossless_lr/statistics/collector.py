@@ -29,7 +29,7 @@ from transformers.utils import logging
 from ..data import PaddingMasks, batch_examples, forward_loss
 from ..errors import DataError, NumericalError, TargetError
 from ..fingerprint import tensors_fingerprint
-from ..layers import Layout, differentiating_only, layout_of, weight_matrix
+from ..layers import Layout, differentiating_only, layout_of, weight_matrices
 from .records import CalibrationStatistics, Key, LayerStatistics
 from .rows import gram, real_rows
 
@@ -60,9 +60,10 @@ class _Collector:
         self.grad_sums: dict[str, torch.Tensor] = {}
         self.weight_grads: dict[str, torch.Tensor] = {}
         for name, module in targets.items():
-            matrix = weight_matrix(module)
-            self.grad_sums[name] = matrix.new_zeros((len(matrix), len(matrix)), dtype=torch.float64)
-            self.weight_grads[name] = torch.zeros_like(matrix, dtype=torch.float64)
+            matrices = weight_matrices(module)
+            groups, out, _ = matrices.shape
+            self.grad_sums[name] = matrices.new_zeros((groups, out, out), dtype=torch.float64)
+            self.weight_grads[name] = torch.zeros_like(matrices, dtype=torch.float64)
 
     def hook(self, name: str) -> Any:
         """Return a forward hook that notes the layer's input and waits for the gradient of its output."""
@@ -101,7 +102,7 @@ class _Collector:
                 self.input_sums[key] += product
             else:
                 self.input_sums[key] = product.double()
-            self.input_counts[key] = self.input_counts.get(key, 0) + len(rows)
+            self.input_counts[key] = self.input_counts.get(key, 0) + rows.shape[-2]
         self.inputs.clear()
 
     def add_weight_grads(self, index: int) -> None:
@@ -111,7 +112,7 @@ class _Collector:
                 continue
             if not torch.isfinite(weight.grad.sum()):
                 raise NumericalError(f"batch {index}: the gradient of {name!r} is not finite (NaN or infinity).")
-            self.weight_grads[name] += self.layouts[name].as_matrix(weight.grad)
+            self.weight_grads[name] += self.layouts[name].matrices(weight.grad)
             weight.grad = None
 
     def groups(self) -> tuple[Key, ...]:
@@ -128,8 +129,8 @@ class _Collector:
             return
         for key in sorted(set(gather_object(list(self.input_sums)))):
             if key not in self.input_sums:
-                size = weight_matrix(self.targets[key[0]]).shape[1]
-                self.input_sums[key] = self.grad_sums[key[0]].new_zeros((size, size))
+                groups, _, size = weight_matrices(self.targets[key[0]]).shape
+                self.input_sums[key] = self.grad_sums[key[0]].new_zeros((groups, size, size))
             count = torch.tensor(self.input_counts.get(key, 0), device=accelerator.device)
             self.input_sums[key] = accelerator.reduce(self.input_sums[key], "sum")
             self.input_counts[key] = int(accelerator.reduce(count, "sum"))

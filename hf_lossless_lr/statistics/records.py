@@ -12,12 +12,12 @@ Key = tuple[str, ...]
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Statistics of one layer; tensors are float64 on the device of the layer.
+    """Statistics of one layer, for each of its matrices; tensors are float64 on the device of the layer.
 
     Attributes:
-        weight_grad: G.  # shape: (out, in)
-        input_covariance: A; the same tensor for layers that share their input.  # shape: (in, in)
-        grad_covariance: B.  # shape: (out, out)
+        weight_grad: G.  # shape: (groups, out, in)
+        input_covariance: A; the same tensor for layers that share their input.  # shape: (groups, in, in)
+        grad_covariance: B.  # shape: (groups, out, out)
         tokens: rows behind A.
         units: labelled units behind G and B.
     """

@@ -14,7 +14,7 @@ from ..errors import CheckpointError
 from ..files import replacing
 from .records import CalibrationStatistics, LayerStatistics
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no axis for several matrices of a layer
 
 
 def save_statistics(statistics: CalibrationStatistics, path: str | os.PathLike[str], model_fingerprint: str) -> Path:
@@ -72,7 +72,9 @@ def load_statistics(
         with safe_open(path, framework="pt", device=str(device)) as file:
             description = json.loads((file.metadata() or {})["statistics"])
             if description["format_version"] != FORMAT_VERSION:
-                raise CheckpointError(f"{path}: format version {description['format_version']} is unknown.")
+                raise CheckpointError(
+                    f"{path}: format version {description['format_version']} is unknown. Calibrate again."
+                )
             if description["model_fingerprint"] != model_fingerprint:
                 raise CheckpointError(
                     f"{path}: these statistics belong to another model (or to other weights of it). Calibrate again."

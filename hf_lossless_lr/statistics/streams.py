@@ -97,7 +97,9 @@ def pausing(model: PreTrainedModel, encoder: nn.Module | None, pauses: Sequence[
                 return
             seen = layout.input_rows(dense, args[0]) if output is None else layout.output_rows(output)
             rows = real_rows(seen, stream.masks.of(dense, args[0]))
-            stream.rows = rows if output is None or dense.bias is None else rows - dense.bias.to(rows)
+            if output is not None and dense.bias is not None:
+                rows = rows - dense.bias.to(rows).reshape(len(rows), 1, -1)  # each matrix has its own outputs
+            stream.rows = rows
             stream.group = pause.group
             stream.passed.add(pause.group)
             own = Autocast.of(model.device.type)

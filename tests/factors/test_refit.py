@@ -23,7 +23,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from hf_lossless_lr.errors import NumericalError
 from hf_lossless_lr.factors.factorize import factorize
 from hf_lossless_lr.factors.refit import RefitTarget, refit, refit_groups
-from hf_lossless_lr.layers.layout import layout_of, weight_matrix
+from hf_lossless_lr.layers.layout import layout_of, weight_matrices
 from hf_lossless_lr.layers.replacement import replace_modules
 from hf_lossless_lr.layers.targets import find_targets
 from hf_lossless_lr.statistics.collector import collect_statistics
@@ -84,8 +84,8 @@ def prepare(model, batches, storage="pivoted", share=3, damping=DAMPING) -> Prep
     statistics = collect_statistics(model, found, loader_of(batches), accelerator())
     targets = {}
     for name, module in found.items():
-        weight, layer_statistics = weight_matrix(module), statistics.layers[name]
-        rank = max(1, min(weight.shape) // share)
+        weight, layer_statistics = weight_matrices(module), statistics.layers[name]
+        rank = max(1, min(weight.shape[-2:]) // share)
         layer = layout_of(module).factorized(module, rank, storage)
         factors = factorize(weight, layer_statistics, "kronecker", damping)
         layer.load_factors(*factors.truncate(rank, storage, layer.pivots_inputs), module.bias)
@@ -128,7 +128,7 @@ def oracle(prepared, before, examples, damping=DAMPING, **options):
         prepared.model,
         before,
         {name: target.factorized.rank for name, target in prepared.targets.items()},
-        {name: target.grad_covariance.numpy() for name, target in prepared.targets.items()},
+        {name: target.grad_covariance[0].numpy() for name, target in prepared.targets.items()},
         prepared.groups,
         examples,
         damping,
@@ -198,7 +198,7 @@ class TestOnEveryModel:
         for layer in names:
             handle[layer].remove()
             weight = get_matrix(prepared.targets[layer].dense)
-            P = roots(with_ridge(prepared.targets[layer].grad_covariance.numpy(), DAMPING))[0]
+            P = roots(with_ridge(prepared.targets[layer].grad_covariance[0].numpy(), DAMPING))[0]
             outputs = np.concatenate(list(dense[layer].values())) @ weight.T
             inputs = torch.cat(shifted[layer]).numpy()
             old, new = (np.square((outputs - inputs @ s[layer].T) @ P).sum() for s in (before, after))
@@ -519,7 +519,7 @@ class TestTheEnd:
 
     def test_after_numbers_that_are_not_finite_is_the_same(self, prepared, streams):
         prepared, batches = prepared
-        list(prepared.targets.values())[4].grad_covariance[0, 0] = torch.nan
+        list(prepared.targets.values())[4].grad_covariance[0, 0, 0] = torch.nan
         before = Snapshot(prepared)
         with pytest.raises(NumericalError, match="B has entries that are not finite"):
             prepared.refit(batches)

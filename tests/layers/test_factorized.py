@@ -15,7 +15,7 @@ from hf_lossless_lr.errors import ConfigurationError, TargetError
 from hf_lossless_lr.factors.linalg import pivoted_form
 from hf_lossless_lr.layers.conv2d import FactorizedConv2d
 from hf_lossless_lr.layers.factorized import is_factorized, layers_in
-from hf_lossless_lr.layers.layout import LAYOUTS, layout_of, to_dense, weight_matrix
+from hf_lossless_lr.layers.layout import LAYOUTS, layout_of, to_dense, weight_matrices
 from hf_lossless_lr.layers.linear import FactorizedLinear
 from hf_lossless_lr.layers.storage import STORAGES, factorized_parameters
 
@@ -77,7 +77,7 @@ def make_factorized(kind, rank=2, storage="pivoted", bias=True, dtype=torch.floa
     """A filled factorized layer, its dense original, and the matrix."""
     dense = make_dense(kind, bias, dtype)
     layer = layout_of(dense).factorized(dense, rank, storage)
-    matrix, factors = low_rank(5, weight_matrix(dense).shape, rank, storage, kind != "Conv2d")
+    matrix, factors = low_rank(5, weight_matrices(dense)[0].shape, rank, storage, kind != "Conv2d")
     layer.load_factors(*factors, bias=dense.bias)
     return layer, dense, matrix
 
@@ -117,7 +117,7 @@ def test_forward_is_the_dense_map_of_the_low_rank_weight(storage, shape, bias, d
 @on_dtypes
 def test_a_factorized_convolution_is_the_dense_one_of_the_low_rank_kernel(storage, geometry, bias, dtype):
     dense = nn.Conv2d(3, 5, **geometry, bias=bias, dtype=dtype)
-    shape = weight_matrix(dense).shape
+    shape = weight_matrices(dense)[0].shape
     for rank in ranks(shape, storage):
         matrix, factors = low_rank(rank, shape, rank, storage, linear=False)
         b = random(30, 5) if bias else None
@@ -325,7 +325,7 @@ def test_a_deep_copy_is_equal_and_independent(kind, storage):
 def test_factors_that_are_loaded_are_copied(kind, storage):
     dense = make_dense(kind)
     layer = layout_of(dense).factorized(dense, 2, storage)
-    _, factors = low_rank(5, weight_matrix(dense).shape, 2, storage)
+    _, factors = low_rank(5, weight_matrices(dense)[0].shape, 2, storage)
     layer.load_factors(*factors, bias=dense.bias)
     before = layer(an_input(kind))
     for tensor in (*factors, dense.bias.detach()):
@@ -350,7 +350,7 @@ def test_to_dense_gives_the_original_type_and_the_low_rank_weight(kind, storage,
     assert dense.weight.dtype == dtype
     assert dense.weight.requires_grad
     atol = FACTOR_CAST[str(dtype).removeprefix("torch.")] * matrix.norm().item()
-    torch.testing.assert_close(weight_matrix(dense).double(), matrix, rtol=0, atol=atol)
+    torch.testing.assert_close(weight_matrices(dense)[0].double(), matrix, rtol=0, atol=atol)
     assert (dense.bias is None) == (original.bias is None)
     if original.bias is not None:
         assert torch.equal(dense.bias, original.bias)
@@ -372,7 +372,7 @@ def test_a_layout_builds_a_layer_like_the_original(kind, bias, dtype):
     assert is_factorized(layer)
     assert not is_factorized(dense)
     assert layer.layer_type == kind
-    assert (layer.out_features, layer.in_features) == weight_matrix(dense).shape
+    assert (layer.out_features, layer.in_features) == weight_matrices(dense)[0].shape
     assert {parameter.dtype for parameter in layer.parameters()} == {dtype}
     assert (layer.bias is None) == (dense.bias is None)
 
@@ -392,16 +392,16 @@ def test_a_layer_is_its_matrix_on_the_rows_of_its_input(layer):
     x = an_input(type(layer).__name__)
     layout = layout_of(layer)
     y = layout.output_rows(layer(x))
-    expected = layout.input_rows(layer, x) @ layout.as_matrix(layer.weight).T + layer.bias
-    torch.testing.assert_close(y, expected, rtol=ROUNDING, atol=10 * ROUNDING)
+    rows, (matrix,) = layout.input_rows(layer, x), layout.matrices(layer.weight)
+    torch.testing.assert_close(y, rows @ matrix.T + layer.bias, rtol=ROUNDING, atol=10 * ROUNDING)
 
 
 @on_kinds
 def test_weight_matrix_shares_memory_with_the_layer(kind):
     dense = make_dense(kind)
-    weight_matrix(dense)[0, 0] = 7.0
-    assert layout_of(dense).as_matrix(dense.weight)[0, 0] == 7.0
-    assert not weight_matrix(dense).requires_grad
+    weight_matrices(dense)[0][0, 0] = 7.0
+    assert layout_of(dense).matrices(dense.weight)[0][0, 0] == 7.0
+    assert not weight_matrices(dense)[0].requires_grad
 
 
 @pytest.mark.parametrize("module", [nn.Embedding(4, 3), nn.LayerNorm(3), nn.Conv1d(2, 3, 1)], ids=str)

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from hf_lossless_lr import CompressionReport, LosslessLowRankConfig, LowRankCompressor, certify, paired_outcomes
 from hf_lossless_lr.data.loaders import make_dataloader
 from hf_lossless_lr.factors.factorize import factorize, loss_curve
-from hf_lossless_lr.layers.layout import weight_matrix
+from hf_lossless_lr.layers.layout import weight_matrices
 from hf_lossless_lr.layers.targets import find_targets
 from hf_lossless_lr.pipeline import summary as reporting_module
 from hf_lossless_lr.pipeline.summary import visited_point
@@ -219,7 +219,7 @@ class TestVisitedPoint:
         model, batch, _ = certifiable()
         targets = find_targets(model).chosen
         statistics = collect_statistics(model, targets, loader_of([batch]), accelerator()).layers
-        weights = {name: weight_matrix(module) for name, module in targets.items()}
+        weights = {name: weight_matrices(module) for name, module in targets.items()}
         curves = {
             name: loss_curve(weight, factorize(weight, statistics[name], "kronecker", 0.03), statistics[name])
             for name, weight in weights.items()

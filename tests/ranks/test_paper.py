@@ -9,7 +9,7 @@ from support.tolerances import FLOAT32
 from torch.utils.data import DataLoader
 
 from hf_lossless_lr.factors.factorize import factorize
-from hf_lossless_lr.layers.layout import layout_of, weight_matrix
+from hf_lossless_lr.layers.layout import layout_of, weight_matrices
 from hf_lossless_lr.layers.targets import find_targets
 from hf_lossless_lr.ranks.paper import EXAMPLES, find_epsilon
 from hf_lossless_lr.statistics.collector import collect_statistics
@@ -46,14 +46,14 @@ class Case:
         self.targets = find_targets(self.model, **default_options(self.model)).chosen
         self.statistics = collect_statistics(self.model, self.targets, loader_of(self.batch), accelerator())
         self.factorizations = {
-            layer: factorize(weight_matrix(module), self.statistics.layers[layer], "identity", 0.0)
+            layer: factorize(weight_matrices(module), self.statistics.layers[layer], "identity", 0.0)
             for layer, module in self.targets.items()
         }
-        self.weights = {layer: weight_matrix(module).double().clone() for layer, module in self.targets.items()}
+        self.weights = {layer: weight_matrices(module).double().clone() for layer, module in self.targets.items()}
         self.loss = mean_loss(self.model, self.batch)
         self.model(**self.batch).loss.backward()
         self.gradients = {
-            layer: layout_of(module).as_matrix(module.weight.grad).double() for layer, module in self.targets.items()
+            layer: layout_of(module).matrices(module.weight.grad).double() for layer, module in self.targets.items()
         }
         self.model.zero_grad()
 
@@ -71,14 +71,14 @@ class Case:
         original = module.weight.detach().clone()
         with torch.no_grad():
             matrix = self.factorizations[layer].weight(rank)
-            layout_of(module).as_matrix(module.weight).copy_(matrix.reshape(weight_matrix(module).shape))
+            layout_of(module).matrices(module.weight).copy_(matrix.reshape(weight_matrices(module).shape))
             loss = mean_loss(self.model, self.batch)
             module.weight.copy_(original)
         return abs(loss - self.loss - float((self.gradients[layer] * difference).sum()))
 
     def rank_of(self, layer, epsilon):
         """The rank whose noise `epsilon` is."""
-        ranks = range(1, min(self.weights[layer].shape) + 1)
+        ranks = range(1, min(self.weights[layer].shape[-2:]) + 1)
         return min(ranks, key=lambda rank: abs(self.noise(layer, rank) - epsilon))
 
 
@@ -107,7 +107,7 @@ class TestEpsilon:
         case, compared = cases[name], 0
         slack = FLOAT32 * case.loss
         for layer in list(case.targets)[:3]:
-            gaps = [case.gap(layer, rank) for rank in range(1, min(case.weights[layer].shape) + 1)]
+            gaps = [case.gap(layer, rank) for rank in range(1, min(case.weights[layer].shape[-2:]) + 1)]
             crossings = [
                 rank for rank in range(2, len(gaps)) if min(gaps[: rank - 1]) > max(gaps[rank - 1 :]) + 4 * slack
             ]
@@ -146,7 +146,7 @@ class TestEpsilon:
         targets = find_targets(model).chosen
         statistics = collect_statistics(model, targets, loader_of(batch), accelerator())
         factorizations = {
-            layer: factorize(weight_matrix(module), statistics.layers[layer], "identity", 0.0)
+            layer: factorize(weight_matrices(module), statistics.layers[layer], "identity", 0.0)
             for layer, module in targets.items()
         }
         before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -163,7 +163,7 @@ class TestEpsilon:
             loader = DataLoader(examples, batch_size=4)
             statistics = collect_statistics(model, targets, loader, accelerator())
             factorizations = {
-                layer: factorize(weight_matrix(module), statistics.layers[layer], "identity", 0.0)
+                layer: factorize(weight_matrices(module), statistics.layers[layer], "identity", 0.0)
                 for layer, module in targets.items()
             }
             results.append(find_epsilon(model, targets, factorizations, loader, accelerator(), 1e-3))

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_lossless_lr.errors import TargetError
 from hf_lossless_lr.factors.curves import LossCurve
 from hf_lossless_lr.layers.factorized import is_factorized
-from hf_lossless_lr.layers.layout import layout_of, weight_matrix
+from hf_lossless_lr.layers.layout import layout_of, weight_matrices
 from hf_lossless_lr.layers.replacement import replace_modules
 from hf_lossless_lr.layers.storage import STORAGES, choose_storage
 from hf_lossless_lr.layers.targets import find_targets
@@ -40,7 +40,7 @@ on_storages = pytest.mark.parametrize("storage", STORAGES)
 
 
 def curve_of(module, storage="pivoted"):
-    out, in_ = weight_matrix(module).shape
+    out, in_ = weight_matrices(module)[0].shape
     second = np.arange(min(out, in_) + 1.0)[::-1]
     return LossCurve(out, in_, storage, 0 * second, second)
 

@@ -70,8 +70,8 @@ def output_rows(module: nn.Module, y: torch.Tensor) -> torch.Tensor:
 
 def double_rows(rows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """What the package's `real_rows` returns, without its rounding to float32."""
-    rows = rows.flatten(0, -2)
-    return (rows if mask is None else rows[mask]).double()
+    rows = rows.flatten(0, -3)
+    return (rows if mask is None else rows[mask]).double().movedim(-2, 0)
 
 
 def slow_statistics(model: PreTrainedModel, names: list[str], examples: list[Batch]) -> Oracle:
