@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from support.compressions import check_same_answers, factorized_layers
+from support.compressions import check_same_model, factorized_layers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
@@ -75,4 +75,4 @@ def test_a_reload_is_exact_bit_for_bit(runs, tokenizer, tmp_path):
     assert not any(info.values()), info
     assert factorized_layers(again).keys() == factorized_layers(model).keys()
     batch = tokenizer(["a gripping film .", "dull , and far too long"], padding=True, return_tensors="pt")
-    check_same_answers(model, again, batch)
+    check_same_model(model, again, batch)

@@ -30,6 +30,7 @@ EPOCHS = 15
 MAX_TRAINING_SECONDS = 45  # on a slow machine the last epochs are left out
 BATCH = 64
 SEED = 0
+ROUNDING = 1e-5  # of the largest logit, in float32
 
 Batch = dict[str, torch.Tensor]
 
@@ -128,14 +129,16 @@ def reload_in_new_process(directory: Path, batches: list[Batch], expected: torch
         expected: logits of the model in memory.
 
     Returns:
-        Whether the reloaded model's logits are the same bit for bit.
+        Whether the reloaded model's logits are the same to rounding: a kernel may sum in another order where its
+        operands lie elsewhere in memory.
     """
     file = directory.parent / "held_out.safetensors"
     save_file({f"pixels.{i:03d}": batch["pixel_values"] for i, batch in enumerate(batches)}, file)
     answer = directory.parent / "reloaded_logits.safetensors"
     command = [sys.executable, "-c", _RELOAD, str(directory), str(file), str(answer), str(torch.get_num_threads())]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return torch.equal(load_file(answer)["logits"], expected)
+    deviation = (load_file(answer)["logits"] - expected).abs().max()
+    return bool(deviation <= ROUNDING * expected.abs().max())
 
 
 _RELOAD = """
@@ -188,7 +191,7 @@ def run_demo(output: Path, keep_ratio: float = 0.5) -> dict[str, Any]:
     }
     seconds = {"train": trained - started, "compress": done - trained, "total": time.perf_counter() - started}
     print(comparison_table(rows))
-    print(f"\n{HELD_OUT} held-out digits; reloaded in a new process: the same logits bit for bit")
+    print(f"\n{HELD_OUT} held-out digits; reloaded in a new process: the same logits, to rounding")
     print(f"trained in {seconds['train']:.0f} s, compressed in {seconds['compress']:.0f} s; files in {output}")
     result = {"rows": rows, "seconds": seconds, "keep_ratio": report.keep_ratio}
     (output / "demo.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -79,16 +79,21 @@ def load_statistics(
                 raise CheckpointError(
                     f"{path}: these statistics belong to another model (or to other weights of it). Calibrate again."
                 )
+
+            def read(tensor: str) -> torch.Tensor:
+                # A copy is aligned as statistics that were just collected are, so that kernels sum in the same order.
+                return file.get_tensor(tensor).clone()
+
             covariances: dict[str, torch.Tensor] = {}
             layers = {}
             for name, entry in description["layers"].items():
                 shared = entry["input_covariance"]
                 if shared not in covariances:
-                    covariances[shared] = file.get_tensor(f"{shared}.input_covariance")
+                    covariances[shared] = read(f"{shared}.input_covariance")
                 layers[name] = LayerStatistics(
-                    weight_grad=file.get_tensor(f"{name}.weight_grad"),
+                    weight_grad=read(f"{name}.weight_grad"),
                     input_covariance=covariances[shared],
-                    grad_covariance=file.get_tensor(f"{name}.grad_covariance"),
+                    grad_covariance=read(f"{name}.grad_covariance"),
                     tokens=entry["tokens"],
                     units=entry["units"],
                 )

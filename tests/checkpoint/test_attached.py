@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig
-from support.compressions import auto_class, build, check_same_answers, compress, compressed, factorized_layers
+from support.compressions import auto_class, build, check_same_model, compress, compressed, factorized_layers
 from support.reports import CERTIFICATE, REPORT, certified, layer, options, uncertified
 from support.tiny_models import TINY_MODELS, split_batch
 from transformers import BertForSequenceClassification, PreTrainedModel
@@ -436,7 +436,7 @@ class TestCopies:
         change_weights(other)
         other.save_pretrained(tmp_path / "changed")
         again = BertForSequenceClassification.from_pretrained(tmp_path / "changed").eval()
-        check_same_answers(other, again, small.batch)
+        check_same_model(other, again, small.batch)
         assert not torch.equal(model.classifier.weight, other.classifier.weight)
         assert saved_report(tmp_path / "changed").verdict == "none"
         model.save_pretrained(tmp_path / "model")

@@ -59,7 +59,7 @@ class TestDemo:
             assert line.startswith(label)
             dense, compressed, ratio = (float(number.replace(",", "")) for number in line.split()[-3:])
             assert ratio == pytest.approx(compressed / dense, abs=2e-3)
-        assert "500 held-out digits; reloaded in a new process: the same logits bit for bit" in run.text
+        assert "500 held-out digits; reloaded in a new process: the same logits, to rounding" in run.text
         assert str(run.folder) in run.text
 
     def test_prints_what_the_models_on_disk_are(self, run, models):
@@ -104,7 +104,7 @@ class TestDemo:
         batches = load_digits()[1][:1]
         logits = logits_of(models[1], batches)
         assert reload_in_new_process(run.folder / "compressed", batches, logits)
-        logits[3, 4] = torch.nextafter(logits[3, 4], torch.tensor(torch.inf))
+        logits[3, 4] += 1e-4 * logits.abs().max()
         assert not reload_in_new_process(run.folder / "compressed", batches, logits)
 
     def test_fails_if_the_reloaded_model_answers_otherwise(self, tmp_path, monkeypatch, models):

@@ -16,7 +16,7 @@ from support.compressions import (
     COUNT,
     build,
     certifiable,
-    check_same_answers,
+    check_same_model,
     check_same_state,
     compress,
     count_parameters,
@@ -414,7 +414,7 @@ class TestWhenNothingQualifies:
         assert all(layer.rank is None and layer.storage is None for layer in report.layers.values())
         model.save_pretrained(tmp_path)
         assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
-        check_same_answers(model, type(model).from_pretrained(tmp_path), batch)
+        check_same_model(model, type(model).from_pretrained(tmp_path), batch)
 
     def test_the_model_can_be_compressed_with_other_options(self):
         model, batch = bert()
