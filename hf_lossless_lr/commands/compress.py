@@ -25,6 +25,7 @@ from .data_options import (
     complaint,
     load_auto,
     load_examples,
+    refuse_old_options,
     task_of,
 )
 
@@ -46,6 +47,18 @@ class CompressArguments(DataArguments):
     statistics: str | None = field(
         default=None, metadata={"help": "file of calibration statistics: read if it exists, else written, to resume"}
     )
+
+
+def add_parser(commands: Any) -> None:
+    """Add the parser of this command."""
+    parser = commands.add_parser(
+        "compress",
+        help="compress a checkpoint",
+        description="Compress a checkpoint without fine-tuning and write an ordinary Transformers checkpoint.",
+        dataclass_types=[CompressArguments, CompressionOptions],
+    )
+    parser.add_argument("model", help="hub id or local folder of a trained model")
+    refuse_old_options(parser)
 
 
 def compress(arguments: Any) -> int:

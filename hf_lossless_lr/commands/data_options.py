@@ -12,7 +12,7 @@ import transformers
 from datasets import Dataset
 
 from ..errors import CertificateError, ConfigurationError, LosslessLowRankError
-from ..evaluation import EVALUATION_TASKS, TASKS, EvaluationTask, Task, choose_columns, load_split, mmlu
+from ..evaluation import EVALUATION_TASKS, TASKS, EvaluationTask, Task, load_split, mmlu
 from ..renamed import RENAMED
 from ..report import Certificate
 from ..verdict import CERTIFIED
@@ -20,34 +20,18 @@ from ..verdict import CERTIFIED
 NOTHING_COMPRESSED, NOT_AS_REQUIRED = 3, 4  # exit codes
 
 
-MAX_LENGTH = 128  # tokens, where the task has no length of its own
+ALL_TASKS: dict[str, Task] = {**TASKS, **EVALUATION_TASKS}
 
 
 def task_of(arguments: Any) -> Task:
-    """Return a task of the pipelines, or a published one in the same form.
-
-    Args:
-        arguments: the task, and its solved examples if there are any.
-
-    Returns:
-        The task.
-    """
-    published = published_task(arguments)
-    if published is None:
-        return TASKS[arguments.task]
-    return Task(
-        published.auto_model,
-        published.processor,
-        lambda dataset, processor, columns, max_length: published.prepare(dataset, processor, max_length),
-        (),
-        published.collator,
-    )
+    """Return the named task; MMLU with the solved examples that are given."""
+    return ALL_TASKS[arguments.task] if arguments.shots_files is None else published_task(arguments)
 
 
-def published_task(arguments: Any) -> EvaluationTask | None:
-    """Return a published task, with the solved examples that are given; None for a task of the pipelines."""
+def published_task(arguments: Any) -> EvaluationTask:
+    """Return the named published task, with the solved examples that are given."""
     if arguments.shots_files is None:
-        return EVALUATION_TASKS.get(arguments.task)
+        return EVALUATION_TASKS[arguments.task]
     return mmlu(load_data(arguments, arguments.shots_files, "dev", None))
 
 
@@ -73,15 +57,13 @@ class SourceArguments:
 class DataArguments(SourceArguments):
     """The task, its data, and what becomes of the result."""
 
-    task: str = field(metadata={"help": "task of the model", "choices": [*TASKS, *EVALUATION_TASKS]})
+    task: str = field(metadata={"help": "task of the model", "choices": list(ALL_TASKS)})
     columns: list[str] | None = field(
         default=None, metadata={"help": "columns of the data set, the label last; not for published tasks"}
     )
     max_length: int | None = field(
         default=None,
-        metadata={
-            "help": f"tokens an example is cut to (or blocks are cut into); default: the task's, or {MAX_LENGTH}"
-        },
+        metadata={"help": "tokens an example is cut to (or blocks are cut into); default: the task's own length"},
     )
     json: str | None = field(default=None, metadata={"help": "also write the result to this file"})
     require: str | None = field(
@@ -120,7 +102,7 @@ def check_arguments(arguments: Any) -> None:
     for name in ("max_length", "examples", "calibration_examples", "eval_examples"):
         if given.get(name, 1) < 1:
             raise ConfigurationError(f"--{name}: must be at least 1, got {given[name]}.")
-    if "columns" in given and arguments.task in EVALUATION_TASKS:
+    if "columns" in given and not ALL_TASKS[arguments.task].columns:
         raise ConfigurationError(
             f"--columns is for {', '.join(TASKS)}; {arguments.task} has columns of its own, so rename those of the "
             "data set."
@@ -190,7 +172,7 @@ def load_data(arguments: Any, files: list[str] | None, split: str, count: int | 
     return load_split(path, configuration, files, split, count)
 
 
-def align(task: EvaluationTask, dataset: Dataset, models: Sequence[Any]) -> Dataset:
+def align(task: Task, dataset: Dataset, models: Sequence[Any]) -> Dataset:
     """Put the labels of a data set into the order of the classes of models that are to be compared.
 
     Args:
@@ -243,15 +225,11 @@ def load_examples(
         CertificateError: if the models order their classes differently.
         ConfigurationError: if no data set is named and the task has none.
     """
-    published = EVALUATION_TASKS.get(arguments.task)
     # Examples are counted after a text is cut into blocks.
     blocks = task.auto_model == "AutoModelForCausalLM" and arguments.task != "mmlu"
-    dataset = load_data(arguments, files, split, None if blocks else count)
-    columns = choose_columns(task, dataset.column_names, arguments.columns)
-    if published is not None:
-        dataset = align(published, dataset, models)
-    length = arguments.max_length or (MAX_LENGTH if published is None else published.max_length)
-    examples = task.prepare(dataset, processor, columns, length)
+    dataset = align(task, load_data(arguments, files, split, None if blocks else count), models)
+    columns = () if arguments.columns is None else (arguments.columns,)
+    examples = task.prepare(dataset, processor, arguments.max_length or task.max_length, *columns)
     return examples.select(range(min(count or len(examples), len(examples))))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from copy import deepcopy
 from pathlib import Path
@@ -196,3 +197,41 @@ def run_demo(output: Path, keep_ratio: float = 0.5) -> dict[str, Any]:
     result = {"rows": rows, "seconds": seconds, "keep_ratio": report.keep_ratio}
     (output / "demo.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
+
+
+def add_parser(commands: Any) -> None:
+    """Add the parser of this command."""
+    parser = commands.add_parser(
+        "demo",
+        help="train, compress and reload a small model in a minute or two",
+        description="Train a small Swin on handwritten digits, compress it, reload it in a new process.",
+        dataclass_types=[],
+    )
+    parser.add_argument("--output", help="folder to keep the two checkpoints in; default: a temporary one, removed")
+    parser.add_argument(
+        "--keep_ratio", "--keep-ratio", type=float, default=0.5, help="share of the parameters to keep"
+    )
+
+
+def demo(arguments: Any) -> int:
+    """Run `hf-lossless-lr demo`.
+
+    Args:
+        arguments: the parsed arguments.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        DataError: if the output is no folder.
+    """
+    if arguments.output is None:
+        with tempfile.TemporaryDirectory() as folder:
+            run_demo(Path(folder), arguments.keep_ratio)
+        return 0
+    output = Path(arguments.output)
+    if output.exists() and not output.is_dir():
+        raise DataError(f"--output: {output} is not a folder.")
+    output.mkdir(parents=True, exist_ok=True)
+    run_demo(output, arguments.keep_ratio)
+    return 0

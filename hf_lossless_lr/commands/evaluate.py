@@ -30,6 +30,19 @@ class EvaluateArguments(SourceArguments):
     json: str | None = field(default=None, metadata={"help": "also write the figures to this file"})
 
 
+def add_parser(commands: Any) -> None:
+    """Add the parser of this command."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="score a model on a published task, or two models side by side",
+        description="Score a model, dense or compressed, on a published task; two models are compared by paired "
+        "bounds, too.",
+        dataclass_types=[EvaluateArguments],
+    )
+    parser.add_argument("model", help="hub id or local folder of a model")
+    parser.add_argument("other", nargs="?", help="a second model, usually the compressed one")
+
+
 def evaluate(arguments: Any) -> int:
     """Run `hf-lossless-lr evaluate`.
 
@@ -44,7 +57,7 @@ def evaluate(arguments: Any) -> int:
     """
     check_arguments(arguments)
     LosslessLowRankConfig(confidence=arguments.confidence, batch_size=arguments.batch_size)  # refuses bad values
-    task = published_task(arguments) or EVALUATION_TASKS[arguments.task]
+    task = published_task(arguments)
     data = load_data(arguments, arguments.data_files, arguments.split or task.dataset[-1], arguments.examples)
     options = ScoringOptions(arguments.batch_size, arguments.max_length or task.max_length)
     processor = load_auto(task.processor, arguments.model)

@@ -27,6 +27,20 @@ def read_report(folder: Path) -> CompressionReport:
         raise CheckpointError(f"cannot read {REPORT_NAME} in {folder}: {error}") from error
 
 
+def add_parser(commands: Any) -> None:
+    """Add the parser of this command."""
+    parser = commands.add_parser(
+        "report",
+        help="show the report of a compressed checkpoint again",
+        description="Show what a compressed checkpoint keeps and what its report shows about it.",
+        dataclass_types=[],
+    )
+    parser.add_argument("folder", help=f"folder of the checkpoint, with its {REPORT_NAME}")
+    parser.add_argument(
+        "--plots", nargs="?", const="", help="also write figures, to this folder; default: figures in that folder"
+    )
+
+
 def report(arguments: Any) -> int:
     """Run `hf-lossless-lr report`.
 

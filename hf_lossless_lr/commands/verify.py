@@ -12,7 +12,16 @@ from ..checkpoint import LosslessLowRankConfig
 from ..files import write_atomically
 from ..pipeline import verify as verify_pair
 from ..report import REPORT_NAME, certificate_sentence, comparison_table, finite
-from .data_options import NOT_AS_REQUIRED, DataArguments, check_arguments, complaint, load_auto, load_examples, task_of
+from .data_options import (
+    NOT_AS_REQUIRED,
+    DataArguments,
+    check_arguments,
+    complaint,
+    load_auto,
+    load_examples,
+    refuse_old_options,
+    task_of,
+)
 from .report import read_report
 
 _DEFAULTS = LosslessLowRankConfig()
@@ -30,6 +39,20 @@ class VerifyArguments(DataArguments):
         default=_DEFAULTS.accuracy_margin, metadata={"help": "acceptable drop of the accuracy, as a fraction"}
     )
     confidence: float = field(default=_DEFAULTS.confidence, metadata={"help": "confidence level of one-sided bounds"})
+
+
+def add_parser(commands: Any) -> None:
+    """Add the parser of this command."""
+    parser = commands.add_parser(
+        "verify",
+        help="state a verdict on any pair of checkpoints",
+        description="Compare two checkpoints on the same held-out examples and state a verdict on the second one, "
+        "whatever made it.",
+        dataclass_types=[VerifyArguments],
+    )
+    parser.add_argument("dense", help="hub id or local folder of the model to compare with")
+    parser.add_argument("compressed", help="hub id or local folder of the model to judge")
+    refuse_old_options(parser)
 
 
 def verify(arguments: Any) -> int:

@@ -154,7 +154,7 @@ def _prepare(dataset: Dataset, tokenizer: Any, max_length: int) -> Dataset:
                     f"example {index} has the tag {tag!r}, not a whole number from 0. For names use "
                     "align_tags(dataset, model) first."
                 )
-    return _TAGGING.prepare(dataset, tokenizer, [words, tags], min(max_length, tokenizer.model_max_length))
+    return _TAGGING.prepare(dataset, tokenizer, min(max_length, tokenizer.model_max_length), [words, tags])
 
 
 def _predicted_tags(
@@ -200,13 +200,13 @@ METRICS = (
 """Metrics of summed counts, fractions in [0, 1]; 0 where there is nothing to divide by."""
 
 CONLL2003 = EvaluationTask(
-    _TAGGING.auto_model,
-    _TAGGING.processor,
-    ("lhoestq/conll2003", None, "train", "test"),  # the same as eriktks/conll2003, without its loading script
-    512,
-    _prepare,
-    DataCollatorForTokenClassification,
-    _score,
-    align_tags,
+    auto_model=_TAGGING.auto_model,
+    processor=_TAGGING.processor,
+    dataset=("lhoestq/conll2003", None, "train", "test"),  # the same as eriktks/conll2003, without its loading script
+    max_length=512,
+    prepare=_prepare,
+    collator=DataCollatorForTokenClassification,
+    score=_score,
+    align=align_tags,
 )
 """CoNLL-2003 (English); figures are published on its test split."""

@@ -107,7 +107,7 @@ def _prepare(parts: _Glue, dataset: Dataset, tokenizer: Any, max_length: int) ->
         check_labels(dataset, _LABEL)
     else:
         dataset = _with_scores(dataset)
-    return _TEXT.prepare(dataset, tokenizer, columns, max_length)
+    return _TEXT.prepare(dataset, tokenizer, max_length, columns)
 
 
 def _with_scores(dataset: Dataset) -> Dataset:

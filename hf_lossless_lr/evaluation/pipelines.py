@@ -11,11 +11,14 @@ from datasets import Dataset
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, default_data_collator
 
 from ..data import IGNORE_INDEX
+from .sources import choose_columns
 from .task import Task
 
+Columns = list[str] | None
 
-def _text_classification(dataset: Dataset, tokenizer: Any, columns: list[str], max_length: int) -> Dataset:
-    *texts, label = columns
+
+def _text_classification(dataset: Dataset, tokenizer: Any, max_length: int, columns: Columns = None) -> Dataset:
+    *texts, label = choose_columns(TASKS["text-classification"], dataset.column_names, columns)
 
     def tokenize(batch: dict[str, list[Any]]) -> dict[str, Any]:
         encoded = tokenizer(*(batch[column] for column in texts), truncation=True, max_length=max_length)
@@ -24,9 +27,9 @@ def _text_classification(dataset: Dataset, tokenizer: Any, columns: list[str], m
     return dataset.map(tokenize, batched=True, remove_columns=dataset.column_names)
 
 
-def _token_classification(dataset: Dataset, tokenizer: Any, columns: list[str], max_length: int) -> Dataset:
+def _token_classification(dataset: Dataset, tokenizer: Any, max_length: int, columns: Columns = None) -> Dataset:
     """Label the first piece of each word; other pieces and special tokens do not count."""
-    words, tags = columns
+    words, tags = choose_columns(TASKS["token-classification"], dataset.column_names, columns)
 
     def tokenize(batch: dict[str, list[Any]]) -> dict[str, Any]:
         encoded = tokenizer(batch[words], is_split_into_words=True, truncation=True, max_length=max_length)
@@ -42,9 +45,9 @@ def _token_classification(dataset: Dataset, tokenizer: Any, columns: list[str], 
     return dataset.map(tokenize, batched=True, remove_columns=dataset.column_names)
 
 
-def _text_generation(dataset: Dataset, tokenizer: Any, columns: list[str], max_length: int) -> Dataset:
+def _text_generation(dataset: Dataset, tokenizer: Any, max_length: int, columns: Columns = None) -> Dataset:
     """Join all texts and cut them into blocks of `max_length` tokens; the incomplete last block is dropped."""
-    (text,) = columns
+    (text,) = choose_columns(TASKS["text-generation"], dataset.column_names, columns)
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     stream = [
         token for ids in tokenizer(list(dataset[text]), add_special_tokens=False)["input_ids"] for token in ids + end
@@ -53,8 +56,8 @@ def _text_generation(dataset: Dataset, tokenizer: Any, columns: list[str], max_l
     return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
 
 
-def _image_classification(dataset: Dataset, processor: Any, columns: list[str], max_length: int) -> Dataset:
-    image, label = columns
+def _image_classification(dataset: Dataset, processor: Any, max_length: int, columns: Columns = None) -> Dataset:
+    image, label = choose_columns(TASKS["image-classification"], dataset.column_names, columns)
 
     def process(batch: dict[str, list[Any]]) -> dict[str, Any]:
         pixels = processor([picture.convert("RGB") for picture in batch[image]], return_tensors="np")["pixel_values"]
@@ -65,32 +68,36 @@ def _image_classification(dataset: Dataset, processor: Any, columns: list[str], 
 
 TASKS: dict[str, Task] = {
     "text-classification": Task(
-        "AutoModelForSequenceClassification",
-        "AutoTokenizer",
-        _text_classification,
-        (
+        auto_model="AutoModelForSequenceClassification",
+        processor="AutoTokenizer",
+        prepare=_text_classification,
+        collator=DataCollatorWithPadding,
+        columns=(
             "premise|question1|sentence1|question|sentence|text",
             "hypothesis|question2|sentence2|sentence|",
             "label|labels",
         ),
-        DataCollatorWithPadding,
     ),
     "token-classification": Task(
-        "AutoModelForTokenClassification",
-        "AutoTokenizer",
-        _token_classification,
-        ("tokens|words", "ner_tags|tags|labels"),
-        DataCollatorForTokenClassification,
+        auto_model="AutoModelForTokenClassification",
+        processor="AutoTokenizer",
+        prepare=_token_classification,
+        collator=DataCollatorForTokenClassification,
+        columns=("tokens|words", "ner_tags|tags|labels"),
     ),
     "text-generation": Task(
-        "AutoModelForCausalLM", "AutoTokenizer", _text_generation, ("text",), lambda tokenizer: default_data_collator
+        auto_model="AutoModelForCausalLM",
+        processor="AutoTokenizer",
+        prepare=_text_generation,
+        collator=lambda tokenizer: default_data_collator,
+        columns=("text",),
     ),
     "image-classification": Task(
-        "AutoModelForImageClassification",
-        "AutoImageProcessor",
-        _image_classification,
-        ("image|img", "label|labels"),
-        lambda processor: default_data_collator,
+        auto_model="AutoModelForImageClassification",
+        processor="AutoImageProcessor",
+        prepare=_image_classification,
+        collator=lambda processor: default_data_collator,
+        columns=("image|img", "label|labels"),
     ),
 }
-"""Tasks of the command line."""
+"""Tasks with the names of Transformers' pipelines, for any data set of their kind."""

@@ -232,13 +232,13 @@ def _score(
 
 def _task(hub_id: str, unanswerable: bool) -> EvaluationTask:
     return EvaluationTask(
-        "AutoModelForQuestionAnswering",
-        "AutoTokenizer",
-        (hub_id, None, "train", "validation"),
-        384,
-        partial(_prepare, unanswerable=unanswerable),
-        DataCollatorWithPadding,
-        partial(_score, unanswerable=unanswerable),
+        auto_model="AutoModelForQuestionAnswering",
+        processor="AutoTokenizer",
+        dataset=(hub_id, None, "train", "validation"),
+        max_length=384,
+        prepare=partial(_prepare, unanswerable=unanswerable),
+        collator=DataCollatorWithPadding,
+        score=partial(_score, unanswerable=unanswerable),
     )
 
 

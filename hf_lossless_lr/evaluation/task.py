@@ -29,47 +29,40 @@ def as_it_is(dataset: Dataset, model: PreTrainedModel) -> Dataset:
     return dataset
 
 
-@dataclass(frozen=True)
-class EvaluationTask:
-    """A task that people publish figures on. It never knows that a model is compressed.
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """How the data of a task become examples of a model.
 
     Attributes:
         auto_model: name of the Auto class of its models.
         processor: name of the Auto class of their tokenizer or processor.
-        dataset: its data set on the hub: id, configuration, split to calibrate on, split to evaluate on.
-        max_length: tokens that an input is cut to by default.
-        prepare: `(dataset, processor, max_length) -> examples` with labels, as `compress` and `verify`
-            take them.
+        prepare: `(dataset, processor, max_length) -> examples` with labels, as `compress` and `verify` take them; the
+            tasks with `columns` also take the columns to use, as a fourth argument.
         collator: makes the collator of these examples from the processor.
-        score: `(model, dataset, processor, options) -> scores`, one row of counts for each example of the data set
-            (for a perplexity, for each block of text).
+        columns: default columns, first the inputs, last the label; `|` separates alternatives. Empty where the data
+            set of the task has columns of its own.
+        max_length: tokens that an input is cut to by default.
         align: `(dataset, model) -> dataset` with labels in the model's order of classes; call it before `prepare`.
     """
 
     auto_model: str
     processor: str
-    dataset: tuple[str, str | None, str, str]
-    max_length: int
-    prepare: Callable[[Dataset, Any, int], Dataset]
+    prepare: Callable[..., Dataset]
     collator: Callable[[Any], Any]
-    score: Callable[[PreTrainedModel, Dataset, Any, ScoringOptions], Scores]
+    columns: tuple[str, ...] = ()
+    max_length: int = 128
     align: Callable[[Dataset, PreTrainedModel], Dataset] = as_it_is
 
 
-@dataclass(frozen=True)
-class Task:
-    """How a task's data is prepared.
+@dataclass(frozen=True, kw_only=True)
+class EvaluationTask(Task):
+    """A task that people publish figures on. It never knows that a model is compressed.
 
     Attributes:
-        auto_model: name of the Auto class of its models.
-        processor: name of the Auto class of its tokenizer or processor.
-        prepare: `(dataset, processor, columns, max_length) -> dataset` of examples.
-        columns: default columns, first the inputs, last the label; `|` separates alternatives.
-        collator: makes a collator from the processor.
+        dataset: its data set on the hub: id, configuration, split to calibrate on, split to evaluate on.
+        score: `(model, dataset, processor, options) -> scores`, one row of counts for each example of the data set
+            (for a perplexity, for each block of text).
     """
 
-    auto_model: str
-    processor: str
-    prepare: Callable[[Dataset, Any, list[str], int], Dataset]
-    columns: tuple[str, ...]
-    collator: Callable[[Any], Any]
+    dataset: tuple[str, str | None, str, str]
+    score: Callable[[PreTrainedModel, Dataset, Any, ScoringOptions], Scores]

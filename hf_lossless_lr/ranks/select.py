@@ -26,11 +26,6 @@ def kept_share(curves: Curves, ranks: Mapping[str, int | None]) -> float:
     return kept_parameters(curves, ranks) / sum(curve.dense_parameters for curve in curves.values())
 
 
-def kept_size(sizes: Sizes, ranks: Mapping[str, int | None]) -> float:
-    """Return the size of all layers at the given ranks."""
-    return sum(sizes[name].at(rank) for name, rank in ranks.items())
-
-
 def _targeted_ratio(keep_ratio: float, dense: float, fixed: float) -> float:
     """Return what the layers may keep of their own size, so that with the fixed part `keep_ratio` is kept."""
     return keep_ratio - (1 - keep_ratio) * fixed / dense if fixed else keep_ratio

@@ -116,14 +116,6 @@ def proportion_p_value(lost: int, gained: int, examples: int, margin: float) -> 
     return _score_p_value(*_table(lost, gained, examples), margin)
 
 
-def exact_p_value(lost: int, gained: int) -> float:
-    """Return the p-value of "accuracy did not fall", by McNemar: `P(heads >= lost)` of `lost + gained` fair coins."""
-    from scipy.stats import binomtest
-
-    lost, gained = _count("lost", lost), _count("gained", gained)
-    return float(binomtest(lost, lost + gained, 0.5, alternative="greater").pvalue) if lost + gained else 1.0
-
-
 def examples_needed(mean: float, deviation: float, margin: float, confidence: float, power: float = 0.8) -> int | None:
     """Estimate the clusters for which the one-sided test shows, with a given power, that a mean is below a margin.
 

@@ -475,7 +475,7 @@ class TestDemo:
     @pytest.fixture
     def calls(self, monkeypatch):
         calls = []
-        monkeypatch.setattr("hf_lossless_lr.commands.cli.run_demo", lambda *arguments: calls.append(arguments))
+        monkeypatch.setattr("hf_lossless_lr.commands.demo.run_demo", lambda *arguments: calls.append(arguments))
         return calls
 
     @pytest.mark.parametrize("flag", ["--keep_ratio", "--keep-ratio"])

@@ -18,7 +18,7 @@ from hf_lossless_lr.evaluation.sources import choose_columns, load_split
 
 def prepare(name, data, columns, max_length=128, processor=None):
     dataset = Dataset.from_dict(data) if isinstance(data, dict) else data
-    return TASKS[name].prepare(dataset, processor or word_tokenizer(), columns, max_length)
+    return TASKS[name].prepare(dataset, processor or word_tokenizer(), max_length, columns)
 
 
 class TestTextClassification:

@@ -12,7 +12,7 @@ from hf_lossless_lr.factors.curves import LossCurve
 from hf_lossless_lr.layers.storage import STORAGES, factorized_parameters
 from hf_lossless_lr.ranks.paper import select_paper
 from hf_lossless_lr.ranks.path import allowed_ranks, compression_path, second_order_cost
-from hf_lossless_lr.ranks.select import kept_parameters, kept_size, select_budget, select_uniform
+from hf_lossless_lr.ranks.select import kept_parameters, select_budget, select_uniform
 from hf_lossless_lr.ranks.sizes import LayerSize, parameter_size, parameter_sizes
 
 pytestmark = pytest.mark.numerical
@@ -441,7 +441,6 @@ def test_the_path_knows_the_kept_ratio_and_the_predicted_cost_of_each_point(size
         ranks = path.ranks_after(count)
         assert path.kept_after(count) == pytest.approx((size_of(sizes, ranks) + fixed) / dense, rel=ROUNDING)
         assert path.predicted_cost_after(count) == pytest.approx(cost_of(curves, ranks), rel=ROUNDING, abs=TIE)
-        assert kept_size(sizes, ranks) == size_of(sizes, ranks)
 
 
 @on_monotone_kinds

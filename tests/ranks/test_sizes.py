@@ -23,7 +23,7 @@ from hf_lossless_lr.layers.targets import find_targets
 from hf_lossless_lr.ranks.flops import flop_sizes, forward_flops
 from hf_lossless_lr.ranks.latency import forward_seconds, latency_sizes, run_seconds
 from hf_lossless_lr.ranks.path import allowed_ranks
-from hf_lossless_lr.ranks.select import kept_size, select_budget
+from hf_lossless_lr.ranks.select import select_budget
 
 pytestmark = pytest.mark.numerical
 
@@ -37,6 +37,11 @@ LAYERS = {
 }
 on_layers = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 on_storages = pytest.mark.parametrize("storage", STORAGES)
+
+
+def kept(sizes, ranks):
+    """Size of all layers at the given ranks."""
+    return sum(sizes[name].at(rank) for name, rank in ranks.items())
 
 
 def curve_of(module, storage="pivoted"):
@@ -113,11 +118,11 @@ def test_flops_of_a_model_are_those_of_its_layers_and_the_fixed_part_dense_and_f
     flops = forward_flops(model, targets, batch, EXAMPLES)
     curves = {target: curve_of(module) for target, module in targets.items()}
     sizes = flop_sizes(curves, flops.rows)
-    dense = EXAMPLES * (flops.fixed + kept_size(sizes, dict.fromkeys(targets)))
+    dense = EXAMPLES * (flops.fixed + kept(sizes, dict.fromkeys(targets)))
     assert dense == pytest.approx(counted(lambda: model(**batch)), rel=ROUNDING)
     layers, ranks = half(model, targets)
     replace_modules(model, layers)
-    factorized = EXAMPLES * (flops.fixed + kept_size(sizes, ranks))
+    factorized = EXAMPLES * (flops.fixed + kept(sizes, ranks))
     assert factorized == pytest.approx(counted(lambda: model(**batch)), rel=ROUNDING)
     assert factorized < dense
 
@@ -423,4 +428,4 @@ def test_a_latency_budget_is_kept_by_what_is_measured():
     sizes = latency_sizes(targets, curves, {"slow": 4, "fast": 4}, timer=seconds)
     ranks = select_budget(curves, 0.7, 1, sizes)
     assert ranks == {"slow": None, "fast": 15}  # the highest of the ranks that are equally fast
-    assert kept_size(sizes, ranks) == pytest.approx(1.4)
+    assert kept(sizes, ranks) == pytest.approx(1.4)

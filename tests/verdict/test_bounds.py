@@ -13,7 +13,6 @@ from support.tolerances import ROUNDING
 from hf_lossless_lr.errors import DataError
 from hf_lossless_lr.verdict.bounds import (
     bootstrap_upper_bound,
-    exact_p_value,
     examples_needed,
     expected_calibration_error,
     holm,
@@ -365,22 +364,6 @@ class TestProportion:
         assert 0.935 <= coverage <= 0.965
 
 
-class TestExact:
-    @pytest.mark.parametrize(("lost", "gained", "expected"), [(7, 1, 9 / 256), (1, 7, 255 / 256), (8, 0, 1 / 256)])
-    def test_counts_coins(self, lost, gained, expected):
-        # 7 and 1 are the pairs that changed in Bentur et al. (2009); P(at least 7 of 8) = (8 + 1) / 2^8.
-        assert exact_p_value(lost, gained) == pytest.approx(expected, rel=1e-12)
-
-    def test_is_the_binomial_tail(self):
-        for lost, gained in small_tables(12):
-            changed = lost + gained
-            tail = sum(math.comb(changed, heads) for heads in range(lost, changed + 1)) / 2**changed
-            assert exact_p_value(lost, gained) == pytest.approx(tail, rel=1e-12)
-
-    def test_shows_nothing_where_no_answer_changes(self):
-        assert exact_p_value(0, 0) == 1.0
-
-
 class TestExamplesNeeded:
     def test_is_the_published_number(self):
         # Chow, Shao and Wang, Sample Size Calculation in Clinical Research, 2003, example 3.1.4, as in the manual of
@@ -556,8 +539,6 @@ class TestBadInput:
             (lambda: proportion_p_value(1, 1, 4, 1.1), "margin must be finite and from -1 to 1, not 1.1"),
             (lambda: proportion_p_value(1, 1, 4, -1.1), "margin must be finite and from -1 to 1, not -1.1"),
             (lambda: proportion_p_value(1, 1, 4, NAN), "margin must be finite and from -1 to 1, not nan"),
-            (lambda: exact_p_value(-1, 2), "lost must be a whole number of at least 0, not -1"),
-            (lambda: exact_p_value(1, 0.5), "gained must be a whole number of at least 0, not 0.5"),
             (lambda: bootstrap_upper_bound(*ONE_BY_ONE, 0.95, seed=-1), "seed must be .* not -1"),
             (lambda: bootstrap_upper_bound(*ONE_BY_ONE, 0.95, resamples=0), "resamples must be .* at least 1, not 0"),
             (lambda: statistic_upper_bound(ratio, *COUNTS, 0.95, seed=0.5), "seed must be .* not 0.5"),
