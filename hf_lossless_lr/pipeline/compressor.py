@@ -17,7 +17,7 @@ from ..data import split_data
 from ..errors import ConfigurationError
 from ..layers import check_model, find_targets, on_device, replace_modules
 from ..ranks import OBJECTIVES, Budget, Limits, Ranks, Search, compression_path, find_epsilon, second_order_cost
-from ..report import CompressionReport
+from ..report import CompressionReport, TrialRecord
 from ..timing import Clock
 from ..verdict import paired_outcomes
 from .budget import budget_of
@@ -199,9 +199,9 @@ class LowRankCompressor:
 
     def _choose(
         self, calibration: Calibration, config: LosslessLowRankConfig, clock: Clock
-    ) -> tuple[Trial, list[dict[str, Any]], dict[str, float] | None]:
+    ) -> tuple[Trial, list[TrialRecord], dict[str, float] | None]:
         """Return the chosen trial, a record of every point visited, and the paper's epsilon."""
-        visited: list[dict[str, Any]] = []
+        visited: list[TrialRecord] = []
 
         def visit(ranks: Ranks) -> Trial:
             trial = run_trial(calibration, ranks, config, clock)

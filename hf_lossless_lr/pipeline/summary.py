@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -14,34 +14,31 @@ from ..checkpoint import CompressionOptions, LosslessLowRankConfig
 from ..errors import CertificateError
 from ..factors import LossCurve
 from ..ranks import kept_share
-from ..report import Certificate, CompressionReport, LayerReport, Measurement, finite
+from ..report import Certificate, CompressionReport, LayerReport, Measurement, TrialRecord, finite
 from ..verdict import CERTIFIED, PairedOutcomes, certify, demoted
 from .calibration import Calibration
 from .trial import Trial
 
 
-def visited_point(curves: Mapping[str, LossCurve], trial: Trial, config: LosslessLowRankConfig) -> dict[str, Any]:
+def visited_point(curves: Mapping[str, LossCurve], trial: Trial, config: LosslessLowRankConfig) -> TrialRecord:
     """Return the record of a trial for the report."""
     predicted = sum(float(curves[name].second_order[rank]) for name, rank in trial.ranks.items() if rank is not None)
-    record: dict[str, Any] = {
-        "keep_ratio": kept_share(curves, trial.ranks),
-        "predicted_loss_increase": predicted,
-        "refitted": trial.refitted,
-    }
+    record = TrialRecord(kept_share(curves, trial.ranks), predicted, trial.refitted)
     if trial.loss is not None:
-        record |= {"loss_increase": trial.loss.mean, "loss_increase_upper": trial.loss.upper}
+        passes = trial.passes(config.loss_margin, config.accuracy_margin)
+        mean, upper = finite([trial.loss.mean, trial.loss.upper])
+        record = replace(record, loss_increase=mean, loss_increase_upper=upper, passes=passes)
     if trial.accuracy_drop is not None:
-        record |= {"accuracy_drop": trial.accuracy_drop.mean, "accuracy_drop_upper": trial.accuracy_drop.upper}
-    if trial.loss is not None:
-        record["passes"] = trial.passes(config.loss_margin, config.accuracy_margin)
-    return dict(finite(record))
+        mean, upper = finite([trial.accuracy_drop.mean, trial.accuracy_drop.upper])
+        record = replace(record, accuracy_drop=mean, accuracy_drop_upper=upper)
+    return record
 
 
 def make_report(
     calibration: Calibration,
     config: LosslessLowRankConfig,
     trial: Trial,
-    trials: list[dict[str, Any]],
+    trials: list[TrialRecord],
     epsilon: dict[str, float] | None,
     outcomes: PairedOutcomes,
     earlier: Sequence[CompressionReport],

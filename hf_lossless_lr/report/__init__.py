@@ -5,7 +5,16 @@ Computes nothing, and imports neither torch nor Transformers.
 
 from .card import CARD_NAME, is_unedited, model_card
 from .figures import write_figures
-from .records import REPORT_NAME, Certificate, CompressionReport, Difference, LayerReport, Measurement, finite
+from .records import (
+    REPORT_NAME,
+    Certificate,
+    CompressionReport,
+    Difference,
+    LayerReport,
+    Measurement,
+    TrialRecord,
+    finite,
+)
 from .sentence import certificate_sentence, verdict_sentence
 from .tables import comparison_table, report_rows, score_table
 
@@ -17,6 +26,7 @@ __all__ = [
     "Difference",
     "LayerReport",
     "Measurement",
+    "TrialRecord",
     "certificate_sentence",
     "comparison_table",
     "finite",

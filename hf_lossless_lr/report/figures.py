@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
-from .records import CompressionReport, LayerReport
+from .records import CompressionReport, LayerReport, TrialRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -183,20 +183,20 @@ def _kept_per_layer_type(report: CompressionReport) -> Figure:
 
 def _loss_and_size(report: CompressionReport) -> Figure | None:
     """Draw the measured loss increase of each trial over its size, and likewise the drop of the accuracy."""
-    trials = [trial for trial in report.trials if "loss_increase" in trial]
+    trials = [trial for trial in report.trials if trial.loss_increase is not None]
     if not trials:
         return None
     panels = [("loss_increase", "loss increase (nats)", 1, "loss_margin")]
-    if any("accuracy_drop" in trial for trial in trials):
+    if any(trial.accuracy_drop is not None for trial in trials):
         panels.append(("accuracy_drop", "accuracy drop (points)", 100, "accuracy_margin"))
     figure = _figure(8, 1.2 + 2.9 * len(panels), "Measured cost and size of each trial")
     axes = figure.subplots(len(panels), squeeze=False, sharex=True)[:, 0]
     for ax, (key, label, scale, margin) in zip(axes, panels, strict=True):
         for passes, colour, text in ((True, KEPT, "trial"), (False, BAD, "trial outside the margins")):
-            points = [trial for trial in trials if trial["passes"] is passes and key in trial]
+            points = [trial for trial in trials if trial.passes is passes and getattr(trial, key) is not None]
             if points:
                 means, uppers = ([scale * _value(trial, k) for trial in points] for k in (key, f"{key}_upper"))
-                _points(ax, [trial["keep_ratio"] for trial in points], means, means, uppers, color=colour, label=text)
+                _points(ax, [trial.keep_ratio for trial in points], means, means, uppers, color=colour, label=text)
         found, place = getattr(report.certificate, key, None), [report.keep_ratio]
         if found is not None:
             mean, lower, upper = ([scale * value] for value in (found.mean, found.lower, found.upper))
@@ -214,9 +214,9 @@ def _loss_and_size(report: CompressionReport) -> Figure | None:
 def _predicted_and_measured(report: CompressionReport) -> Figure | None:
     """Draw the measured loss increase of each trial over the predicted one, both on logarithmic axes."""
     pairs = [
-        (trial["predicted_loss_increase"], trial["loss_increase"], _value(trial, "loss_increase_upper"))
+        (trial.predicted_loss_increase, trial.loss_increase, _value(trial, "loss_increase_upper"))
         for trial in report.trials
-        if "loss_increase" in trial and trial["predicted_loss_increase"] > 0
+        if trial.loss_increase is not None and trial.predicted_loss_increase > 0
     ]
     above = [pair for pair in pairs if pair[1] > 0]
     below = [(predicted, upper) for predicted, measured, upper in pairs if measured <= 0 < upper < math.inf]
@@ -300,9 +300,10 @@ def _sides(means: list[float], lowers: list[float], uppers: list[float]) -> list
     ]
 
 
-def _value(trial: dict[str, Any], key: str) -> float:
+def _value(trial: TrialRecord, name: str) -> float:
     """Return a number of a trial; an upper bound that there is none is infinite."""
-    return math.inf if trial[key] is None else float(trial[key])
+    value = getattr(trial, name)
+    return math.inf if value is None else float(value)
 
 
 def _legend_of(figure: Figure, axes: Any) -> None:

@@ -74,6 +74,31 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class TrialRecord:
+    """One point that was visited on the way, as it was predicted and as it was measured on the selection split.
+
+    Attributes:
+        keep_ratio: parameters kept divided by original parameters, over the weights of the targeted layers.
+        predicted_loss_increase: sum of the layers' predicted second-order terms, in nats.
+        refitted: whether the factors were refitted to the shifted inputs.
+        loss_increase: measured mean loss increase in nats; None where nothing was measured.
+        loss_increase_upper: its upper confidence bound; None where there is none, as for a single example.
+        accuracy_drop: measured drop of the accuracy; None where the head does not classify, too.
+        accuracy_drop_upper: its upper confidence bound.
+        passes: whether both bounds are inside the margins; None where nothing was measured.
+    """
+
+    keep_ratio: float
+    predicted_loss_increase: float
+    refitted: bool
+    loss_increase: float | None = None
+    loss_increase_upper: float | None = None
+    accuracy_drop: float | None = None
+    accuracy_drop_upper: float | None = None
+    passes: bool | None = None
+
+
+@dataclass(frozen=True)
 class Certificate(Renamed):
     """A statistical statement about a compressed model, from held-out examples that had no part in making it.
 
@@ -145,8 +170,7 @@ class CompressionReport(Renamed):
         config: the configuration, without the manifest.
         layers: targeted layer to what became of it.
         refitted: whether the factors were refitted to the shifted inputs (and that helped).
-        trials: every point measured on the way, with predicted and measured loss increase; an upper bound is None
-            where there is none, as for a single example or batch.
+        trials: every point visited on the way.
         skipped: layer that could have been factorized to the reason it was not a target.
         dense: the dense model on held-out data.
         compressed: the compressed model on the same data.
@@ -166,7 +190,7 @@ class CompressionReport(Renamed):
     layers: dict[str, LayerReport]
     skipped: dict[str, str]
     refitted: bool
-    trials: list[dict[str, Any]]
+    trials: list[TrialRecord]
     dense: Measurement
     compressed: Measurement
     certificate: Certificate | None
@@ -228,6 +252,7 @@ class CompressionReport(Renamed):
                 data[part] = with_present_names(data[part])
             values = {field.name: data[field.name] for field in fields(cls)}
             values["layers"] = {name: LayerReport(**layer) for name, layer in values["layers"].items()}
+            values["trials"] = [TrialRecord(**trial) for trial in data["trials"]]
             values["certificate"] = _certificate(data["certificate"])
             values["dense"], values["compressed"] = Measurement(**data["dense"]), Measurement(**data["compressed"])
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:

@@ -18,7 +18,7 @@ from hf_lossless_lr.layers.targets import find_targets
 from hf_lossless_lr.pipeline import summary as reporting_module
 from hf_lossless_lr.pipeline.summary import visited_point
 from hf_lossless_lr.pipeline.trial import Trial
-from hf_lossless_lr.report.records import Difference
+from hf_lossless_lr.report.records import Difference, TrialRecord
 from hf_lossless_lr.statistics.collector import collect_statistics
 from hf_lossless_lr.verdict.certificate import MIN_EXAMPLES
 
@@ -234,23 +234,17 @@ class TestVisitedPoint:
         curves = case[0].values()
         weights = [curve.dense_parameters for curve in curves]
         record = self.record(case, None, None)
-        assert record == {
-            "keep_ratio": pytest.approx(sum(curve.parameters(3) for curve in curves) / sum(weights)),
-            "predicted_loss_increase": pytest.approx(sum(float(curve.second_order[3]) for curve in curves)),
-            "refitted": True,
-        }
+        assert record.keep_ratio == pytest.approx(sum(curve.parameters(3) for curve in curves) / sum(weights))
+        assert record.predicted_loss_increase == pytest.approx(sum(float(curve.second_order[3]) for curve in curves))
+        assert record == TrialRecord(record.keep_ratio, record.predicted_loss_increase, refitted=True)
 
     def test_has_what_was_measured_and_whether_it_passes(self, case):
         record = self.record(case, Difference(0.1, -0.2, 0.4), Difference(0.01, -0.02, 0.01))
-        assert record["passes"] is True
-        assert {name: record[name] for name in list(record)[3:-1]} == {
-            "loss_increase": 0.1,
-            "loss_increase_upper": 0.4,
-            "accuracy_drop": 0.01,
-            "accuracy_drop_upper": 0.01,
-        }
+        assert record.passes is True
+        assert (record.loss_increase, record.loss_increase_upper) == (0.1, 0.4)
+        assert (record.accuracy_drop, record.accuracy_drop_upper) == (0.01, 0.01)
         record = self.record(case, Difference(0.1, -math.inf, math.inf), None)
-        assert (record["loss_increase_upper"], record["passes"]) == (None, False)
+        assert (record.loss_increase_upper, record.passes) == (None, False)
         record = self.record(case, Difference(0.1, -0.2, 0.6), None)
-        assert record["passes"] is False
-        assert "accuracy_drop" not in record
+        assert record.passes is False
+        assert record.accuracy_drop is None

@@ -12,7 +12,7 @@ from support.reports import CERTIFICATE, REPORT, certified, layer, trial, uncert
 
 from hf_lossless_lr import ConfigurationError
 from hf_lossless_lr.report.figures import DENSE, FULL, KEPT, figures, layers_by_type, write_figures
-from hf_lossless_lr.report.records import Difference
+from hf_lossless_lr.report.records import Difference, TrialRecord
 
 ALL = ("rank_per_layer", "kept_per_layer_type", "loss_and_size", "predicted_and_measured", "changed_answers")
 
@@ -214,7 +214,7 @@ class TestPrediction:
             trial(0.5, 1e-3, -2e-3, -1e-3),
             trial(0.5, 1e-3, -2e-3, None),
             trial(0.5, 1e-3, -2e-3, math.inf),
-            {"keep_ratio": 0.5, "predicted_loss_increase": 1e-3, "refitted": False},
+            TrialRecord(0.5, 1e-3, refitted=False),
         ],
     )
     def test_is_left_out_where_logarithms_are_none(self, record):
@@ -258,7 +258,7 @@ class TestAll:
             (certified(changed=None), ALL[:4]),
             (certified(accuracy=None, accuracy_drop=None), ALL[:4]),
             (replace(REPORT, trials=[]), (*ALL[:2], ALL[4])),
-            (replace(uncertified("none"), trials=[{"keep_ratio": 0.5, "predicted_loss_increase": 0.1}]), ALL[:2]),
+            (replace(uncertified("none"), trials=[TrialRecord(0.5, 0.1, refitted=False)]), ALL[:2]),
         ],
     )
     def test_are_left_out_where_the_report_has_no_data(self, report, left):

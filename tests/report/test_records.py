@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from hf_lossless_lr import Certificate, CheckpointError, CompressionReport
-from hf_lossless_lr.report.records import REPORT_NAME, Difference, LayerReport, Measurement
+from hf_lossless_lr.report.records import REPORT_NAME, Difference, LayerReport, Measurement, TrialRecord
 
 FACTORIZED = LayerReport("Linear", 8, 10, 3, "pivoted", 80, 45, -0.25, 0.5)
 DENSE = LayerReport("Conv1D", 4, 5, None, None, 20, 20, 0.0, 0.0)
@@ -60,7 +60,7 @@ def report():
         layers={"one": FACTORIZED, "two": DENSE, "three": replace(FACTORIZED, second_order=0.125)},
         skipped={"classifier": "task head"},
         refitted=True,
-        trials=[{"keep_ratio": 0.5, "loss_increase": 0.01, "passes": False}],
+        trials=[TrialRecord(0.5, 0.02, refitted=True, loss_increase=0.01, passes=False)],
         dense=Measurement(0.1 + 0.2, 0.75, 1000),
         compressed=Measurement(1e-9, None, 930),
         certificate=None,
@@ -97,13 +97,17 @@ class TestReport:
         assert type(again.certificate.reasons) is type(again.certificate.loss) is tuple
 
     def test_has_null_in_json_for_what_is_not_finite(self, report):
-        report = replace(report, certificate=NO_CLASSES, trials=[{"loss_increase_upper": math.inf}])
+        report = replace(
+            report,
+            certificate=NO_CLASSES,
+            trials=[TrialRecord(0.5, 0.02, refitted=True, loss_increase_upper=math.inf)],
+        )
 
         def refuse(name):
             pytest.fail(f"{name} is no JSON")
 
         data = json.loads(report.to_json(), parse_constant=refuse)
-        assert data["trials"] == [{"loss_increase_upper": None}]
+        assert data["trials"][0]["loss_increase_upper"] is None
         assert data["certificate"]["loss_increase"] == {"mean": 0.1, "lower": None, "upper": None}
 
     def test_of_before_is_read_with_numbers_that_are_no_json(self, report):
@@ -180,6 +184,8 @@ BROKEN = {
     "a layer with more": lambda data: data["layers"]["one"].update(colour="red"),
     "layers in a list": lambda data: data.update(layers=[1]),
     "a measurement that is none": lambda data: data.update(compressed=3),
+    "a trial with more": lambda data: data["trials"][0].update(colour="red"),
+    "a trial without a size": lambda data: data["trials"][0].pop("keep_ratio"),
     "no certificate": without("certificate"),
     "no fingerprints": without("fingerprints"),
     "a certificate without a status": lambda data: data["certificate"].pop("status"),

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from hf_lossless_lr import Certificate, CompressionReport, LosslessLowRankConfig
 from hf_lossless_lr.checkpoint.options import CompressionOptions
-from hf_lossless_lr.report.records import Difference, LayerReport, Measurement
+from hf_lossless_lr.report.records import Difference, LayerReport, Measurement, TrialRecord
 
 CERTIFICATE = Certificate(
     status="lossless",
@@ -44,8 +44,7 @@ def options(**changes):
 
 
 def trial(keep_ratio, predicted, measured, upper, passes=True, **accuracy):
-    record = {"keep_ratio": keep_ratio, "predicted_loss_increase": predicted, "refitted": True}
-    return record | {"loss_increase": measured, "loss_increase_upper": upper, "passes": passes} | accuracy
+    return TrialRecord(keep_ratio, predicted, True, measured, upper, passes=passes, **accuracy)
 
 
 NAMES = ("attention.self.query", "attention.self.key", "attention.output.dense", "output.dense")
