@@ -3,8 +3,8 @@
 Also what a batch's labels and loss mean, and which rows are padding.
 """
 
-from .forward import forward_loss, mean_loss
-from .labels import IGNORE_INDEX, Question, batch_examples, correct_predictions, questions
+from .forward import forward_loss, mean_loss, run_batch
+from .labels import IGNORE_INDEX, Question, Reading, batch_examples, correct_predictions
 from .loaders import dataset_size, make_dataloader, subset
 from .padding import PaddingMasks
 from .splits import DataSplits, combined_digest, item_digests, split_data
@@ -14,6 +14,7 @@ __all__ = [
     "DataSplits",
     "PaddingMasks",
     "Question",
+    "Reading",
     "batch_examples",
     "combined_digest",
     "correct_predictions",
@@ -22,7 +23,7 @@ __all__ = [
     "item_digests",
     "make_dataloader",
     "mean_loss",
-    "questions",
+    "run_batch",
     "split_data",
     "subset",
 ]

@@ -4,20 +4,47 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..errors import DataError, NumericalError
 from ..layers import evaluating
-from .labels import labelled_units
+from .labels import Question, check_labels, read_labels
+
+logger = logging.get_logger(__name__)
 
 
-def forward_loss(model: PreTrainedModel, batch: Mapping[str, Any], index: int) -> tuple[torch.Tensor, Any, int]:
-    """Run a batch and return its mean loss in float32, the outputs, and the labelled units behind the loss.
+class ForwardPass(NamedTuple):
+    """A batch's way through a model.
+
+    Attributes:
+        loss: mean loss in nats, in float32.
+        outputs: what the forward returned.
+        units: labelled units behind the loss.
+        questions: what the labels ask; see `Reading`.
+        explained: whether it is known which logits answer to which labels.
+    """
+
+    loss: torch.Tensor
+    outputs: Any
+    units: int
+    questions: list[Question]
+    explained: bool
+
+
+def run_batch(model: PreTrainedModel, batch: Mapping[str, Any]) -> Any:
+    """Run a batch without a cache of keys and values, unless it asks for one, and return the outputs."""
+    extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    return model(**{**extra, **batch})
+
+
+def forward_loss(model: PreTrainedModel, batch: Mapping[str, Any], index: int) -> ForwardPass:
+    """Run a batch and return its mean loss, with what the labels ask.
 
     Args:
         model: the model.
@@ -25,16 +52,15 @@ def forward_loss(model: PreTrainedModel, batch: Mapping[str, Any], index: int) -
         index: number of the batch, for errors.
 
     Returns:
-        Loss in nats, outputs, units.
+        The pass.
 
     Raises:
         ConfigurationError: if a CTC head sums its loss.
         DataError: if there are no labels or the model returns no loss.
         NumericalError: if the loss is not finite.
     """
-    units = labelled_units(model, batch)
-    extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    outputs = model(**{**extra, **batch})
+    check_labels(model, batch)
+    outputs = run_batch(model, batch)
     loss = getattr(outputs, "loss", None)
     if loss is None:
         raise DataError(
@@ -42,9 +68,15 @@ def forward_loss(model: PreTrainedModel, batch: Mapping[str, Any], index: int) -
             "with labels."
         )
     loss = loss.float().mean()
-    if units and not torch.isfinite(loss):
+    reading = read_labels(model, batch, outputs, loss)
+    if reading.units and not torch.isfinite(loss):
         raise NumericalError(f"batch {index}: the loss is {loss.item()}; check the labels and the inputs.")
-    return loss, outputs, units
+    if not reading.explained:
+        logger.warning_once(
+            f"the loss of {type(model).__name__} does not show which logits answer to which labels, neither those of "
+            "the same position nor of the one before: there is no accuracy, and units are the labels other than -100."
+        )
+    return ForwardPass(loss, outputs, *reading)
 
 
 def mean_loss(model: PreTrainedModel, loader: DataLoader, accelerator: Accelerator) -> float:
@@ -65,7 +97,7 @@ def mean_loss(model: PreTrainedModel, loader: DataLoader, accelerator: Accelerat
     totals = torch.zeros(2, dtype=torch.float64, device=accelerator.device)  # loss, units
     with evaluating(model), torch.no_grad():
         for index, batch in enumerate(accelerator.prepare(loader)):
-            loss, _, units = forward_loss(model, batch, index)
+            loss, _, units, *_ = forward_loss(model, batch, index)
             totals += torch.tensor([loss.item() * units if units else 0.0, units], dtype=torch.float64).to(totals)
     total, units = accelerator.reduce(totals, "sum").tolist()
     if units == 0:

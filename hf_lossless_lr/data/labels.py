@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from transformers.utils import find_labels
 
 from ..errors import ConfigurationError, DataError
-from .architectures import CTC, SHIFTED
+from .alignment import main_loss, measured_shift, shift_by_gradient
+from .architectures import CTC
 
 IGNORE_INDEX = -100
 
@@ -33,52 +34,6 @@ def batch_examples(batch: Mapping[str, Any]) -> int:
     return len(_first_tensor(batch))
 
 
-def _is_one_of(model: PreTrainedModel, names: set[str]) -> bool:
-    """Return whether these have the model's class, or one of Transformers that the user's own derives from."""
-    return any(base.__name__ in names for base in type(model).__mro__)
-
-
-def _target(model: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor:
-    """Return the labels that the loss compares, without the first token of a left-to-right language model."""
-    shifted = _is_one_of(model, SHIFTED) and not model.config.is_encoder_decoder
-    return labels[..., 1:] if shifted and labels.ndim == 2 else labels
-
-
-def labelled_units(model: PreTrainedModel, batch: Mapping[str, Any]) -> int:
-    """Return how many labelled units the loss of this batch averages over.
-
-    Integer labels count each entry that is not `-100` (shifted by one for causal language models); everything else
-    (floating-point labels, the positions of a span, the transcript of a CTC head) counts examples.
-
-    Args:
-        model: the model whose loss it is.
-        batch: keyword arguments of its forward.
-
-    Returns:
-        The number of units, possibly 0.
-
-    Raises:
-        ConfigurationError: if a CTC head sums its loss.
-        DataError: if the batch has no labels.
-    """
-    names = [name for name in label_names(model) if isinstance(batch.get(name), torch.Tensor)]
-    if not names:
-        raise DataError(
-            f"the data has no labels: {type(model).__name__} takes {' or '.join(label_names(model))}, the batch has "
-            f"{', '.join(batch)}. For a language model use DataCollatorForLanguageModeling, or labels=input_ids."
-        )
-    labels = batch[names[0]]
-    if _is_one_of(model, CTC) and model.config.ctc_loss_reduction != "mean":
-        raise ConfigurationError(
-            f"{type(model).__name__} sums its loss over a batch (ctc_loss_reduction="
-            f"{model.config.ctc_loss_reduction!r}), so that it depends on the batch size. Set "
-            'model.config.ctc_loss_reduction = "mean".'
-        )
-    if labels.is_floating_point() or names[0] == "start_positions" or _is_one_of(model, CTC):
-        return batch_examples(batch)
-    return int((_target(model, labels) != IGNORE_INDEX).sum())
-
-
 class Question(NamedTuple):
     """One question that a head answers for each labelled unit, by choosing among classes.
 
@@ -93,45 +48,105 @@ class Question(NamedTuple):
     examples: torch.Tensor
 
 
-def questions(model: PreTrainedModel, batch: Mapping[str, Any], outputs: Any) -> list[Question]:
-    """Return the questions behind the labelled units of a batch.
+class Reading(NamedTuple):
+    """What the labels of a batch ask, as the model's loss reads them.
+
+    Attributes:
+        units: labelled units that the loss averages over, possibly 0.
+        questions: two for question answering (start and end of the span), one for other classifying heads, none for
+            regression, multi-label and CTC heads, and for outputs without logits.
+        explained: whether it is known which logits answer to which labels: those of the same position, or of the one
+            before. If not, there are no questions, and units are the labels that are not `-100`.
+    """
+
+    units: int
+    questions: list[Question]
+    explained: bool = True
+
+
+def check_labels(model: PreTrainedModel, batch: Mapping[str, Any]) -> str:
+    """Return the name of the labels in a batch.
 
     Args:
-        model: the model.
+        model: the model whose labels they are.
         batch: keyword arguments of its forward.
-        outputs: what the forward returned.
 
     Returns:
-        Two for question answering (start and end of the span), one for other classifying heads, none for regression,
-        multi-label and CTC heads, and outputs without logits.
+        The first of `label_names` that the batch has.
+
+    Raises:
+        ConfigurationError: if a CTC head sums its loss.
+        DataError: if the batch has no labels.
     """
-    if "start_positions" in batch and hasattr(outputs, "start_logits"):
+    names = [name for name in label_names(model) if isinstance(batch.get(name), torch.Tensor)]
+    if not names:
+        raise DataError(
+            f"the data has no labels: {type(model).__name__} takes {' or '.join(label_names(model))}, the batch has "
+            f"{', '.join(batch)}. For a language model use DataCollatorForLanguageModeling, or labels=input_ids."
+        )
+    if _is_ctc(model) and model.config.ctc_loss_reduction != "mean":
+        raise ConfigurationError(
+            f"{type(model).__name__} sums its loss over a batch (ctc_loss_reduction="
+            f"{model.config.ctc_loss_reduction!r}), so that it depends on the batch size. Set "
+            'model.config.ctc_loss_reduction = "mean".'
+        )
+    return names[0]
+
+
+def read_labels(model: PreTrainedModel, batch: Mapping[str, Any], outputs: Any, loss: torch.Tensor) -> Reading:
+    """Return what the labels of a batch ask.
+
+    Integer labels count each entry that is not `-100`; everything else (floating-point labels, the positions of a
+    span, the transcript of a CTC head) counts examples. For labels of sequences the loss itself shows which logits
+    answer to which labels: those of the same position, or (left-to-right language models) of the one before.
+
+    Args:
+        model: the model whose loss it is.
+        batch: keyword arguments of its forward, with labels.
+        outputs: what the forward returned.
+        loss: its loss.
+
+    Returns:
+        The units and the questions behind them.
+    """
+    name = check_labels(model, batch)
+    labels, logits = batch[name], getattr(outputs, "logits", None)
+    if name == "start_positions" and hasattr(outputs, "start_logits"):
         examples = torch.arange(len(outputs.start_logits), device=outputs.start_logits.device)
-        return [
-            Question(outputs.start_logits, batch["start_positions"], examples),
-            Question(outputs.end_logits, batch["end_positions"], examples),
-        ]
-    labels, logits = batch.get("labels"), getattr(outputs, "logits", None)
-    if not isinstance(labels, torch.Tensor) or not isinstance(logits, torch.Tensor) or labels.is_floating_point():
-        return []
-    if _is_one_of(model, CTC):
-        return []
-    target = _target(model, labels)
-    if logits.ndim != target.ndim + 1 or logits.shape[-1] < 2:
-        return []
-    if target is not labels and target.shape != labels.shape:
-        logits = logits[..., :-1, :]
-    if logits.shape[:-1] != target.shape:
-        return []
-    labelled = target != IGNORE_INDEX
-    return [Question(logits[labelled], target[labelled], labelled.nonzero()[:, 0])]
+        spans = ((outputs.start_logits, "start_positions"), (outputs.end_logits, "end_positions"))
+        return Reading(batch_examples(batch), [Question(scores, batch[key], examples) for scores, key in spans])
+    if labels.is_floating_point() or name == "start_positions" or _is_ctc(model):
+        return Reading(batch_examples(batch), [])
+    labelled = labels != IGNORE_INDEX
+    classes = isinstance(logits, torch.Tensor) and logits.ndim == labels.ndim + 1 and logits.shape[-1] >= 2
+    if not isinstance(logits, torch.Tensor) or not classes or logits.shape[:-1] != labels.shape:
+        return Reading(int(labelled.sum()), [], explained=labels.ndim == 1)
+    if labels.ndim == 1:
+        return Reading(int(labelled.sum()), [_question(logits, labels)])
+    shift = measured_shift(logits, labels, main_loss(model, outputs, loss), IGNORE_INDEX)
+    if shift is None:
+        shift = shift_by_gradient(model, batch, outputs, loss, labels, IGNORE_INDEX)
+    if shift is None:
+        return Reading(int(labelled.sum()), [], explained=False)
+    question = _question(logits[..., : logits.shape[-2] - shift, :], labels[..., shift:])
+    return Reading(len(question.labels), [question])
+
+
+def _question(logits: torch.Tensor, labels: torch.Tensor) -> Question:
+    labelled = labels != IGNORE_INDEX
+    return Question(logits[labelled], labels[labelled], labelled.nonzero()[:, 0])
+
+
+def _is_ctc(model: PreTrainedModel) -> bool:
+    """Return whether a head is for CTC: its class, or one of Transformers that the user's own derives from."""
+    return any(base.__name__ in CTC for base in type(model).__mro__)
 
 
 def correct_predictions(asked: Sequence[Question]) -> torch.Tensor:
     """Return for each labelled unit whether the arg max answers all its questions correctly.
 
     Args:
-        asked: at least one question, from `questions`.
+        asked: at least one question, from `read_labels`.
 
     Returns:
         Booleans.  # shape: (units,)

@@ -94,9 +94,9 @@ def refit(
     factorized = {name: target.factorized for name, target in targets.items()}
     masks = PaddingMasks(model)  # what it knows of the model serves all streams
     with evaluating(model), pausing(model, masks.encoder, _pauses(targets, groups)):
-        batches = list(enumerate(accelerator.prepare(loader)))
-        dense = [Stream(model, batch, index, copy(masks)) for index, batch in batches]
-        compressed = [Stream(model, batch, index, copy(masks)) for index, batch in batches]
+        batches = list(accelerator.prepare(loader))
+        dense = [Stream(model, batch, copy(masks)) for batch in batches]
+        compressed = [Stream(model, batch, copy(masks)) for batch in batches]
         finished: set[Group] = set()
         try:
             for group in logging.tqdm(groups, desc="Refitting", disable=not accelerator.is_main_process):

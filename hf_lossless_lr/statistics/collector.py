@@ -199,11 +199,11 @@ def collect_statistics(
             for index, batch in enumerate(progress):
                 collector.masks.start(batch)
                 collector.recording = True
-                loss, outputs, units = forward_loss(model, batch, index)
+                loss, outputs, units, asked, _ = forward_loss(model, batch, index)
                 collector.recording = False
                 collector.add_inputs()
                 if units:
-                    del outputs
+                    del outputs, asked
                     (loss * units).backward()
                     collector.add_weight_grads(index)
                     totals += torch.tensor([loss.item() * units, units, 0.0], device=totals.device)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..data import PaddingMasks, forward_loss
+from ..data import PaddingMasks, run_batch
 from ..layers import layout_of
 from .rows import real_rows
 
@@ -25,8 +25,8 @@ Group = tuple[str, ...]
 class Stream(greenlet.greenlet):
     """One batch on its way through the model."""
 
-    def __init__(self, model: PreTrainedModel, batch: Mapping[str, Any], index: int, masks: PaddingMasks) -> None:
-        super().__init__(lambda: forward_loss(model, batch, index))
+    def __init__(self, model: PreTrainedModel, batch: Mapping[str, Any], masks: PaddingMasks) -> None:
+        super().__init__(lambda: run_batch(model, batch))
         self.gr_context = contextvars.copy_context()
         self.masks = masks
         masks.start(batch)

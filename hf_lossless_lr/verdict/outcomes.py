@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..data import Question, batch_examples, correct_predictions, forward_loss, questions
+from ..data import Question, batch_examples, correct_predictions, forward_loss
 from ..errors import DataError
 from ..layers import evaluating, in_place
 
@@ -102,11 +102,16 @@ class PairedOutcomes:
 
 
 class _Answer(NamedTuple):
-    """What one model says to one batch."""
+    """What one model says to one batch: its mean loss, and what it was asked (see `Reading`)."""
 
     loss: float
     units: int
     asked: list[Question]
+    explained: bool
+
+    @property
+    def total(self) -> float:
+        return self.loss * self.units if self.units else 0.0
 
     @property
     def bytes(self) -> int:
@@ -197,15 +202,18 @@ def paired_outcomes(
 
 
 def _answer(model: PreTrainedModel, batch: Mapping[str, Any], index: int) -> _Answer:
-    loss, outputs, units = forward_loss(model, batch, index)
-    return _Answer(loss.item() * units if units else 0.0, units, questions(model, batch, outputs))
+    passed = forward_loss(model, batch, index)
+    return _Answer(passed.loss.item(), passed.units, passed.questions, passed.explained)
 
 
 def _record(dense: _Answer, compressed: _Answer, examples: int, index: int, temperatures: bool) -> _Record:
+    if not (dense.explained and compressed.explained):  # what is known of one alone does not compare them
+        units = (compressed if dense.explained else dense).units
+        dense, compressed = (answer._replace(asked=[], units=units) for answer in (dense, compressed))
     shapes = [[question.logits.shape for question in answer.asked] for answer in (dense, compressed)]
     if dense.units != compressed.units or shapes[0] != shapes[1]:
         raise DataError(f"batch {index}: the two models do not answer the same questions, so they cannot be compared.")
-    loss = np.array([dense.loss, compressed.loss])
+    loss = np.array([dense.total, compressed.total])
     if not dense.asked or not dense.units:
         return _Record(loss, dense.units, examples, {})
     logs = [[q.logits.float().log_softmax(-1) for q in answer.asked] for answer in (dense, compressed)]

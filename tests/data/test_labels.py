@@ -7,7 +7,7 @@ import torch
 from support.tiny_models import IGNORED, TINY_MODELS, build, generator, rows, split_batch
 from torch import tensor
 
-from hf_lossless_lr.data.labels import batch_examples, correct_predictions, label_names, labelled_units, questions
+from hf_lossless_lr.data.labels import batch_examples, check_labels, correct_predictions, label_names, read_labels
 from hf_lossless_lr.errors import ConfigurationError, DataError
 
 LOSS_RTOL = 1e-5  # float32 forward passes of one example against those of the whole batch
@@ -98,57 +98,70 @@ def speech(reduction):
     return model, {"input_values": torch.randn(6, 320, generator=generator(0)), "labels": labels}
 
 
-class TestLabelledUnits:
-    @pytest.mark.parametrize(("name", "labels", "units"), UNITS)
+def reading(model, batch):
+    """What the labels of a batch ask, by the model's own answer."""
+    with torch.no_grad():
+        outputs = model(**batch)
+    return read_labels(model, batch, outputs, outputs.loss)
+
+
+def cross_entropy(name, labels, logits):
+    """The loss of a head, written out."""
+    if name in ("llama", "gpt2"):
+        labels, logits = labels[..., 1:], logits[..., :-1, :]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
+
+
+def read(name, labels, logits=None, **more):
+    """The reading of labels by themselves, with a loss that is the cross-entropy of the logits where it can be."""
+    logits = torch.rand(*labels.shape, 11, generator=generator(0)) if logits is None else logits
+    whole = not labels.is_floating_point() and logits.shape[:-1] == labels.shape and logits.shape[-1] > 1
+    loss = cross_entropy(name, labels, logits) if whole else tensor(1.0)
+    return read_labels(head(name), {"labels": labels, **more}, SimpleNamespace(logits=logits), loss)
+
+
+class TestUnits:
+    @pytest.mark.parametrize(("name", "labels", "units"), [case for case in UNITS if "labels" in case[1]])
     def test_are_counted(self, name, labels, units):
-        assert labelled_units(head(name), {"input_ids": WORDS, **labels}) == units
+        assert read(name, **labels).units == units
 
-    def test_of_an_encoder_decoder_among_the_causal_models_are_not_shifted(self):
-        """Transformers lists some with them, such as Florence2; their targets are shifted already."""
-        model = head("llama")
-        model.config.is_encoder_decoder = True
-        assert labelled_units(model, {"labels": tensor([[5, 6, 7, 8], [5, 6, N, N]])}) == 6
-
-    def test_of_a_users_own_causal_model_are_shifted(self):
-        model, batch = TINY_MODELS["llama"]()
-        own = type("Own", (type(model),), {})(model.config)
-        assert labelled_units(own, batch) == labelled_units(model, batch)
+    def test_of_a_span_are_its_examples(self):
+        model, batch = TINY_MODELS["bert-question-answering"]()
+        assert reading(model, batch).units == 6
 
     @pytest.mark.parametrize("name", DECODERS)
     def test_of_a_decoder_alone_are_not_shifted(self, name):
         """Transformers lists these with the causal models; their loss compares each position with its own label."""
         model, batch = decoder(name), TINY_MODELS["llama"]()[1]
-        with torch.no_grad():
-            outputs = model(**batch)
-        (question,) = questions(model, batch, outputs)
+        found = reading(model, batch)
+        (question,) = found.questions
         expected = torch.nn.functional.cross_entropy(question.logits, question.labels)
-        torch.testing.assert_close(outputs.loss, expected, rtol=LOSS_RTOL, atol=0.0)
-        assert labelled_units(model, batch) == int((batch["labels"] != N).sum())
+        torch.testing.assert_close(model(**batch).loss, expected, rtol=LOSS_RTOL, atol=0.0)
+        assert found.units == int((batch["labels"] != N).sum())
 
     @pytest.mark.parametrize("name", TINY_MODELS)
     def test_are_what_the_loss_averages_over(self, name):
         """Loss times units is a sum: the batch's is the sum of its examples'."""
         model, batch = TINY_MODELS[name]()
         with torch.no_grad():
-            whole = model(**batch).loss * labelled_units(model, batch)
-            parts = sum(model(**one).loss * labelled_units(model, one) for one in split_batch(batch, 1))
+            whole = model(**batch).loss * reading(model, batch).units
+            parts = sum(model(**one).loss * reading(model, one).units for one in split_batch(batch, 1))
         torch.testing.assert_close(whole, parts, rtol=LOSS_RTOL, atol=0.0)
 
     def test_of_transcripts_are_what_the_loss_averages_over(self):
         """The loss of each example is divided by the length of its transcript; the batch's is their mean."""
         model, batch = speech("mean")
-        assert labelled_units(model, batch) == 6
+        assert (reading(model, batch).units, reading(model, batch).questions) == (6, [])
         with torch.no_grad():
             outputs = model(**batch)
-            parts = sum(model(**one).loss * labelled_units(model, one) for one in split_batch(batch, 1))
+            parts = sum(model(**one).loss * reading(model, one).units for one in split_batch(batch, 1))
         torch.testing.assert_close(6 * outputs.loss, parts, rtol=LOSS_RTOL, atol=0.0)
         assert outputs.logits.shape[:2] == batch["labels"].shape
-        assert questions(model, batch, outputs) == []
 
     def test_of_a_summed_loss_are_an_error(self):
         model, batch = speech("sum")
         with pytest.raises(ConfigurationError, match=r'Wav2Vec2ForCTC sums .* Set model.config.ctc_loss.* = "mean"'):
-            labelled_units(model, batch)
+            check_labels(model, batch)
 
     def test_are_what_the_loss_of_partly_labelled_examples_averages_over(self):
         model, batch = TINY_MODELS["bert-sequence-classification"]()
@@ -156,7 +169,7 @@ class TestLabelledUnits:
         with torch.no_grad():
             loss = model(**batch).loss
             each = torch.nn.functional.cross_entropy(model(**batch).logits, batch["labels"], reduction="sum")
-        assert labelled_units(model, batch) == 3
+        assert reading(model, batch).units == 3
         torch.testing.assert_close(3 * loss, each, rtol=LOSS_RTOL, atol=0.0)
 
     @pytest.mark.parametrize("name", TINY_MODELS)
@@ -168,11 +181,104 @@ class TestLabelledUnits:
         with pytest.raises(
             DataError, match=f"no labels: {type(model).__name__} takes {expected}, the batch has {columns}"
         ):
-            labelled_units(model, unlabelled)
+            check_labels(model, unlabelled)
 
     def test_of_labels_that_are_none_is_an_error(self):
         with pytest.raises(DataError, match="labels=input_ids"):
-            labelled_units(head("llama"), {"input_ids": WORDS, "labels": None})
+            check_labels(head("llama"), {"input_ids": WORDS, "labels": None})
+
+
+class Shifting(torch.nn.Module):
+    """A head's loss in place of the model's own: of its logits and labels, as `loss` takes them."""
+
+    def __init__(self, model, loss):
+        super().__init__()
+        self.model, self.loss, self.config = model, loss, model.config
+
+    def forward(self, labels, **inputs):
+        logits = self.model(**inputs).logits
+        return SimpleNamespace(logits=logits, loss=self.loss(logits, labels))
+
+
+def weighted(logits, labels):
+    weight = torch.logspace(-2, 1, logits.shape[-1])
+    return torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), weight)
+
+
+def smoothed_and_shifted(logits, labels):
+    target = labels[..., 1:].flatten()
+    return torch.nn.functional.cross_entropy(logits[..., :-1, :].flatten(0, -2), target, label_smoothing=0.4)
+
+
+def of_states(logits, labels):
+    """No loss of classes at all."""
+    return (logits - logits.mean()).square().mean()
+
+
+class TestAlignment:
+    """Which logits answer to which labels is measured: the name of a class says nothing."""
+
+    def test_of_a_users_own_causal_model_is_that_of_its_loss(self):
+        model, batch = TINY_MODELS["llama"]()
+        own = type("MyLM", (type(model),), {})(model.config)
+        own.load_state_dict(model.state_dict())
+        stranger = Shifting(model, lambda logits, labels: cross_entropy("llama", labels, logits))
+        for other in (own, stranger):
+            found, expected = reading(other, batch), reading(model, batch)
+            assert found.units == expected.units == int((batch["labels"][:, 1:] != N).sum())
+            assert torch.equal(found.questions[0].labels, expected.questions[0].labels)
+            assert torch.equal(found.questions[0].logits, expected.questions[0].logits)
+
+    def test_of_a_causal_model_that_does_not_shift_is_its_own_position(self):
+        model, batch = TINY_MODELS["llama"]()
+        tagger = Shifting(model, lambda logits, labels: cross_entropy("bert-token-classification", labels, logits))
+        found = reading(tagger, batch)
+        assert found.units == int((batch["labels"] != N).sum())
+        assert torch.equal(found.questions[0].labels, batch["labels"][batch["labels"] != N])
+
+    def test_is_found_beside_what_balances_a_router(self):
+        options = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
+        sizes = {"num_hidden_layers": 2, "num_local_experts": 4, "vocab_size": 61, "initializer_range": 0.2}
+        router = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+        model, batch = build("MixtralForCausalLM", "MixtralConfig", **options, **sizes, **router), text_batch()
+        with torch.no_grad():
+            outputs = model(**batch)
+        assert outputs.aux_loss * 0.5 > 0.1 * outputs.loss
+        found = read_labels(model, batch, outputs, outputs.loss)
+        assert (found.units, found.explained) == (int((batch["labels"][:, 1:] != N).sum()), True)
+
+    @pytest.mark.parametrize("graph", [False, True])
+    @pytest.mark.parametrize(("loss", "shift"), [(weighted, 0), (smoothed_and_shifted, 1)])
+    def test_of_a_loss_that_is_no_plain_cross_entropy_is_that_of_its_gradient(self, loss, shift, graph):
+        model, batch = TINY_MODELS["bert-token-classification"]()
+        odd = Shifting(model, loss)
+        with torch.set_grad_enabled(graph):
+            outputs = odd(**batch)
+            found = read_labels(odd, batch, outputs, outputs.loss)
+        assert found.explained
+        assert found.units == int((batch["labels"][:, shift:] != N).sum())
+        assert torch.equal(found.questions[0].labels, batch["labels"][:, shift:][batch["labels"][:, shift:] != N])
+        assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+    def test_that_is_none_leaves_no_accuracy_and_says_so(self):
+        model, batch = TINY_MODELS["bert-token-classification"]()
+        found = reading(Shifting(model, of_states), batch)
+        assert (found.questions, found.explained) == ([], False)
+        assert found.units == int((batch["labels"] != N).sum())
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bert-masked-lm", "bert-token-classification"])
+    def test_is_that_of_every_batch(self, name, dtype):
+        model, batch = TINY_MODELS[name](12)
+        model.to(dtype)
+        shift = name in ("llama", "gpt2")
+        for part in split_batch(batch, 1):
+            assert reading(model, part).units == int((part["labels"][:, shift:] != N).sum())
+
+
+def text_batch():
+    batch = TINY_MODELS["llama"]()[1]
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
 
 
 class TestBatchExamples:
@@ -204,7 +310,9 @@ CORRECT = [
 
 
 def asked_of(name, batch, **outputs):
-    return questions(head(name), batch, SimpleNamespace(**outputs))
+    if "labels" in batch and outputs.get("logits") is not None:
+        return read(name, batch["labels"], outputs["logits"]).questions
+    return read_labels(head(name), batch, SimpleNamespace(**outputs), tensor(1.0)).questions
 
 
 class TestQuestions:
@@ -236,11 +344,10 @@ class TestQuestions:
     @pytest.mark.parametrize("name", TINY_MODELS)
     def test_have_as_many_units_as_the_loss(self, name):
         model, batch = TINY_MODELS[name]()
-        with torch.no_grad():
-            asked = questions(model, batch, model(**batch))
+        asked = reading(model, batch).questions
         assert len(asked) == (2 if name == "bert-question-answering" else 1)
         for question in asked:
-            units = labelled_units(model, batch)
+            units = reading(model, batch).units
             assert len(question.logits) == len(question.labels) == len(question.examples) == units
             assert question.examples.tolist() == sorted(question.examples.tolist())
             assert set(question.examples.tolist()) <= set(range(batch_examples(batch)))
@@ -252,7 +359,6 @@ class TestQuestions:
             (tensor([1, 0]), torch.zeros(2, 1)),  # a single output has no arg max to speak of
             (tensor([[1.0, 0.0, 1.0]]), torch.zeros(1, 3)),  # multi-label
             (tensor([1, 0]), None),
-            (None, torch.zeros(2, 3)),
             (tensor([1, 0]), torch.zeros(2, 4, 3)),  # token logits, example labels
             (tensor([[1, 0]]), torch.zeros(1, 5, 3)),  # logits for other tokens than the labels
         ],
@@ -280,7 +386,6 @@ class TestCorrectPredictions:
     @pytest.mark.parametrize("name", ["llama", "bert-masked-lm", "t5", "vit"])
     def test_add_up_over_batches(self, name):
         model, batch = TINY_MODELS[name](24)
-        with torch.no_grad():
-            whole = correct_predictions(questions(model, batch, model(**batch)))
-            parts = [correct_predictions(questions(model, part, model(**part))) for part in split_batch(batch, 5)]
+        whole = correct_predictions(reading(model, batch).questions)
+        parts = [correct_predictions(reading(model, part).questions) for part in split_batch(batch, 5)]
         assert whole.tolist() == torch.cat(parts).tolist()

@@ -604,7 +604,7 @@ STAGES = {  # what fails, at which call, and with which error
     "the third replacement": ("torch.nn.Module.set_submodule", 3, KeyboardInterrupt),
     "dense model on the selection split": ("hf_lossless_lr.verdict.outcomes.forward_loss", 1, KeyboardInterrupt),
     "comparison before the refit": ("hf_lossless_lr.verdict.outcomes.forward_loss", 2, KeyboardInterrupt),
-    "refit, forward": ("hf_lossless_lr.statistics.streams.forward_loss", 3, KeyboardInterrupt),
+    "refit, forward": ("hf_lossless_lr.statistics.streams.run_batch", 3, KeyboardInterrupt),
     "refit, third layer": ("hf_lossless_lr.factors.refit._solve", 3, NumericalError),
     "comparison after the refit": ("hf_lossless_lr.verdict.outcomes.forward_loss", 3, RuntimeError),
     "dense model on the evaluation data": ("hf_lossless_lr.verdict.outcomes.forward_loss", 6, NumericalError),
