@@ -17,13 +17,15 @@ from transformers.utils import logging
 from ..checkpoint import LosslessLowRankConfig
 from ..data import DataSplits, forward_loss, subset
 from ..errors import CheckpointError, NumericalError
-from ..factors import Factorization, LossCurve, factorize, loss_curve
+from ..factors import Factorization, LossCurve, factorize, loss_curve, silent_layers
 from ..fingerprint import tensors_fingerprint
 from ..layers import Targets, evaluating, on_device, weight_matrices
 from ..ranks import OBJECTIVES
 from ..statistics import CalibrationStatistics, collect_statistics, data_fingerprint, load_statistics, save_statistics
 from ..timing import Clock
 from ..verdict import KeptAnswers
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def calibrate(
         with clock.timed("statistics"):
             statistics = _statistics(dense, targets, parts, accelerator, statistics_path)
         with clock.timed("factorization"):
-            factors = _factorize(config, targets, statistics)
+            factors = _factorize(config, _heard(config, targets, statistics), statistics)
     return Calibration(dense, parts, statistics, factors, accelerator, clock.seconds)
 
 
@@ -138,6 +140,29 @@ def _statistics(
     if path is not None and accelerator.is_main_process:
         save_statistics(statistics, path, dense.fingerprint)
     return statistics
+
+
+def _heard(config: LosslessLowRankConfig, targets: Targets, statistics: CalibrationStatistics) -> Targets:
+    """Leave the layers dense whose ranks would be chosen by a cost that the data say nothing about."""
+    if config.objective == "uniform" and config.metric not in ("kronecker", "fisher"):
+        return targets  # neither the ranks nor the factors depend on a gradient
+    weights = {name: weight_matrices(module) for name, module in targets.chosen.items()}
+    silent = silent_layers(weights, statistics.layers)
+    if len(silent) == len(weights):
+        raise NumericalError(
+            f"no layer can be compressed by what the calibration data show: {next(iter(silent))!r}, for one: "
+            f"{next(iter(silent.values()))}. Is the model run without gradients, or is its loss 0 on all examples?"
+        )
+    if silent:
+        names = list(silent)
+        logger.warning(
+            "%d layers stay dense, because the calibration data say nothing about them: %s%s",
+            len(names),
+            "; ".join(f"{name} ({silent[name]})" for name in names[:5]),
+            "; …" * (len(names) > 5),
+        )
+    chosen = {name: module for name, module in targets.chosen.items() if name not in silent}
+    return Targets(chosen, {**targets.skipped, **silent})
 
 
 def _factorize(config: LosslessLowRankConfig, targets: Targets, statistics: CalibrationStatistics) -> Factors:

@@ -390,3 +390,50 @@ class TestOnDevice:
         back = {id(module) for module, arguments in moves if arguments == (torch.device("cpu"),)}
         assert {id(module) for module in targets.values()} <= back
         assert id(model) in back
+
+
+class TestLayersWithoutASignal:
+    """What the data say nothing about stays dense, with the reason; it does not get rank 1 because that is free."""
+
+    @staticmethod
+    def frozen_part():
+        """A classifier whose first layer is run without gradients."""
+        model, batch = build("bert-sequence-classification")
+        part, plain = model.bert.encoder.layer[0], model.bert.encoder.layer[0].forward
+
+        def forward(*arguments, **options):
+            with torch.no_grad():
+                return plain(*arguments, **options)
+
+        part.forward = forward
+        return model, batch
+
+    @pytest.mark.parametrize("metric", ["kronecker", "activation"])
+    def test_stay_dense_with_the_reason_and_a_warning_that_names_them(self, metric, monkeypatch):
+        model, batch = self.frozen_part()
+        warnings = []
+        monkeypatch.setattr(calibration_module.logger, "warning", lambda text, *parts: warnings.append(text % parts))
+        compressor = LowRankCompressor(LosslessLowRankConfig(metric=metric, refit=False))
+        compressor.compress(model, split_batch(batch, 2), eval_dataset=[other_inputs(batch)])
+        report = compressor.report
+        quiet = {name for name, reason in report.skipped.items() if "no gradient of the loss reaches it" in reason}
+        assert quiet == {
+            name for name in find_targets(build("bert-sequence-classification")[0]).chosen if ".0." in name
+        }
+        assert all(".1." in name for name in report.layers)
+        assert any("6 layers stay dense" in text and next(iter(sorted(quiet))) in text for text in warnings)
+
+    def test_are_compressed_where_nothing_depends_on_a_gradient(self):
+        model, batch = self.frozen_part()
+        config = LosslessLowRankConfig(objective="uniform", metric="activation", refit=False)
+        compressor = LowRankCompressor(config)
+        compressor.compress(model, split_batch(batch, 2), eval_dataset=[other_inputs(batch)])
+        assert all(layer.rank is not None for layer in compressor.report.layers.values())
+        assert any(".0." in name for name in compressor.report.layers)
+
+    def test_are_an_error_where_all_are_such(self):
+        model, batch = build("bert-sequence-classification")
+        model.classifier.weight.data.zero_()
+        with pytest.raises(NumericalError, match=r"no layer can be compressed .* no gradient of the loss reaches it"):
+            LowRankCompressor(LosslessLowRankConfig()).compress(model, split_batch(batch, 2))
+        assert not factorized_layers(model)
