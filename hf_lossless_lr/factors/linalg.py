@@ -14,6 +14,7 @@ $$\|D\|^2_{A,B} = \mathrm{tr}(B\,D\,A\,D^\top).$$
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -39,9 +40,11 @@ class PivotedForm(NamedTuple):
 
 
 def damped(matrix: torch.Tensor, damping: float) -> torch.Tensor:
-    """Return `matrix + damping * mean(diag(matrix)) * I`, the relative Tikhonov damping.
+    """Return `matrix + damping * diag(matrix)`, the Tikhonov damping of each channel relative to its own.
 
-    A matrix that is entirely zero (a layer that never saw a signal) carries no information and becomes the identity.
+    So the result follows a rescaling of the channels, and a few large ones do not drown the others. A channel that is
+    zero (it never saw a signal) gets `damping` times the smallest of the others. A matrix that is entirely zero
+    carries no information and becomes the identity.
 
     Args:
         matrix: symmetric positive semi-definite.  # shape: (..., d, d)
@@ -51,9 +54,8 @@ def damped(matrix: torch.Tensor, damping: float) -> torch.Tensor:
         The damped matrix in float64, of the same shape.
     """
     matrix = matrix.double()
-    level = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    return torch.where(level <= 0, identity, matrix + damping * level * identity)
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    return matrix + torch.diag_embed(damped_diagonal(diagonal, damping) - diagonal)
 
 
 def damped_diagonal(diagonal: torch.Tensor, damping: float) -> torch.Tensor:
@@ -67,8 +69,10 @@ def damped_diagonal(diagonal: torch.Tensor, damping: float) -> torch.Tensor:
         The damped diagonal in float64, of the same shape.
     """
     diagonal = diagonal.double()
-    level = diagonal.mean(-1, keepdim=True)
-    return torch.where(level <= 0, torch.ones_like(diagonal), diagonal + damping * level)
+    silent = diagonal <= 0
+    smallest = torch.where(silent, math.inf, diagonal).amin(-1, keepdim=True)
+    filled = torch.where(silent, damping * smallest, (1 + damping) * diagonal)
+    return torch.where(silent.all(-1, keepdim=True), torch.ones_like(diagonal), filled)
 
 
 def _times(metric: torch.Tensor | None, matrix: torch.Tensor) -> torch.Tensor:
@@ -79,16 +83,24 @@ def _times(metric: torch.Tensor | None, matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _roots(metric: torch.Tensor | None, diagonal: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return the symmetric square root of a metric and its pseudo-inverse, by an eigendecomposition."""
+    """Return a root `P` of a metric, `PᵀP`, and its pseudo-inverse.
+
+    It is the symmetric root of the metric with unit diagonal, times the roots of the diagonal: channels of very
+    different scales do not lose precision to one another.
+    """
     if metric is None:
         return None, None
-    values, vectors = (metric, None) if diagonal else torch.linalg.eigh(metric)
+    channels = metric if diagonal else metric.diagonal(dim1=-2, dim2=-1)
+    scale = channels.clamp_min(0.0).sqrt()
+    if diagonal:
+        return scale, torch.where(scale > 0, 1 / scale, 0.0)
+    scale = torch.where(scale > 0, scale, 1.0)
+    values, vectors = torch.linalg.eigh(metric / (scale[..., :, None] * scale[..., None, :]))
     floor = values.amax(-1, keepdim=True) * values.shape[-1] * torch.finfo(values.dtype).eps
     root = values.clamp_min(0.0).sqrt()
     inverse = torch.where(values > floor, values.clamp_min(floor).rsqrt(), torch.zeros_like(values))
-    if vectors is None:
-        return root, inverse
-    return (vectors * root[..., None, :]) @ vectors.mT, (vectors * inverse[..., None, :]) @ vectors.mT
+    roots = (vectors * root[..., None, :]) @ vectors.mT * scale[..., None, :]
+    return roots, (vectors * inverse[..., None, :]) @ vectors.mT / scale[..., :, None]
 
 
 def _check_metric(name: str, metric: torch.Tensor | None, size: int, weight: torch.Tensor) -> None:
@@ -109,10 +121,10 @@ def metric_svd(
 ) -> MetricFactors:
     r"""Factorize a matrix so that each truncation is optimal in the metric `(A, B)`.
 
-    With `P = B^½`, `Q = A^½` and the singular value decomposition `P W Q = U S Vᵀ`, the best approximation of rank `k`
-    under `tr(B D A Dᵀ)` is `P⁻¹ U_k S_k V_kᵀ Q⁻¹`, and its squared error is the tail `Σ_{i>k} S_i²` (Eckart–Young in a
-    metric). It equals `P⁻¹ U_k U_kᵀ P W` and also `W Q V_k V_kᵀ Q⁻¹`, so only the smaller side needs a root; `U` (or
-    `V`) comes from the eigendecomposition of the Gram matrix of that side.
+    With roots `PᵀP = B`, `QQᵀ = A` and the singular value decomposition `P W Q = U S Vᵀ`, the best approximation of
+    rank `k` under `tr(B D A Dᵀ)` is `P⁻¹ U_k S_k V_kᵀ Q⁻¹`, and its squared error is the tail `Σ_{i>k} S_i²`
+    (Eckart–Young in a metric). It equals `P⁻¹ U_k U_kᵀ P W` and also `W Q V_k V_kᵀ Q⁻¹`, so only the smaller side
+    needs a root; `U` (or `V`) comes from the eigendecomposition of the Gram matrix of that side.
 
     Args:
         weight: the matrix W.  # shape: (..., out, in)
@@ -220,9 +232,10 @@ def shifted_weight(
 ) -> torch.Tensor:
     r"""Return the weight that best reproduces the outputs `W X` from other inputs `X'`.
 
-    $$T = (W X X'^\top + λW)\,(X' X'^\top + λI)^{-1},$$
+    $$T = (W X X'^\top + WΛ)\,(X' X'^\top + Λ)^{-1},$$
 
-    the minimizer of `‖W X − T X'‖² + λ ‖T − W‖²`, with `λ = ridge * mean(diag(X'X'ᵀ))`. Where `X'` says nothing (dead
+    the minimizer of `‖W X − T X'‖² + ‖(T − W) Λ^½‖²`, with `Λ = ridge · diag(X'X'ᵀ)`: the ridge of each channel is
+    relative to its own size, so that the result follows a rescaling of the channels. Where `X'` says nothing (dead
     inputs, fewer rows than features), `T` stays at `W`.
 
     Args:
@@ -235,9 +248,11 @@ def shifted_weight(
         T in float64.  # shape: (..., out, in)
     """
     weight, input_gram, output_cross = weight.double(), input_gram.double(), output_cross.double()
-    level = ridge * input_gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    seen = ~(level <= 0)  # where nothing was, `T (0 + I) = 0 + W` is solved; what is not a number stays it
-    level = torch.where(seen, level, 1.0)
-    shift = level * torch.eye(input_gram.shape[-1]).to(input_gram)
-    known = torch.where(seen, output_cross, 0.0) + level * weight
-    return torch.linalg.solve(torch.where(seen, input_gram, 0.0) + shift, known, left=False)
+    diagonal = input_gram.diagonal(dim1=-2, dim2=-1)
+    seen = ~(diagonal <= 0)  # what is not a number stays it
+    scale = torch.where(seen, diagonal, 1.0).sqrt()  # of the channels; the system is solved for channels of size 1
+    columns = scale[..., None, :]
+    correlation = torch.where(seen[..., None], input_gram / (scale[..., :, None] * columns), 0.0)
+    known = torch.where(seen[..., None, :], output_cross / columns, 0.0) + ridge * weight * columns
+    system = correlation + ridge * torch.eye(diagonal.shape[-1]).to(diagonal)
+    return torch.linalg.solve(system, known, left=False) / columns

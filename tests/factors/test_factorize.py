@@ -63,8 +63,8 @@ def metric_by_hand(metric, stats):
     """The metric (A, B) of the table in the docstring as numpy matrices, with the damping written out."""
     A, B = stats.input_covariance.numpy(), stats.grad_covariance.numpy()
     I_in, I_out = np.eye(len(A)), np.eye(len(B))
-    A_damped = A + DAMPING * np.trace(A) / len(A) * I_in
-    B_damped = B + DAMPING * np.trace(B) / len(B) * I_out
+    A_damped = A + DAMPING * A * I_in
+    B_damped = B + DAMPING * B * I_out
     return {
         "identity": (I_in, I_out),
         "fisher": (I_in, B_damped * I_out),

@@ -264,21 +264,31 @@ def test_a_zero_weight_has_zero_factors_products(metric):
 
 
 @pytest.mark.parametrize("damping", [0.0, 1e-3, 0.5])
-def test_damping_adds_its_share_of_the_mean_diagonal(damping):
+def test_damping_adds_its_share_of_each_diagonal_entry(damping):
     matrix = torch.tensor([[1.0, 2.0], [2.0, 5.0]])
-    expected = torch.tensor([[1.0 + damping * 3, 2.0], [2.0, 5.0 + damping * 3]], dtype=torch.float64)
+    expected = torch.tensor([[1.0 + damping, 2.0], [2.0, 5.0 * (1 + damping)]], dtype=torch.float64)
     torch.testing.assert_close(damped(matrix, damping), expected, rtol=ROUNDING, atol=0)
     torch.testing.assert_close(damped_diagonal(matrix.diagonal(), damping), expected.diagonal(), rtol=ROUNDING, atol=0)
 
 
-def test_damping_is_relative_to_the_scale_of_the_matrix():
-    matrix = covariance(0, 5)
-    torch.testing.assert_close(damped(1e-9 * matrix, 0.03), 1e-9 * damped(matrix, 0.03), rtol=ROUNDING, atol=0)
+def test_damping_follows_a_rescaling_of_the_channels():
+    matrix, scale = covariance(0, 5), torch.tensor([1e-9, 1.0, 1e6, 0.3, 2.0]).double()
+    scales = scale[:, None] * scale
+    torch.testing.assert_close(damped(scales * matrix, 0.03), scales * damped(matrix, 0.03), rtol=ROUNDING, atol=0)
 
 
-def test_damping_bounds_the_condition_of_a_singular_matrix():
-    matrix = damped(singular("few tokens", 8, 0), 0.03)
+def test_damping_bounds_the_condition_of_a_singular_matrix_with_unit_diagonal():
+    matrix = singular("few tokens", 8, 0)
+    scale = matrix.diagonal().rsqrt()
+    matrix = damped(scale[:, None] * matrix * scale, 0.03)
     assert torch.linalg.cond(matrix) <= 8 / 0.03 + 1 + ROUNDING  # the largest eigenvalue is at most the trace
+
+
+def test_a_channel_without_signal_gets_the_damping_of_the_smallest_other():
+    matrix = torch.diag(torch.tensor([4.0, 0.0, 0.5]))
+    expected = torch.diag(torch.tensor([4.0 * 1.1, 0.5 * 0.1, 0.5 * 1.1]).double())
+    torch.testing.assert_close(damped(matrix, 0.1), expected, rtol=FLOAT32, atol=0)
+    assert damped(matrix, 0.0)[1, 1] == 0
 
 
 def test_a_matrix_without_signal_becomes_the_identity():
@@ -525,9 +535,10 @@ def fitted(weight, before, after, ridge):
 @pytest.mark.parametrize("ridge", [1e-3, 0.1])
 def test_shifted_weight_is_the_ridge_regression_of_the_outputs(kind, shape, ridge):
     weight, (before, after) = random(20, *shape), shifted_rows(kind, shape[1], 20)
-    level = np.sqrt(ridge * float(after.square().sum()) / shape[1])
-    design = np.vstack([after.numpy(), level * np.eye(shape[1])])
-    outputs = np.vstack([(before @ weight.T).numpy(), level * weight.T.numpy()])
+    levels = torch.sqrt(ridge * after.square().sum(0))
+    levels = torch.where(levels > 0, levels, 1.0).numpy()  # a dead input has no other weight than the given one
+    design = np.vstack([after.numpy(), np.diag(levels)])
+    outputs = np.vstack([(before @ weight.T).numpy(), levels[:, None] * weight.T.numpy()])
     expected = np.linalg.lstsq(design, outputs, rcond=None)[0].T
     np.testing.assert_allclose(fitted(weight, before, after, ridge), expected, rtol=0, atol=10 * ROUNDING)
 
@@ -551,14 +562,18 @@ def test_shifted_weight_of_inputs_that_did_not_shift_is_the_weight(kind, shape):
 @on_shapes
 def test_shifted_weight_without_any_signal_is_the_weight(shape):
     weight, zero = random(25, *shape), torch.zeros(shape[1], shape[1])
-    assert torch.equal(shifted_weight(weight.float(), torch.zeros(shape), zero, 1e-2), weight.float().double())
+    found = shifted_weight(weight.float(), torch.zeros(shape), zero, 1e-2)
+    torch.testing.assert_close(found, weight.float().double(), rtol=ROUNDING, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["dead", "few", "one"])
 @on_shapes
 def test_shifted_weight_is_the_weight_where_the_inputs_say_nothing(kind, shape):
     weight, (before, after) = random(26, *shape), shifted_rows(kind, shape[1], 26)
-    silent = torch.from_numpy(scipy.linalg.null_space(after.numpy()))  # shape: (in, directions)
+    null = torch.from_numpy(scipy.linalg.null_space(after.numpy()))  # shape: (in, directions)
+    levels = after.square().sum(0)  # the ridge measures distances by them
+    silent = torch.where(levels > 0, levels, 1.0)[:, None] * null
+    silent /= silent.norm(dim=0)
     assert silent.shape[1] > 0 or shape[1] == 1
     found = fitted(weight, before, after, 1e-2)
     torch.testing.assert_close(found @ silent, weight @ silent, rtol=0, atol=ROUNDING)
@@ -585,11 +600,24 @@ def test_the_ridge_leads_from_the_best_fit_to_the_weight():
     assert distances[-1] < ROOT_OF_ROUNDING
 
 
-@pytest.mark.parametrize("scale", [1e-9, 1e6])
-def test_the_ridge_is_relative_to_the_scale_of_the_inputs(scale):
-    weight, (before, after) = random(29, 5, 7), shifted_rows("few", 7, 29)
-    found = fitted(weight, scale * before, scale * after, 1e-2)
-    torch.testing.assert_close(found, fitted(weight, before, after, 1e-2), rtol=0, atol=ROUNDING)
+@pytest.mark.parametrize("kind", ROWS)
+def test_shifted_weight_follows_a_rescaling_of_the_channels(kind):
+    weight, (before, after) = random(29, 5, 7), shifted_rows(kind, 7, 29)
+    scale = torch.tensor([1e-9, 1e6, 1.0, 0.3, 1e3, 2.0, 1e-3]).double()
+    found = fitted(weight / scale, scale * before, scale * after, 1e-2)
+    torch.testing.assert_close(found * scale, fitted(weight, before, after, 1e-2), rtol=0, atol=ROUNDING)
+
+
+@on_shapes
+def test_truncations_follow_a_rescaling_of_the_channels(shape):
+    """Inputs and outputs in other units, from 1e-6 to 1e6: the same layer in those units."""
+    weight, A, B = random(32, *shape), damped(covariance(32, shape[1]), 0.03), damped(covariance(33, shape[0]), 0.03)
+    rows, columns = (torch.logspace(-6, 6, size).double() for size in shape)
+    factors = metric_svd(rows[:, None] * weight / columns, columns[:, None] * A * columns, B / rows[:, None] / rows)
+    plain = metric_svd(weight, A, B)
+    torch.testing.assert_close(factors.singular_values, plain.singular_values, rtol=ROUNDING, atol=ROUNDING)
+    for one, other in zip(truncations(factors), truncations(plain), strict=True):
+        torch.testing.assert_close(one * columns / rows[:, None], other, rtol=0, atol=100 * ROUNDING)
 
 
 def test_shifted_weight_of_narrow_dtypes_is_computed_in_float64():

@@ -62,30 +62,40 @@ def set_matrix(module: nn.Module, matrix: np.ndarray) -> None:
 
 
 def with_ridge(matrix: np.ndarray, share: float) -> np.ndarray:
-    return matrix + share * matrix.trace() / len(matrix) * np.eye(len(matrix))
+    channels = np.diag(matrix)
+    return matrix + np.diag(np.where(channels > 0, share * channels, share * channels[channels > 0].min()))
 
 
 def roots(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.sqrt(values)) @ vectors.T, (vectors / np.sqrt(values)) @ vectors.T
+    """`R` with `R Rᵀ` the matrix, and its inverse; by way of the matrix with unit diagonal."""
+    scale = np.sqrt(np.diag(matrix))
+    values, vectors = np.linalg.eigh(matrix / np.outer(scale, scale))
+    return scale[:, None] * (vectors * np.sqrt(values)) @ vectors.T, (vectors / np.sqrt(values)) @ vectors.T / scale
+
+
+def condition(matrix: np.ndarray) -> float:
+    """Of the matrix with unit diagonal: channels in other units do not make a problem harder."""
+    scale = np.sqrt(np.diag(matrix))
+    return float(np.linalg.cond(matrix / np.outer(scale, scale)))
 
 
 def fitted(weight: np.ndarray, dense: np.ndarray, shifted: np.ndarray, ridge: float) -> np.ndarray:
     """The weight that turns the shifted rows into the dense outputs, by least squares on the rows themselves."""
-    level = np.sqrt(ridge * (shifted**2).sum() / shifted.shape[1])  # root of: number of rows * λ
-    design = np.concatenate([shifted, level * np.eye(len(weight.T))])
-    outputs = np.concatenate([dense @ weight.T, level * weight.T])
+    levels = np.sqrt(ridge * (shifted**2).sum(0))  # root of: number of rows * Λ
+    levels = np.where(levels > 0, levels, 1.0)  # a dead input has no other weight than the given one
+    design = np.concatenate([shifted, np.diag(levels)])
+    outputs = np.concatenate([dense @ weight.T, levels[:, None] * weight.T])
     return np.linalg.lstsq(design, outputs, rcond=None)[0].T
 
 
 def truncated(weight: np.ndarray, A: np.ndarray, B: np.ndarray, rank: int) -> np.ndarray:
     """The best approximation of a rank in the metric `(A, B)`."""
     (Q, Q_inverse), (P, P_inverse) = roots(A), roots(B)
-    U, S, Vt = np.linalg.svd(P @ weight @ Q, full_matrices=False)
+    U, S, Vt = np.linalg.svd(P.T @ weight @ Q, full_matrices=False)
     if rank < len(S):  # a smaller gap would say nothing about the code: any rounding turns the subspace
         gap = (S[rank - 1] ** 2 - S[rank] ** 2) / S[0] ** 2
-        assert np.sqrt(np.linalg.cond(A) * np.linalg.cond(B)) / gap < AMPLIFICATION
-    return P_inverse @ (U[:, :rank] * S[:rank]) @ Vt[:rank] @ Q_inverse
+        assert np.sqrt(condition(A) * condition(B)) / gap < AMPLIFICATION
+    return P_inverse.T @ (U[:, :rank] * S[:rank]) @ Vt[:rank] @ Q_inverse
 
 
 def slow_refit(
