@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ..checkpoint import LosslessLowRankConfig
 from ..data import DataSplits, forward_loss, subset
-from ..errors import CheckpointError, NumericalError
+from ..errors import CheckpointError, NumericalError, TargetError
 from ..factors import Factorization, LossCurve, factorize, loss_curve, silent_layers
 from ..fingerprint import tensors_fingerprint
 from ..layers import Targets, evaluating, on_device, weight_matrices
@@ -116,6 +116,28 @@ def calibrate(
         with clock.timed("factorization"):
             factors = _factorize(config, _heard(config, targets, statistics), statistics)
     return Calibration(dense, parts, statistics, factors, accelerator, clock.seconds)
+
+
+def check_unchanged(calibration: Calibration) -> None:
+    """Refuse a model that is no longer the one that was calibrated.
+
+    Args:
+        calibration: its calibration.
+
+    Raises:
+        TargetError: if a layer or a weight is another one.
+    """
+    model = calibration.dense.model
+    for name, module in calibration.factors.targets.chosen.items():
+        if model.get_submodule(name) is not module:
+            raise TargetError(
+                f"{name!r} is another module than the one that was calibrated. Calibrate the model again."
+            )
+    if tensors_fingerprint(model.state_dict()) != calibration.dense.fingerprint:
+        raise TargetError(
+            "the weights of the model changed since it was calibrated (by training or a cast, for example), so its "
+            "statistics are about a model that no longer exists. Calibrate it again."
+        )
 
 
 def _try_first(model: PreTrainedModel, loader: DataLoader, accelerator: Accelerator) -> None:

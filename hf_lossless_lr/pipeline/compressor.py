@@ -21,7 +21,7 @@ from ..report import CompressionReport, TrialRecord
 from ..timing import Clock
 from ..verdict import paired_outcomes
 from .budget import budget_of
-from .calibration import Calibration, calibrate
+from .calibration import Calibration, calibrate, check_unchanged
 from .summary import make_report, visited_point
 from .trial import Trial, run_trial
 
@@ -162,6 +162,7 @@ class LowRankCompressor:
 
         Raises:
             ConfigurationError: if nothing was calibrated, or the size cannot be reached.
+            TargetError: if the model was changed since it was calibrated.
         """
         if self._calibration is None:
             raise ConfigurationError("compress_to() needs a calibration: call calibrate(model, calib_dataset) first.")
@@ -175,6 +176,7 @@ class LowRankCompressor:
         layers = calibration.factors.targets.chosen.values()
         with on_device(model, calibration.accelerator.device, layers), ExitStack() as undo:
             undo.callback(vars(model.config).update, dict(vars(model.config)))
+            check_unchanged(calibration)
             trial, trials, epsilon = self._choose(calibration, config, clock)
             with clock.timed("held_out"):
                 data, accelerator = calibration.parts.held_out, calibration.accelerator

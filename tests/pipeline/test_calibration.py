@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from typing import ClassVar
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from hf_lossless_lr import (
     LosslessLowRankConfig,
     LowRankCompressor,
     NumericalError,
+    TargetError,
     timing,
 )
 from hf_lossless_lr.data.loaders import make_dataloader
@@ -97,14 +99,14 @@ class TestManyRatios:
         compressor.compress_to()
         check_same_model(model, fresh(keep_ratio=0.6)[0])
 
-    def test_go_on_after_the_model_was_moved_to_another_dtype(self):
+    def test_do_not_go_on_after_the_model_was_cast_which_rounds_the_dense_weights_too(self):
         compressor, model = calibrated()
         compressor.compress_to(0.8)
         model.to(torch.bfloat16)
-        compressor.compress_to(0.5)
-        assert factorized_layers(model)
+        with pytest.raises(TargetError, match=r"changed since it was calibrated \(by training or a cast"):
+            compressor.compress_to(0.5)
+        assert not factorized_layers(model)
         assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-        assert torch.isfinite(model(**build(NAME)[1]).logits).all()
 
     def test_leave_the_model_dense_before_the_first_and_after_a_restore(self):
         dense = build(NAME)[0]
@@ -437,3 +439,34 @@ class TestLayersWithoutASignal:
         with pytest.raises(NumericalError, match=r"no layer can be compressed .* no gradient of the loss reaches it"):
             LowRankCompressor(LosslessLowRankConfig()).compress(model, split_batch(batch, 2))
         assert not factorized_layers(model)
+
+
+class TestAModelThatChangedSinceItsCalibration:
+    @staticmethod
+    def swap(model):
+        layer = model.bert.encoder.layer[0].output
+        layer.dense = nn.Linear(layer.dense.in_features, layer.dense.out_features)
+
+    CHANGES: ClassVar = {
+        "a target's weight": lambda model: model.bert.encoder.layer[1].output.dense.weight.data.mul_(1.01),
+        "another weight": lambda model: model.classifier.bias.data.add_(0.1),
+        "a cast": lambda model: model.to(torch.bfloat16),
+        "a target": lambda model: TestAModelThatChangedSinceItsCalibration.swap(model),
+    }
+
+    @pytest.mark.parametrize("case", CHANGES)
+    def test_is_refused_and_left_as_it_is(self, case):
+        compressor, model = calibrated()
+        compressor.compress_to(0.7)
+        compressor.restore()
+        self.CHANGES[case](model)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with pytest.raises(TargetError, match=r"[Cc]alibrate .*again"):
+            compressor.compress_to(0.5)
+        check_same_state(model.state_dict(), before)
+        assert not factorized_layers(model)
+
+    def test_is_not_one_that_was_compressed_in_between(self):
+        compressor, _ = calibrated()
+        for ratio in (0.8, 0.6):
+            assert factorized_layers(compressor.compress_to(ratio))

@@ -1,4 +1,4 @@
-"""Channels in other units, as outliers of language models are, change nothing: statistics, factors, ranks and refit."""
+"""Channels in other units, as outliers of language models are, change nothing in statistics, factors and refit."""
 
 from copy import deepcopy
 
