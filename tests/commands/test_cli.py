@@ -343,7 +343,7 @@ class TestErrors:
     @pytest.mark.parametrize("kind", ["folder", "empty folder", "file"])
     def test_of_an_output_that_exists_leave_it_alone(self, kind, command, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(
-            "hf_lossless_lr.commands.compress.load_auto", lambda *_, **__: pytest.fail("the model was loaded")
+            "hf_lossless_lr.commands.compress.load_model", lambda *_, **__: pytest.fail("the model was loaded")
         )
         out = tmp_path / "out"
         if kind == "file":
@@ -363,7 +363,7 @@ class TestErrors:
         self, option, command, tmp_path, capsys, monkeypatch
     ):
         monkeypatch.setattr(
-            "hf_lossless_lr.commands.compress.load_auto", lambda *_, **__: pytest.fail("the model was loaded")
+            "hf_lossless_lr.commands.compress.load_model", lambda *_, **__: pytest.fail("the model was loaded")
         )
         assert main([*command, f"--{option}", str(tmp_path / "nowhere" / "file")]) == 1
         assert f"error: --{option}: there is no folder {tmp_path / 'nowhere'}; make it" in capsys.readouterr().err

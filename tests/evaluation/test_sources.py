@@ -230,3 +230,14 @@ class TestRefusal:
         monkeypatch.setattr("hf_lossless_lr.evaluation.sources.load_dataset", fail)
         with pytest.raises(DataError, match="cannot load the data set 'nobody/nothing': Couldn't reach it"):
             load_split("nobody/nothing", None, None, "train", None)
+
+
+@pytest.mark.parametrize("name", ["json", "csv", "parquet", "text", "arrow", "imagefolder"])
+@pytest.mark.parametrize("files", [None, []])
+def test_a_format_without_files_is_refused_whatever_lies_in_the_working_directory(name, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.jsonl").write_text('{"text": "w5", "label": 0}\n')
+    (tmp_path / "train.csv").write_text("text,label\nw5,0\n")
+    (tmp_path / "train.txt").write_text("w5\n")
+    with pytest.raises(DataError, match=f"the data set '{name}' is a format; name its files"):
+        load_split(name, None, files, "train", None)
