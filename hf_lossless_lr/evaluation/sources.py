@@ -84,6 +84,8 @@ def load_split(
             data = load_from_disk(path) if saved else load_dataset(path, name)
     except (OSError, ValueError, DatasetsError) as error:
         raise DataError(f"cannot load the data set {path!r}: {error.__cause__ or error}") from error
+    except StopIteration as error:  # of an empty JSON file
+        raise DataError(f"cannot load the data set {path!r}: a file of it is empty.") from error
     if isinstance(data, DatasetDict):
         if split not in data:
             raise DataError(f"the data set {path!r} has no split {split!r}; it has {', '.join(data)}.")

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -15,6 +16,8 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset, Features, Image, Value
+from datasets.exceptions import DatasetsError
+from safetensors import SafetensorError
 from support.compressions import factorized_layers, folder_content
 from support.processes import in_two_processes, needs_processes
 from support.tiny_models import TINY_MODELS, build
@@ -25,6 +28,7 @@ from hf_lossless_lr import CompressionReport, LosslessLowRankConfig, __version__
 from hf_lossless_lr.checkpoint.options import CompressionOptions
 from hf_lossless_lr.commands.cli import main
 from hf_lossless_lr.commands.compress import CompressArguments
+from hf_lossless_lr.errors import ConfigurationError
 from hf_lossless_lr.evaluation.pipelines import TASKS
 from hf_lossless_lr.report.tables import comparison_table
 
@@ -371,7 +375,7 @@ class TestErrors:
         assert f"error: --{option}: {tmp_path} is a folder; name a file in it." in capsys.readouterr().err
         assert list(tmp_path.iterdir()) == []
 
-    def test_while_writing_the_second_report_keep_the_checkpoint(self, command, tmp_path, monkeypatch):
+    def test_while_writing_the_second_report_keep_the_checkpoint(self, command, tmp_path, capsys, monkeypatch):
         replace_file = os.replace
 
         def fail(source, target):
@@ -380,8 +384,8 @@ class TestErrors:
             replace_file(source, target)
 
         monkeypatch.setattr("os.replace", fail)
-        with pytest.raises(OSError, match="the disk is full"):
-            main([*command, "--json", str(tmp_path / "second.json")])
+        assert main([*command, "--json", str(tmp_path / "second.json")]) == 1
+        assert "hf-lossless-lr: error: the disk is full (--debug" in capsys.readouterr().err
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
         AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
 
@@ -399,8 +403,8 @@ class TestErrors:
             raise error
 
         monkeypatch.setattr(target, fail)
-        with pytest.raises(type(error)):
-            main(command)
+        with contextlib.nullcontext() if isinstance(error, OSError) else pytest.raises(KeyboardInterrupt):
+            assert main(command) == 1
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize(
@@ -433,6 +437,62 @@ class TestErrors:
             main(arguments)
         assert caught.value.code == 2
         assert "usage: hf-lossless-lr" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("error", "shown"),
+        [
+            (OSError("the disk is full"), "the disk is full"),
+            (SafetensorError("header too\n  large"), "SafetensorError: header too large"),
+            (DatasetsError("no rows"), "DatasetsError: no rows"),
+            (RuntimeError("mat1 and mat2 shapes " + "x" * 600), "RuntimeError: mat1 and mat2 shapes x"),
+            (KeyError(), "KeyError"),
+        ],
+    )
+    def test_of_libraries_are_one_line_unless_the_traceback_is_asked_for(
+        self, error, shown, command, capsys, monkeypatch
+    ):
+        def fail(*_, **__):
+            raise error
+
+        monkeypatch.setattr("hf_lossless_lr.commands.compress.load_model", fail)
+        assert main(command) == 1
+        printed = capsys.readouterr().err
+        assert printed.startswith(f"hf-lossless-lr: error: {shown}")
+        assert printed.endswith("(--debug shows where)\n")
+        assert printed.count("\n") == 1
+        assert len(printed) < 600
+        for asked in ([*command, "--debug"], ["--debug", *command]):
+            with pytest.raises(type(error)):
+                main(asked)
+
+    def test_of_mistakes_in_this_package_have_a_traceback(self, command, monkeypatch):
+        def fail(*_, **__):
+            raise AttributeError
+
+        monkeypatch.setattr("hf_lossless_lr.commands.compress.load_model", fail)
+        with pytest.raises(AttributeError):
+            main(command)
+
+    def test_of_our_own_have_a_traceback_on_demand(self, command, tmp_path):
+        (tmp_path / "out").mkdir()
+        with pytest.raises(ConfigurationError, match="--output"):
+            main([*command, "--debug"])
+
+    def test_of_files_that_are_cut_short_are_explained(self, command, place, tmp_path, capsys):
+        model = shutil.copytree(place.model, tmp_path / "model")
+        weights = Path(model, "model.safetensors")
+        for content in (weights.read_bytes()[:-100], b"", b"not a checkpoint"):
+            weights.write_bytes(content)
+            assert main([command[0], str(model), *command[2:]]) == 1
+            assert "hf-lossless-lr: error: " in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "content", ["", "{", '{"sentence": "w5", "label": 0}\n{"sentence": ["w5"], "label": 0}\n']
+    )
+    def test_of_data_that_cannot_be_read_are_explained(self, content, command, tmp_path, capsys):
+        (tmp_path / "a.jsonl").write_text(content)
+        assert main(changed(command, data_files=str(tmp_path / "a.jsonl"))) == 1
+        assert "hf-lossless-lr: error: " in capsys.readouterr().err
 
     def test_in_a_process_of_its_own_show_no_traceback(self, command, tmp_path):
         (tmp_path / "out").mkdir()
