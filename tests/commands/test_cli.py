@@ -182,6 +182,27 @@ class TestCompress:
         report = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
         assert [trial["loss_increase_upper"] for trial in report["trials"]] == [None]
 
+    @pytest.mark.parametrize("truncates", [False, True])
+    def test_saves_the_tokenizer_of_the_model_as_it_was(self, truncates, command, place, tmp_path):
+        """With a cold cache of datasets and with a warm one; a tokenizer remembers how it was last called."""
+        model = shutil.copytree(place.model, tmp_path / "model")
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        if truncates:
+            tokenizer.backend_tokenizer.enable_truncation(17, stride=2)
+            tokenizer.backend_tokenizer.enable_padding(length=17)
+        tokenizer.save_pretrained(model)
+        AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "own")
+        own = folder_content(tmp_path / "own")
+        assert own["tokenizer.json"] == folder_content(Path(model))["tokenizer.json"]
+        lines = write_lines(tmp_path / "own.jsonl", text_rows(COUNT + truncates, 300))
+        for name in ("cold", "warm"):
+            run = changed(command, output=str(tmp_path / name), data_files=lines)
+            assert main([run[0], str(model), *run[2:]]) == 0
+            saved = folder_content(tmp_path / name)
+            assert {file: saved[file] for file in own} == own
+        warm, cold = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("warm", "cold"))
+        assert warm.backend_tokenizer.to_str() == cold.backend_tokenizer.to_str()
+
     def test_works_in_a_lower_precision(self, command, tmp_path):
         assert main([*command, "--dtype", "bfloat16"]) == 0
         model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
