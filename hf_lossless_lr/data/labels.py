@@ -24,13 +24,21 @@ def label_names(model: PreTrainedModel) -> list[str]:
     return [name for name in names if name != "next_sentence_label"] or ["labels"]
 
 
-def _first_tensor(batch: Mapping[str, Any]) -> torch.Tensor:
-    return next(value for value in batch.values() if isinstance(value, torch.Tensor))
+_LABELS = ("labels", "label", "label_ids", "start_positions")
 
 
 def batch_examples(batch: Mapping[str, Any]) -> int:
-    """Return the number of examples in a batch."""
-    return len(_first_tensor(batch))
+    """Return the number of examples in a batch: that of its labels, which every example has.
+
+    Other tensors may have one row for all examples (`position_ids`) or several for each (patches of pictures); without
+    labels, the first tensor that is no `position_ids` counts.
+    """
+    names = [*_LABELS, *(name for name in batch if "label" in name)]
+    for name in (*names, *(name for name in batch if name != "position_ids"), *batch):
+        value = batch.get(name)
+        if (isinstance(value, torch.Tensor) and value.ndim) or (name in names and isinstance(value, (list, tuple))):
+            return len(value)
+    return 0
 
 
 def _is_one_of(model: PreTrainedModel, names: set[str]) -> bool:
@@ -61,7 +69,7 @@ def labelled_units(model: PreTrainedModel, batch: Mapping[str, Any]) -> int:
         ConfigurationError: if a CTC head sums its loss.
         DataError: if the batch has no labels.
     """
-    names = [name for name in label_names(model) if isinstance(batch.get(name), torch.Tensor)]
+    names = [name for name in label_names(model) if isinstance(batch.get(name), (torch.Tensor, list, tuple))]
     if not names:
         raise DataError(
             f"the data has no labels: {type(model).__name__} takes {' or '.join(label_names(model))}, the batch has "
@@ -74,6 +82,8 @@ def labelled_units(model: PreTrainedModel, batch: Mapping[str, Any]) -> int:
             f"{model.config.ctc_loss_reduction!r}), so that it depends on the batch size. Set "
             'model.config.ctc_loss_reduction = "mean".'
         )
+    if not isinstance(labels, torch.Tensor):  # a dictionary of boxes for each picture
+        return batch_examples(batch)
     if labels.is_floating_point() or names[0] == "start_positions" or _is_one_of(model, CTC):
         return batch_examples(batch)
     return int((_target(model, labels) != IGNORE_INDEX).sum())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, send_to_device
 
 from ..data import batch_examples
 from ..ranks import Budget, flop_sizes, forward_flops, forward_seconds, latency_sizes, parameter_sizes
@@ -32,10 +32,7 @@ def budget_of(calibration: Calibration, size: str, scope: str, rank_multiple: in
     if size == "parameters":
         targeted = sum(curve.dense_parameters for curve in curves.values())
         return Budget(parameter_sizes(curves), float(dense.parameters - targeted) if whole else 0.0)
-    batch = {
-        name: value.to(accelerator.device) if hasattr(value, "to") else value
-        for name, value in next(iter(calibration.parts.calibration)).items()
-    }
+    batch = send_to_device(dict(next(iter(calibration.parts.calibration))), accelerator.device)
     examples = batch_examples(batch)
     flops = forward_flops(dense.model, targets, batch, examples)
     if size == "flops":
