@@ -143,8 +143,8 @@ class _Collector:
         result = {}
         for name in self.targets:
             keys = [key for key in means if name in key]
-            if not keys:
-                raise TargetError(f"{name!r} was never called in the forward pass; add it to `ignore`.")
+            if not keys:  # a branch that the data do not take
+                continue
             tokens = sum(self.input_counts[key] for key in keys)
             covariance = means[keys[0]]
             if len(keys) > 1:
@@ -184,7 +184,7 @@ def collect_statistics(
     Raises:
         DataError: if a batch has no labels, the model no loss, or no batch a labelled unit.
         NumericalError: if a loss or a gradient is not finite.
-        TargetError: if a target takes no part in the forward pass.
+        TargetError: if no target takes part in the forward pass.
     """
     collector = _Collector(model, targets)
     totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # units * loss, units, examples
@@ -204,8 +204,9 @@ def collect_statistics(
                 collector.add_inputs()
                 if units:
                     del outputs
-                    (loss * units).backward()
-                    collector.add_weight_grads(index)
+                    if loss.requires_grad:  # false where the batch reaches no target
+                        (loss * units).backward()
+                        collector.add_weight_grads(index)
                     totals += torch.tensor([loss.item() * units, units, 0.0], device=totals.device)
                 totals[2] += batch_examples(batch)
                 digests.append(tensors_fingerprint(batch))
@@ -219,6 +220,12 @@ def collect_statistics(
         raise DataError("no batch has a labelled unit: every label is -100.")
     digest = _combined(digests)
     layers = collector.layer_statistics(total_units)
+    uncalled = tuple(name for name in targets if name not in layers)
+    if not layers:
+        raise TargetError(
+            f"none of the chosen layers was called in the forward pass ({', '.join(uncalled)}); choose others with "
+            "`target_modules`."
+        )
     groups = collector.groups()
     mean_loss, examples = float(totals[0]) / total_units, int(totals[2])
-    return CalibrationStatistics(layers, mean_loss, examples, total_units, digest, groups)
+    return CalibrationStatistics(layers, mean_loss, examples, total_units, digest, groups, uncalled)
