@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,8 +34,7 @@ def forward_loss(model: PreTrainedModel, batch: Mapping[str, Any], index: int) -
         NumericalError: if the loss is not finite.
     """
     units = labelled_units(model, batch)
-    extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    outputs = model(**{**extra, **batch})
+    outputs = _run(model, batch, index)
     loss = getattr(outputs, "loss", None)
     if loss is None:
         raise DataError(
@@ -45,6 +45,26 @@ def forward_loss(model: PreTrainedModel, batch: Mapping[str, Any], index: int) -
     if units and not torch.isfinite(loss):
         raise NumericalError(f"batch {index}: the loss is {loss.item()}; check the labels and the inputs.")
     return loss, outputs, units
+
+
+def _run(model: PreTrainedModel, batch: Mapping[str, Any], index: int) -> Any:
+    """Return what the model returns, with its parts as attributes."""
+    extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    inputs = {name: _outside_inference(value) for name, value in {**extra, **batch}.items()}
+    outputs = model(**inputs)
+    if isinstance(outputs, Mapping) and not hasattr(outputs, "loss"):
+        return SimpleNamespace(**outputs)
+    if isinstance(outputs, (tuple, list)) and not hasattr(outputs, "loss"):
+        raise DataError(
+            f"batch {index}: {type(model).__name__} returns a {type(outputs).__name__}, whose parts have no names. "
+            "Let its forward return a ModelOutput of Transformers, or a dictionary with loss and logits."
+        )
+    return outputs
+
+
+def _outside_inference(value: Any) -> Any:
+    """Return a tensor that can be saved for a backward pass: a copy of one that was made under inference_mode."""
+    return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
 
 
 def mean_loss(model: PreTrainedModel, loader: DataLoader, accelerator: Accelerator) -> float:

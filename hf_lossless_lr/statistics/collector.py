@@ -29,7 +29,7 @@ from transformers.utils import logging
 from ..data import PaddingMasks, batch_examples, forward_loss
 from ..errors import DataError, NumericalError, TargetError
 from ..fingerprint import tensors_fingerprint
-from ..layers import Layout, differentiating_only, layout_of, weight_matrices
+from ..layers import Layout, called_with, differentiating_only, layout_of, weight_matrices
 from .records import CalibrationStatistics, Key, LayerStatistics
 from .rows import gram, real_rows
 
@@ -69,8 +69,8 @@ class _Collector:
         """Return a forward hook that notes the layer's input and waits for the gradient of its output."""
         layout = self.layouts[name]
 
-        def forward_hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-            x = args[0]
+        def forward_hook(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: torch.Tensor) -> None:
+            x = called_with(args, kwargs)
             mask = self.masks.of(module, x)
             if self.recording:  # false while gradient checkpointing repeats the forward pass
                 key = layout.input_key(module, x)
@@ -189,7 +189,7 @@ def collect_statistics(
     collector = _Collector(model, targets)
     totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # units * loss, units, examples
     digests: list[str] = []
-    hooks = [module.register_forward_hook(collector.hook(name)) for name, module in targets.items()]
+    hooks = [module.register_forward_hook(collector.hook(name), with_kwargs=True) for name, module in targets.items()]
     if collector.masks.encoder is not None:
         hooks.append(collector.masks.encoder.register_forward_hook(collector.masks.record_encoder_output))
     try:
