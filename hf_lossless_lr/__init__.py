@@ -28,8 +28,7 @@ from .layers import FactorizedConv2d, FactorizedLinear
 from .pipeline import LowRankCompressor, verify
 from .report import Certificate, CompressionReport
 from .verdict import PairedOutcomes, certify, certify_together, paired_outcomes
-
-__version__ = "0.1.0"
+from .versions import __version__
 
 __all__ = [
     "Certificate",
@@ -47,6 +46,7 @@ __all__ = [
     "NumericalWarning",
     "PairedOutcomes",
     "TargetError",
+    "__version__",
     "certify",
     "certify_together",
     "dequantize",

@@ -11,7 +11,14 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "hf_lossless_lr"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-GROUND = ("errors", "files", "fingerprint", "renamed", "timing")  # imported by any room; import errors at most
+GROUND = (
+    "errors",
+    "files",
+    "fingerprint",
+    "renamed",
+    "timing",
+    "versions",
+)  # imported by any room; import errors at most
 FRONT = ("__init__", "lm_eval")  # stand before the rooms: they may import from any door
 ROOMS = (
     *("report", "layers", "data", "statistics", "factors", "ranks", "verdict"),

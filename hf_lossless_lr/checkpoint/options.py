@@ -49,6 +49,8 @@ class CompressionOptions(Renamed):
         selection_fraction: share of the calibration examples kept apart, to measure whether the refit helps and which
             model to choose. Default: 1/2 for `lossless` and `compact`, which choose by measurement, 1/16 for other
             objectives with a refit, else none.
+        max_examples: examples to take from `calib_dataset`, from the start, and from an `eval_dataset` that is a
+            stream; None for all. A stream without an end needs it.
         seed: seed of the splits.
         batch_size: examples per forward pass.
         loss_margin: largest acceptable loss increase, in nats per labelled unit.
@@ -78,6 +80,9 @@ class CompressionOptions(Renamed):
         None,
         "share of the calibration data kept apart to choose by measurement; default 1/16, or 1/2 for the "
         "objectives lossless and compact",
+    )
+    max_examples: int | None = _option(
+        None, "examples to take from the calibration data, and from streams; default all"
     )
     seed: int = _option(0, "seed of the held-out split")
     batch_size: int = _option(32, "examples per forward pass")
@@ -154,8 +159,10 @@ class CompressionOptions(Renamed):
         _number("accuracy_margin", self.accuracy_margin, 0, 1, "[0, 1]")
         _number("confidence", self.confidence, 0.5, 1, "(0.5, 1)", exclude_low=True, exclude_high=True)
         _number("epsilon_tolerance", self.epsilon_tolerance, 0, math.inf, "(0, inf)", exclude_low=True)
-        for name in ("rank_multiple", "batch_size", "seed"):
+        for name in ("rank_multiple", "batch_size", "seed", "max_examples"):
             value, low = getattr(self, name), 0 if name == "seed" else 1
+            if name == "max_examples" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ConfigurationError(f"{name}: must be an integer of at least {low}, got {value!r}.")
 

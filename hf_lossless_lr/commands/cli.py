@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
-from importlib.metadata import version
 
+from datasets.exceptions import DatasetsError
+from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
 from ..errors import LosslessLowRankError
+from ..versions import __version__
 from . import compress, demo, evaluate, report, verify
 
 COMMANDS = {
@@ -19,16 +22,25 @@ COMMANDS = {
 }
 """Name of a command to what adds its parser, and to what runs it and returns the exit code."""
 
+OF_INPUTS = (OSError, SafetensorError, DatasetsError, RuntimeError, ValueError, TypeError, LookupError)
+"""What files and data can cause in the libraries that read them: a full disk, a file cut short, other shapes."""
+
+MOST_CHARACTERS = 500  # of a message from a library
+
 
 def build_parser() -> HfArgumentParser:
     """Return the parser of the command line."""
     parser = HfArgumentParser(
         [], prog="hf-lossless-lr", description="Make trained Transformers models smaller without a measurable loss."
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {version('hf-lossless-lr')}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=HfArgumentParser)
     for add_parser, _ in COMMANDS.values():
         add_parser(commands)
+    help_text = "show the traceback of an error"
+    parser.add_argument("--debug", action="store_true", help=help_text)
+    for command in commands.choices.values():  # without a default, which would undo the option before the command
+        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=help_text)
     return parser
 
 
@@ -41,14 +53,31 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         Exit code: 0 on success, 1 on an error that the message explains, 3 if nothing could be compressed within the
         margins, 4 if the verdict is less than `--require` (2, from argparse, on wrong usage).
+
+    Raises:
+        LosslessLowRankError: with `--debug`, which raises every error as it is.
     """
     arguments = build_parser().parse_args(argv)
     run = COMMANDS[arguments.command][1]
     try:
         return run(arguments)
     except LosslessLowRankError as error:
+        if arguments.debug:
+            raise
         print(f"hf-lossless-lr: error: {error}", file=sys.stderr)
-        return 1
+    except OF_INPUTS as error:
+        if arguments.debug:
+            raise
+        print(f"hf-lossless-lr: error: {_in_one_line(error)} (--debug shows where)", file=sys.stderr)
+    return 1
+
+
+def _in_one_line(error: BaseException) -> str:
+    """Return what an error of another library says, cut where it goes on."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]} …"
+    kind = type(error).__name__
+    return text if text and isinstance(error, OSError) else f"{kind}: {text}" if text else kind
 
 
 if __name__ == "__main__":

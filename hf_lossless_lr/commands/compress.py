@@ -23,11 +23,11 @@ from .data_options import (
     DataArguments,
     check_arguments,
     complaint,
-    load_auto,
     load_examples,
     refuse_old_options,
     task_of,
 )
+from .loading import load_auto, load_model
 
 
 @dataclass(kw_only=True)
@@ -85,7 +85,7 @@ def compress(arguments: Any) -> int:
             "of the calibration examples is held out."
         )
     task = task_of(arguments)
-    model = load_auto(task.auto_model, arguments.model, dtype=arguments.dtype)
+    model = load_model(task.auto_model, arguments.model, arguments.dtype)
     processor = load_auto(task.processor, arguments.model)
     split, count = arguments.calibration_split, arguments.calibration_examples
     calibration = load_examples(arguments, task, [model], processor, arguments.data_files, split, count)

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import transformers
 from datasets import Dataset
 
-from ..errors import CertificateError, ConfigurationError, LosslessLowRankError
-from ..evaluation import EVALUATION_TASKS, TASKS, EvaluationTask, Task, load_split, mmlu
+from ..errors import CertificateError, ConfigurationError
+from ..evaluation import EVALUATION_TASKS, TASKS, EvaluationTask, Task, is_format, is_single, load_split, mmlu
 from ..renamed import RENAMED
 from ..report import Certificate
 from ..verdict import CERTIFIED
@@ -109,9 +108,29 @@ def check_arguments(arguments: Any) -> None:
         )
     if "shots_files" in given and arguments.task != "mmlu":
         raise ConfigurationError(f"--shots_files is for mmlu, not for {arguments.task}.")
+    _check_sources(given)
     for name in ("json", "statistics"):
         if name in given:
             _check_file(name, Path(given[name]))
+
+
+def _check_sources(given: dict[str, Any]) -> None:
+    """Refuse data that nobody named: what a loader finds by itself in the folder at hand."""
+    dataset = given.get("dataset")
+    if is_format(dataset) and "data_files" not in given:
+        raise ConfigurationError(f"--data_files: name the files; --dataset {dataset} is a format.")
+    if "eval_split" not in given or "eval_data_files" in given:
+        return
+    if is_format(dataset):
+        raise ConfigurationError(
+            f"--eval_split: files in a format ({dataset}) have no splits. Name the held-out files with "
+            "--eval_data_files, or leave both out to hold out a fifth of the calibration examples."
+        )
+    if is_single(dataset):
+        raise ConfigurationError(
+            f"--eval_split: the data set in {dataset} is one split. Leave the option out to hold out a fifth of the "
+            "calibration examples, or give a folder of several splits."
+        )
 
 
 def _check_file(option: str, path: Path) -> None:
@@ -120,32 +139,6 @@ def _check_file(option: str, path: Path) -> None:
         raise ConfigurationError(f"--{option}: there is no folder {folder}; make it, or choose another file.")
     if path.is_dir():
         raise ConfigurationError(f"--{option}: {path} is a folder; name a file in it.")
-
-
-def load_auto(auto_class: str, name: str, **options: Any) -> Any:
-    """Load a model, tokenizer or processor.
-
-    Args:
-        auto_class: name of its Auto class.
-        name: hub id or folder.
-        options: arguments of `from_pretrained`.
-
-    Returns:
-        What was loaded.
-
-    Raises:
-        ConfigurationError: if it cannot be loaded.
-        LosslessLowRankError: if it is a compressed checkpoint with a mistake in it.
-    """
-    try:
-        return getattr(transformers, auto_class).from_pretrained(name, **options)
-    except LosslessLowRankError:
-        raise
-    except (OSError, ImportError) as error:
-        raise ConfigurationError(f"cannot load {name!r} with {auto_class}: {error}") from error
-    except ValueError as error:  # whose other lines list all that would have been right
-        reason = str(error).partition("\n")[0]
-        raise ConfigurationError(f"cannot load {name!r} with {auto_class}; does it fit --task? {reason}") from error
 
 
 def load_data(arguments: Any, files: list[str] | None, split: str, count: int | None) -> Dataset:

@@ -12,7 +12,8 @@ from ..evaluation import EVALUATION_TASKS, ScoringOptions, summarize
 from ..files import write_atomically
 from ..pipeline import verify
 from ..report import certificate_sentence, score_table
-from .data_options import SourceArguments, align, check_arguments, load_auto, load_data, published_task
+from .data_options import SourceArguments, align, check_arguments, load_data, published_task
+from .loading import load_auto, load_model
 
 _DEFAULTS = LosslessLowRankConfig()
 
@@ -62,7 +63,7 @@ def evaluate(arguments: Any) -> int:
     options = ScoringOptions(arguments.batch_size, arguments.max_length or task.max_length)
     processor = load_auto(task.processor, arguments.model)
     models = [
-        load_auto(task.auto_model, name, dtype=arguments.dtype).eval()
+        load_model(task.auto_model, name, arguments.dtype).eval()
         for name in (arguments.model, arguments.other)
         if name is not None
     ]

@@ -17,11 +17,11 @@ from .data_options import (
     DataArguments,
     check_arguments,
     complaint,
-    load_auto,
     load_examples,
     refuse_old_options,
     task_of,
 )
+from .loading import load_auto, load_model
 from .report import read_report
 
 _DEFAULTS = LosslessLowRankConfig()
@@ -75,7 +75,7 @@ def verify(arguments: Any) -> int:
     folder = Path(arguments.compressed)
     used = read_report(folder).fingerprints if (folder / REPORT_NAME).is_file() else {}
     task, names = task_of(arguments), (arguments.dense, arguments.compressed)
-    models = dense, compressed = [load_auto(task.auto_model, name, dtype=arguments.dtype) for name in names]
+    models = dense, compressed = [load_model(task.auto_model, name, arguments.dtype) for name in names]
     processor = load_auto(task.processor, arguments.dense)
     certificate = verify_pair(
         dense,

@@ -7,7 +7,7 @@ from .forward import forward_loss, mean_loss, run_batch
 from .labels import IGNORE_INDEX, Question, Reading, batch_examples, correct_predictions
 from .loaders import dataset_size, make_dataloader, subset
 from .padding import PaddingMasks
-from .splits import DataSplits, combined_digest, item_digests, split_data
+from .splits import DataSplits, combined_digest, examine, split_data
 
 __all__ = [
     "IGNORE_INDEX",
@@ -19,8 +19,8 @@ __all__ = [
     "combined_digest",
     "correct_predictions",
     "dataset_size",
+    "examine",
     "forward_loss",
-    "item_digests",
     "make_dataloader",
     "mean_loss",
     "run_batch",

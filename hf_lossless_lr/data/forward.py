@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -37,12 +38,6 @@ class ForwardPass(NamedTuple):
     explained: bool
 
 
-def run_batch(model: PreTrainedModel, batch: Mapping[str, Any]) -> Any:
-    """Run a batch without a cache of keys and values, unless it asks for one, and return the outputs."""
-    extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    return model(**{**extra, **batch})
-
-
 def forward_loss(model: PreTrainedModel, batch: Mapping[str, Any], index: int) -> ForwardPass:
     """Run a batch and return its mean loss, with what the labels ask.
 
@@ -60,7 +55,7 @@ def forward_loss(model: PreTrainedModel, batch: Mapping[str, Any], index: int) -
         NumericalError: if the loss is not finite.
     """
     check_labels(model, batch)
-    outputs = run_batch(model, batch)
+    outputs = run_batch(model, batch, index)
     loss = getattr(outputs, "loss", None)
     if loss is None:
         raise DataError(
@@ -77,6 +72,38 @@ def forward_loss(model: PreTrainedModel, batch: Mapping[str, Any], index: int) -
             "the same position nor of the one before: there is no accuracy, and units are the labels other than -100."
         )
     return ForwardPass(loss, outputs, *reading)
+
+
+def run_batch(model: PreTrainedModel, batch: Mapping[str, Any], index: int = 0) -> Any:
+    """Run a batch, without a cache of keys and values unless it asks for one.
+
+    Args:
+        model: the model.
+        batch: keyword arguments of its forward.
+        index: number of the batch, for errors.
+
+    Returns:
+        What the model returns, with its parts as attributes.
+
+    Raises:
+        DataError: if the model returns a tuple, whose parts have no names.
+    """
+    extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    inputs = {name: _outside_inference(value) for name, value in {**extra, **batch}.items()}
+    outputs = model(**inputs)
+    if isinstance(outputs, Mapping) and not hasattr(outputs, "loss"):
+        return SimpleNamespace(**outputs)
+    if isinstance(outputs, (tuple, list)) and not hasattr(outputs, "loss"):
+        raise DataError(
+            f"batch {index}: {type(model).__name__} returns a {type(outputs).__name__}, whose parts have no names. "
+            "Let its forward return a ModelOutput of Transformers, or a dictionary with loss and logits."
+        )
+    return outputs
+
+
+def _outside_inference(value: Any) -> Any:
+    """Return a tensor that can be saved for a backward pass: a copy of one that was made under inference_mode."""
+    return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
 
 
 def mean_loss(model: PreTrainedModel, loader: DataLoader, accelerator: Accelerator) -> float:

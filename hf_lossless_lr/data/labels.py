@@ -25,13 +25,21 @@ def label_names(model: PreTrainedModel) -> list[str]:
     return [name for name in names if name != "next_sentence_label"] or ["labels"]
 
 
-def _first_tensor(batch: Mapping[str, Any]) -> torch.Tensor:
-    return next(value for value in batch.values() if isinstance(value, torch.Tensor))
+_LABELS = ("labels", "label", "label_ids", "start_positions")
 
 
 def batch_examples(batch: Mapping[str, Any]) -> int:
-    """Return the number of examples in a batch."""
-    return len(_first_tensor(batch))
+    """Return the number of examples in a batch: that of its labels, which every example has.
+
+    Other tensors may have one row for all examples (`position_ids`) or several for each (patches of pictures); without
+    labels, the first tensor that is no `position_ids` counts.
+    """
+    names = [*_LABELS, *(name for name in batch if "label" in name)]
+    for name in (*names, *(name for name in batch if name != "position_ids"), *batch):
+        value = batch.get(name)
+        if (isinstance(value, torch.Tensor) and value.ndim) or (name in names and isinstance(value, (list, tuple))):
+            return len(value)
+    return 0
 
 
 class Question(NamedTuple):
@@ -78,7 +86,7 @@ def check_labels(model: PreTrainedModel, batch: Mapping[str, Any]) -> str:
         ConfigurationError: if a CTC head sums its loss.
         DataError: if the batch has no labels.
     """
-    names = [name for name in label_names(model) if isinstance(batch.get(name), torch.Tensor)]
+    names = [name for name in label_names(model) if isinstance(batch.get(name), (torch.Tensor, list, tuple))]
     if not names:
         raise DataError(
             f"the data has no labels: {type(model).__name__} takes {' or '.join(label_names(model))}, the batch has "
@@ -111,6 +119,8 @@ def read_labels(model: PreTrainedModel, batch: Mapping[str, Any], outputs: Any, 
     """
     name = check_labels(model, batch)
     labels, logits = batch[name], getattr(outputs, "logits", None)
+    if not isinstance(labels, torch.Tensor):  # a dictionary of boxes for each picture
+        return Reading(batch_examples(batch), [])
     if name == "start_positions" and hasattr(outputs, "start_logits"):
         examples = torch.arange(len(outputs.start_logits), device=outputs.start_logits.device)
         spans = ((outputs.start_logits, "start_positions"), (outputs.end_logits, "end_positions"))

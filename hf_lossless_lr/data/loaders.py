@@ -6,19 +6,24 @@ import inspect
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
+from itertools import chain, islice
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset
-from transformers import DataCollatorWithPadding, PreTrainedModel, default_data_collator
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ..errors import DataError
 from ..fingerprint import content_digest, tensors_fingerprint
+from .collators import default_collator
+from .kinds import are_examples, taken_by
+from .label_checks import ALIASES, LabelChecks, numbered
 from .labels import batch_examples, label_names
 
 MIN_EXAMPLES = 8
+STREAM_LIMIT = 32768
+"""Examples after which a stream is taken to have no end, unless `max_examples` says where to stop."""
 
 
 def make_dataloader(
@@ -29,6 +34,7 @@ def make_dataloader(
     data_collator: Any = None,
     processing_class: Any = None,
     name: str = "calib_dataset",
+    max_examples: int | None = None,
 ) -> DataLoader:
     """Build a loader that yields the same batches in the same order each time, and in each process.
 
@@ -46,6 +52,7 @@ def make_dataloader(
         data_collator: collator for examples; default as in `Trainer`.
         processing_class: tokenizer or processor, for the default collator.
         name: what to call the data in errors.
+        max_examples: examples to take from a stream (an `IterableDataset`, a generator); None for all.
 
     Returns:
         A `DataLoader` without shuffling.
@@ -56,21 +63,20 @@ def make_dataloader(
     """
     if isinstance(data, DataLoader):
         with _seeded(""):  # its sampler draws the same in each process
-            loader = _of_loader(data, name)
-    elif isinstance(data, IterableDataset):
-        examples = _Columns(list(data), model, name)
-        loader = _loader(examples, batch_size, _repeatable(_collator(data_collator, processing_class)))
+            loader = _of_loader(data, model, name, max_examples)
     elif isinstance(data, (Mapping, str)) or not isinstance(data, (Dataset, Iterable)):
         raise DataError(
             f"{name}: expected a Dataset, a DataLoader or an iterable of batches, got {type(data).__name__}."
         )
-    elif _is_examples(data):
-        examples = _Columns(data, model, name)
-        loader = _loader(examples, batch_size, _repeatable(_collator(data_collator, processing_class)))
     else:
-        loader = _batches_loader(list(cast(Iterable[Any], data)), name)
+        collate = data_collator if data_collator is not None else default_collator(processing_class, model)
+        data, examples = _told_apart(data, model, collate, name, max_examples)
+        if examples:
+            loader = _loader(_Columns(data, model, name, _is_plain(collate)), batch_size, _repeatable(collate))
+        else:
+            loader = _batches_loader(list(cast(Iterable[Any], data)), model, name)
     _check_size(loader, name)
-    _check_repeats(loader, name)
+    _check_repeats(loader, model, name)
     return loader
 
 
@@ -84,14 +90,62 @@ def ready_batches(loader: DataLoader) -> bool:
     return loader.collate_fn is _single
 
 
+def plain_examples(loader: DataLoader) -> bool:
+    """Return whether the items behind a loader are examples whose labels the collator takes as they are."""
+    return getattr(loader.collate_fn, "plain", False)
+
+
+def first_examples(loader: DataLoader, count: int) -> DataLoader:
+    """Return a loader of the first examples, rounded down to whole ready-made batches (one at least)."""
+    if not ready_batches(loader):
+        return subset(loader, range(min(count, dataset_size(loader))))
+    sizes = np.cumsum([batch_examples(batch) for batch in loader])
+    return subset(loader, range(max(1, int((sizes <= count).sum()))))
+
+
 def subset(loader: DataLoader, indices: Sequence[int]) -> DataLoader:
     """Return a loader of some of the items, in the given order."""
     return _loader(Subset(loader.dataset, indices), loader.batch_size, loader.collate_fn)
 
 
-def _of_loader(data: DataLoader, name: str) -> DataLoader:
+def _told_apart(data: Any, model: PreTrainedModel, collate: Any, name: str, most: int | None) -> tuple[Any, bool]:
+    """Return the data, read where they are a stream, and whether they are examples rather than whole batches."""
+    if isinstance(data, IterableDataset):
+        return _taken(data, name, most, batches=False), True
+    if isinstance(data, Dataset) or hasattr(data, "column_names"):
+        return data, True
+    if isinstance(data, Sequence):
+        return data, _tried(data[:2], model, collate)
+    stream = iter(data)
+    head = list(islice(stream, 2))
+    examples = _tried(head, model, collate)
+    return _taken(chain(head, stream), name, most, batches=not examples), examples
+
+
+def _tried(items: Sequence[Any], model: PreTrainedModel, collate: Any) -> bool:
+    return len(items) > 0 and isinstance(items[0], Mapping) and are_examples(items, model, collate)
+
+
+def _taken(stream: Iterable[Any], name: str, most: int | None, batches: bool) -> list[Any]:
+    """Return what a stream gives: all of it, or as many examples as asked for."""
+    items: list[Any] = []
+    count = 0
+    for item in stream:
+        count += max(1, batch_examples(item)) if batches and isinstance(item, Mapping) else 1
+        if most is not None and count > most and items:
+            break
+        items.append(item)
+        if most is None and count > STREAM_LIMIT:
+            raise DataError(
+                f"{name}: gives more than {STREAM_LIMIT:,} examples and may have no end. Set max_examples to the "
+                "number to take; a few hundred to a few thousand are enough."
+            )
+    return items
+
+
+def _of_loader(data: DataLoader, model: PreTrainedModel, name: str, most: int | None) -> DataLoader:
     if isinstance(data.dataset, IterableDataset) or data.batch_size is None:
-        return _batches_loader(list(data), name)
+        return _batches_loader(_taken(data, name, most, batches=True), model, name)
     return _loader(Subset(data.dataset, _drawn(data.sampler)), data.batch_size, _repeatable(data.collate_fn))
 
 
@@ -105,8 +159,8 @@ def _drawn(sampler: Any) -> Sequence[int]:
 class _Columns(Dataset):
     """Examples of a dataset, reduced to the columns that the model takes."""
 
-    def __init__(self, data: Any, model: PreTrainedModel, name: str) -> None:
-        self.data, self.model = data, model
+    def __init__(self, data: Any, model: PreTrainedModel, name: str, plain: bool) -> None:
+        self.data, self.model, self.name, self.plain = data, model, name, plain
         if len(data) and isinstance(data[0], Mapping) and not _used_columns(data[0], model):
             raise DataError(
                 f"{name}: has the columns {', '.join(map(str, data[0]))}, none of which {type(model).__name__} takes. "
@@ -117,34 +171,28 @@ class _Columns(Dataset):
         return len(self.data)
 
     def __getitem__(self, index: int) -> Any:
-        return _used_columns(self.data[index], self.model)
+        example = self.data[index]
+        if isinstance(example, Mapping):
+            where = f"example {index}"
+            example = {
+                column: numbered(self.model, self.name, column, value, where, self.plain)
+                for column, value in example.items()
+            }
+        return _used_columns(example, self.model)
 
 
 def _used_columns(example: Any, model: PreTrainedModel) -> Any:
     if not isinstance(example, Mapping):
         return example
     parameters = inspect.signature(model.forward).parameters
-    used = {*parameters, *label_names(model), "label", "label_ids"}
+    used = {*parameters, *label_names(model), *ALIASES}
     return {column: value for column, value in example.items() if column in used and value is not None}
 
 
-def _is_examples(data: Any) -> bool:
-    """Whether indexing gives examples rather than whole batches."""
-    if isinstance(data, Dataset) or hasattr(data, "column_names"):
-        return True
-    first = data[0] if isinstance(data, Sequence) and len(data) else None
-    if not isinstance(first, Mapping):
-        return False
-    dims = [value.ndim if isinstance(value, torch.Tensor) else 0 for value in first.values()]
-    return 0 in dims or max(dims, default=0) == 1  # a batch has its own dimension before those of an example
-
-
-def _collator(data_collator: Any, processing_class: Any) -> Any:
-    if data_collator is not None:
-        return data_collator
-    if isinstance(processing_class, PreTrainedTokenizerBase):
-        return DataCollatorWithPadding(processing_class)
-    return default_data_collator
+def _is_plain(collate: Any) -> bool:
+    """Whether a collator, ours or of Transformers, takes labels as they are; another may make them of anything."""
+    module = getattr(collate, "__module__", type(collate).__module__) or ""
+    return module.split(".")[0] in ("transformers", __name__.split(".")[0])
 
 
 def _repeatable(collate: Any) -> Any:
@@ -154,6 +202,7 @@ def _repeatable(collate: Any) -> Any:
         with _seeded("".join(map(content_digest, items))):
             return collate(items)
 
+    collate_again.plain = _is_plain(collate)  # type: ignore[attr-defined]
     return collate_again
 
 
@@ -182,14 +231,14 @@ def _single(items: list[Any]) -> Any:
     return items[0]
 
 
-def _batches_loader(batches: list[Any], name: str) -> DataLoader:
+def _batches_loader(batches: list[Any], model: PreTrainedModel, name: str) -> DataLoader:
     for index, batch in enumerate(batches):
         if not isinstance(batch, Mapping) or not any(isinstance(value, torch.Tensor) for value in batch.values()):
             raise DataError(
                 f"{name}: batch {index} is a {type(batch).__name__}; each batch must map forward's argument names to "
                 "tensors."
             )
-    return _loader(batches, 1, _single)
+    return _loader([taken_by(model, batch) for batch in batches], 1, _single)
 
 
 def _check_size(loader: DataLoader, name: str) -> None:
@@ -202,10 +251,21 @@ def _check_size(loader: DataLoader, name: str) -> None:
         raise DataError(f"{name}: has {count} examples; at least {MIN_EXAMPLES} are needed.")
 
 
-def _check_repeats(loader: DataLoader, name: str) -> None:
+def _check_repeats(loader: DataLoader, model: PreTrainedModel, name: str) -> None:
     if ready_batches(loader):
         return
-    first, again = next(iter(loader)), next(iter(loader))
+    try:
+        first, again = next(iter(loader)), next(iter(loader))
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        if plain_examples(loader):  # a label may be the reason
+            checks, count = LabelChecks(model, name), min(dataset_size(loader), loader.batch_size or 1)
+            for index in range(count):
+                checks.check(loader.dataset[index], f"example {index}")
+        reason = str(error).strip().partition("\n")[0]
+        raise DataError(
+            f"{name}: the examples cannot be joined into a batch: {type(error).__name__}: {reason}. Give them one "
+            "length (pass processing_class=tokenizer, which has to have a pad_token), or a data_collator."
+        ) from error
     if isinstance(first, Mapping) and tensors_fingerprint(first) != tensors_fingerprint(again):
         raise DataError(
             f"{name}: its first batch is another one each time, so that no two models can be compared on it. Random "

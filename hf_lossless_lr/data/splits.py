@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,9 @@ from transformers.utils import logging
 
 from ..errors import DataError
 from ..fingerprint import as_array, content_digest
+from .label_checks import LabelChecks
 from .labels import batch_examples, label_names
-from .loaders import dataset_size, make_dataloader, ready_batches, subset
+from .loaders import dataset_size, first_examples, make_dataloader, plain_examples, ready_batches, subset
 
 logger = logging.get_logger(__name__)
 
@@ -29,25 +30,70 @@ Digests = list[frozenset[str]]
 
 
 def item_digests(loader: DataLoader, model: PreTrainedModel) -> Digests:
-    """Return the digests of the inputs behind a loader: one for each item, or for each row of a ready-made batch.
+    """Return the digests of the inputs behind a loader, as `examine` does, without checking labels."""
+    return _examined(loader, model, None)[0]
 
-    Labels do not count (the same text with another label is the same example), nor do padding, attention masks, and
-    columns that the model does not take, such as a running number.
+
+def examine(loader: DataLoader, model: PreTrainedModel, name: str) -> tuple[Digests, list[bool]]:
+    """Read every item behind a loader: check its labels, and digest its inputs.
+
+    There is a digest for each item, or for each row of a ready-made batch. Labels do not count (the same text with
+    another label is the same example), nor do padding, attention masks, and columns that the model does not take, such
+    as a running number.
 
     Args:
         loader: a loader from `make_dataloader`.
         model: the model whose data it is.
+        name: what to call the data in errors.
 
     Returns:
-        The digests of each item.
+        The digests of each item, and whether it is labelled.
+
+    Raises:
+        DataError: if a label is not such as the model takes, or nothing is labelled.
     """
+    if not ready_batches(loader):
+        first = next(iter(loader))
+        if not isinstance(first, Mapping):
+            raise DataError(
+                f"{name}: its batches are {type(first).__name__}s without names, as of a TensorDataset. Pass a "
+                "collator that names forward's arguments, such as collate_fn=lambda rows: dict(zip(('input_ids', "
+                "'labels'), map(torch.stack, zip(*rows))))."
+            )
+    digests, labelled = _examined(loader, model, LabelChecks(model, name))
+    if not any(labelled):
+        raise DataError(f"{name}: no example has a label: every label is -100.")
+    return digests, labelled
+
+
+def _examined(loader: DataLoader, model: PreTrainedModel, checks: LabelChecks | None) -> tuple[Digests, list[bool]]:
+    check = (lambda example, where: True) if checks is None else checks.check
+    labelled: list[bool] = []
     labels = {*label_names(model), "label", "label_ids", *_SHIFTED_LABELS}
     taken = {*inspect.signature(model.forward).parameters} - labels
     dataset: Any = loader.dataset
-    items = (dataset[index] for index in range(dataset_size(loader)))
-    if not ready_batches(loader):
-        return [frozenset([_digest(item, taken, labels)]) for item in items]
-    return [frozenset(_digest(row, taken, labels) for row in _rows(batch)) for batch in items]
+    digests = []
+    for index in range(dataset_size(loader)):
+        item = dataset[index]
+        if ready_batches(loader):
+            rows = _rows(item)
+            found = [check(row, f"row {place} of batch {index}") for place, row in enumerate(rows)]
+            labelled.append(any(found) or not rows)
+            digests.append(frozenset(_digest(row, taken, labels) for row in rows))
+        else:
+            labelled.append(check(item, f"example {index}") if plain_examples(loader) else True)
+            digests.append(frozenset([_digest(item, taken, labels)]))
+    if checks is not None and not ready_batches(loader) and not plain_examples(loader):
+        labelled = _check_joined(loader, checks)
+    return digests, labelled
+
+
+def _check_joined(loader: DataLoader, checks: LabelChecks) -> list[bool]:
+    """Check examples as their collator gives them, and return which are labelled: all, where it joins others."""
+    found: list[bool] = []
+    for batch in loader:
+        found += [checks.check(row, f"example {len(found) + place}") for place, row in enumerate(_rows(batch))]
+    return found if len(found) == dataset_size(loader) else [True] * dataset_size(loader)
 
 
 def _rows(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -98,6 +144,7 @@ def split_holdout(
     seed: int,
     fraction: float = HOLDOUT_FRACTION,
     shortage: str = "verification; pass eval_dataset, or more data",
+    labelled: Sequence[bool] = (),
 ) -> tuple[list[int], list[int]]:
     """Choose a share of the items to hold out, deterministically; what is in both parts is taken out of the first.
 
@@ -107,6 +154,7 @@ def split_holdout(
         seed: seed of the random choice.
         fraction: share to hold out, rounded down, but one item at least.
         shortage: what the held-out part is for, and what to do where there is too little; for the error.
+        labelled: whether each item is labelled; the same share of those is held out, and one at least. Default: all.
 
     Returns:
         Indices of the items that stay, and of those held out.
@@ -117,6 +165,11 @@ def split_holdout(
     count = dataset_size(loader)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     wanted = max(int(count * fraction), 1)
+    if labelled and not all(labelled):
+        marked = [index for index in order if labelled[index]]
+        drawn = marked[: max(int(len(marked) * fraction), 1)]
+        drawn += [index for index in order if not labelled[index]][: max(wanted - len(drawn), 0)]
+        order, wanted = [*drawn, *(index for index in order if index not in set(drawn))], len(drawn)
     held_out = sorted(order[:wanted])
     seen = frozenset[str]().union(*(digests[index] for index in held_out))
     rest = [index for index in sorted(order[wanted:]) if not digests[index] & seen]
@@ -182,6 +235,7 @@ def split_data(
     seed: int,
     selection_fraction: float,
     selection_needed: bool = False,
+    max_examples: int | None = None,
     data_collator: Any = None,
     processing_class: Any = None,
 ) -> DataSplits:
@@ -195,6 +249,7 @@ def split_data(
         seed: seed of the splits.
         selection_fraction: share of the calibration examples kept apart for choosing by measurement; 0 for none.
         selection_needed: whether the choice cannot do without them.
+        max_examples: examples to take from `calib_dataset`, and from an `eval_dataset` that is a stream; None for all.
         data_collator: collator for examples.
         processing_class: tokenizer or processor.
 
@@ -202,16 +257,21 @@ def split_data(
         The loaders.
     """
     options = {"batch_size": batch_size, "processing_class": processing_class, "data_collator": data_collator}
-    calibration = make_dataloader(calib_dataset, model, **options)
-    digests = item_digests(calibration, model)
+    calibration = make_dataloader(calib_dataset, model, max_examples=max_examples, **options)
+    if max_examples is not None:
+        calibration = first_examples(calibration, max_examples)
+    digests, labelled = examine(calibration, model, "calib_dataset")
     fingerprints = {"calib_dataset": combined_digest(digests)}  # by which `verify` knows it again
     if eval_dataset is None:
-        kept, apart = split_holdout(calibration, digests, seed)
+        kept, apart = split_holdout(calibration, digests, seed, labelled=labelled)
         held_out, held_out_digests = subset(calibration, apart), [digests[index] for index in apart]
-        calibration, digests = subset(calibration, kept), [digests[index] for index in kept]
+        calibration = subset(calibration, kept)
+        digests, labelled = [digests[index] for index in kept], [labelled[index] for index in kept]
     else:
-        held_out = make_dataloader(eval_dataset, model, name="eval_dataset", **options)
-        held_out_digests = item_digests(held_out, model)
+        held_out = make_dataloader(eval_dataset, model, name="eval_dataset", max_examples=max_examples, **options)
+        held_out_digests, _ = examine(held_out, model, "eval_dataset")
+        seen = frozenset[str]().union(*held_out_digests)
+        labelled = [flag for flag, item in zip(labelled, digests, strict=True) if not item & seen]
         calibration, digests = without(calibration, digests, held_out_digests)
     fingerprints["held_out"] = combined_digest(held_out_digests)
     selection = None
@@ -219,7 +279,7 @@ def split_data(
         shortage = "choosing by measurement; pass more (and smaller) items"
         if not selection_needed:
             shortage += ", or selection_fraction=0"
-        kept, chosen = split_holdout(calibration, digests, seed + 1, selection_fraction, shortage)
+        kept, chosen = split_holdout(calibration, digests, seed + 1, selection_fraction, shortage, labelled)
         fingerprints["selection"] = combined_digest(digests[index] for index in chosen)
         selection = subset(calibration, chosen)
         calibration, digests = subset(calibration, kept), [digests[index] for index in kept]

@@ -5,7 +5,7 @@ from .mmlu import MMLU, mmlu
 from .pipelines import TASKS
 from .registry import EVALUATION_TASKS
 from .scores import Score, Scores, compare, summarize
-from .sources import choose_columns, load_split
+from .sources import choose_columns, is_format, is_single, load_split
 from .task import EvaluationTask, ScoringOptions, Task
 
 __all__ = [
@@ -21,6 +21,8 @@ __all__ = [
     "Task",
     "choose_columns",
     "compare",
+    "is_format",
+    "is_single",
     "load_split",
     "mmlu",
     "summarize",

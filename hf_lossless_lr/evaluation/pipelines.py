@@ -11,14 +11,35 @@ from datasets import Dataset
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, default_data_collator
 
 from ..data import IGNORE_INDEX
+from ..errors import DataError
 from .sources import choose_columns
 from .task import Task
 
 Columns = list[str] | None
 
 
+def _check_texts(dataset: Dataset, column: str) -> None:
+    for index, text in enumerate(dataset[column]):
+        if not isinstance(text, str):
+            raise DataError(f"row {index} of the data set has the text {text!r} in {column!r}, which is no string.")
+
+
+def _check_tags(dataset: Dataset, words: str, tags: str) -> None:
+    for index, (row, row_tags) in enumerate(zip(dataset[words], dataset[tags], strict=True)):
+        if not isinstance(row, list) or not all(isinstance(word, str) for word in row):
+            raise DataError(
+                f"row {index} of the data set has {str(row)[:80]} in {words!r}, which is no list of words."
+            )
+        if not isinstance(row_tags, list) or len(row_tags) != len(row):
+            given = f"{len(row_tags)} tags" if isinstance(row_tags, list) else f"the tags {row_tags!r}"
+            raise DataError(f"row {index} of the data set has {len(row)} words and {given}; each word takes one.")
+
+
 def _text_classification(dataset: Dataset, tokenizer: Any, max_length: int, columns: Columns = None) -> Dataset:
     *texts, label = choose_columns(TASKS["text-classification"], dataset.column_names, columns)
+
+    for column in texts:
+        _check_texts(dataset, column)
 
     def tokenize(batch: dict[str, list[Any]]) -> dict[str, Any]:
         encoded = tokenizer(*(batch[column] for column in texts), truncation=True, max_length=max_length)
@@ -30,6 +51,8 @@ def _text_classification(dataset: Dataset, tokenizer: Any, max_length: int, colu
 def _token_classification(dataset: Dataset, tokenizer: Any, max_length: int, columns: Columns = None) -> Dataset:
     """Label the first piece of each word; other pieces and special tokens do not count."""
     words, tags = choose_columns(TASKS["token-classification"], dataset.column_names, columns)
+
+    _check_tags(dataset, words, tags)
 
     def tokenize(batch: dict[str, list[Any]]) -> dict[str, Any]:
         encoded = tokenizer(batch[words], is_split_into_words=True, truncation=True, max_length=max_length)
@@ -48,6 +71,7 @@ def _token_classification(dataset: Dataset, tokenizer: Any, max_length: int, col
 def _text_generation(dataset: Dataset, tokenizer: Any, max_length: int, columns: Columns = None) -> Dataset:
     """Join all texts and cut them into blocks of `max_length` tokens; the incomplete last block is dropped."""
     (text,) = choose_columns(TASKS["text-generation"], dataset.column_names, columns)
+    _check_texts(dataset, text)
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     stream = [
         token for ids in tokenizer(list(dataset[text]), add_special_tokens=False)["input_ids"] for token in ids + end

@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
 from ..errors import DataError
 from .task import Task
@@ -45,6 +46,16 @@ def choose_columns(task: Task, available: list[str], given: list[str] | None = N
     return chosen
 
 
+def is_format(path: str | None) -> bool:
+    """Return whether a data set is named by the format of its files alone, such as `json` or `parquet`."""
+    return path in _PACKAGED_DATASETS_MODULES
+
+
+def is_single(path: str | None) -> bool:
+    """Return whether a path is the folder of a data set that `save_to_disk` wrote without splits."""
+    return path is not None and Path(path, "state.json").is_file()
+
+
 def load_split(
     path: str, name: str | None, data_files: str | list[str] | None, split: str, examples: int | None
 ) -> Dataset:
@@ -61,9 +72,11 @@ def load_split(
         The data set.
 
     Raises:
-        DataError: if it cannot be loaded or has no such split.
+        DataError: if it cannot be loaded, has no such split, or is a format without files.
     """
-    saved = any(Path(path, file).is_file() for file in ("state.json", "dataset_dict.json"))
+    if is_format(path) and not data_files:  # else datasets takes what files it finds in the working directory
+        raise DataError(f"the data set {path!r} is a format; name its files.")
+    saved = is_single(path) or Path(path, "dataset_dict.json").is_file()
     try:
         if data_files is not None:
             data: Any = load_dataset(path, name, data_files={split: data_files})
@@ -71,6 +84,8 @@ def load_split(
             data = load_from_disk(path) if saved else load_dataset(path, name)
     except (OSError, ValueError, DatasetsError) as error:
         raise DataError(f"cannot load the data set {path!r}: {error.__cause__ or error}") from error
+    except StopIteration as error:  # of an empty JSON file
+        raise DataError(f"cannot load the data set {path!r}: a file of it is empty.") from error
     if isinstance(data, DatasetDict):
         if split not in data:
             raise DataError(f"the data set {path!r} has no split {split!r}; it has {', '.join(data)}.")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, NamedTuple
 
 from datasets import Dataset
@@ -27,6 +29,29 @@ class ScoringOptions(NamedTuple):
 def as_it_is(dataset: Dataset, model: PreTrainedModel) -> Dataset:
     """Return the data set unchanged: for tasks whose labels do not depend on a model's order of classes."""
     return dataset
+
+
+def with_own_processor(function: Callable[..., Any], position: int) -> Callable[..., Any]:
+    """Let a function work on a copy of its processor.
+
+    A fast tokenizer remembers how it was last called: saved after that, it would cut what its users give it, or no
+    longer cut what they had it cut.
+
+    Args:
+        function: the function.
+        position: place of the processor among its arguments.
+
+    Returns:
+        A function of the same arguments, after which the processor is as before.
+    """
+
+    @wraps(function)
+    def with_copy(*arguments: Any, **named: Any) -> Any:
+        copied = [deepcopy(value) if place == position else value for place, value in enumerate(arguments)]
+        processors = {name: deepcopy(named[name]) for name in ("tokenizer", "processor") if name in named}
+        return function(*copied, **named | processors)
+
+    return with_copy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +78,10 @@ class Task:
     max_length: int = 128
     align: Callable[[Dataset, PreTrainedModel], Dataset] = as_it_is
 
+    def __post_init__(self) -> None:
+        """Let nothing that a task does to texts show in the tokenizer of its caller."""
+        object.__setattr__(self, "prepare", with_own_processor(self.prepare, 1))
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationTask(Task):
@@ -66,3 +95,8 @@ class EvaluationTask(Task):
 
     dataset: tuple[str, str | None, str, str]
     score: Callable[[PreTrainedModel, Dataset, Any, ScoringOptions], Scores]
+
+    def __post_init__(self) -> None:
+        """Let neither preparing nor scoring show in the tokenizer of its caller."""
+        super().__post_init__()
+        object.__setattr__(self, "score", with_own_processor(self.score, 2))

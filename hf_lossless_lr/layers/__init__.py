@@ -5,10 +5,10 @@ room tests for a layer type.
 """
 
 from .conv2d import FactorizedConv2d
-from .factorized import METHOD, Factorized, is_factorized, layers_in
+from .factorized import METHOD, Factorized, called_with, is_factorized, layers_in
 from .layout import Layout, layout_of, to_dense, weight_matrices
 from .linear import FactorizedLinear
-from .model_state import differentiating_only, evaluating, on_device
+from .model_state import differentiating_only, evaluating, on_device, own_config
 from .replacement import in_place, replace_modules
 from .storage import STORAGES, break_even_rank, choose_storage, factorized_parameters
 from .targets import Targets, check_model, find_targets
@@ -22,6 +22,7 @@ __all__ = [
     "Layout",
     "Targets",
     "break_even_rank",
+    "called_with",
     "check_model",
     "choose_storage",
     "differentiating_only",
@@ -33,6 +34,7 @@ __all__ = [
     "layers_in",
     "layout_of",
     "on_device",
+    "own_config",
     "replace_modules",
     "to_dense",
     "weight_matrices",

@@ -15,6 +15,14 @@ METHOD = "lossless_lr"
 """Name of our format among Transformers' quantization methods."""
 
 
+def called_with(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """Return the input that a layer, dense or factorized, was called with: `layer(x)`, or by the name it has there."""
+    if args:
+        return args[0]
+    by_name = kwargs.get("input")  # of a Linear and a Conv2d
+    return kwargs["x"] if by_name is None else by_name  # of a Conv1D
+
+
 class Factorized(nn.Module):
     """Shared body of the factorized layers: `down` to the rank, `up` from it, and a guard called `weight`.
 
@@ -71,8 +79,9 @@ class Factorized(nn.Module):
             return self.in_features - pivots, self.out_features
         return self.in_features, self.out_features - pivots
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply the factorized map to `x`; same input and output shapes as the dense layer."""
+    def forward(self, input: torch.Tensor | None = None, *, x: torch.Tensor | None = None) -> torch.Tensor:
+        """Apply the factorized map; same input and output shapes as the dense layer, and the names of its input."""
+        x = called_with((), {"input": input, "x": x})
         if self.permutation is None:
             y = self.up(self.down(x))
         elif self.pivots_inputs:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,3 +54,25 @@ def on_device(model: nn.Module, device: torch.device, also: Iterable[nn.Module] 
         home = original.pop()
         for module in (model, *also):
             module.to(home)
+
+
+def own_config(model: Any) -> Callable[[], None]:
+    """Give a model a copy of its configuration, so that what is written there is not in other models that share it.
+
+    Args:
+        model: the model; the modules in it that hold the configuration, or a part of it, get the copy, too.
+
+    Returns:
+        What gives all of them the former one back.
+    """
+    copies: dict[int, Any] = {}
+    deepcopy(model.config, copies)
+    holders = [(module, module.config) for module in model.modules() if id(vars(module).get("config")) in copies]
+
+    def restore() -> None:
+        for module, config in holders:
+            module.config = config
+
+    for module, config in holders:
+        module.config = copies[id(config)]
+    return restore

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -207,7 +208,7 @@ def check_model(model: Any) -> None:
     if not isinstance(model, PreTrainedModel):
         raise TargetError(
             f"compress() takes a transformers PreTrainedModel, got {type(model).__name__}. Unwrap it first (for PEFT: "
-            "`merge_and_unload()`; for DDP: `.module`)."
+            "`merge_and_unload()`; for DDP: `.module`; for torch.compile: `._orig_mod`)."
         )
     name = type(model).__name__
     existing = getattr(model.config, "quantization_config", None)
@@ -219,3 +220,30 @@ def check_model(model: Any) -> None:
         raise TargetError(f"this {name} is quantized. Compress it in floating point first and quantize the result.")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise TargetError(f"this {name} is on the meta device and has no values. Load its weights first.")
+    _check_state(model, f"this {name}")
+
+
+def _check_state(model: PreTrainedModel, this: str) -> None:
+    """Refuse models whose layers are not plain ones of their own, or cannot get gradients."""
+    adapters = any(type(module).__module__.split(".")[0] == "peft" for module in model.modules())
+    if adapters or getattr(model, "_hf_peft_config_loaded", False):
+        raise TargetError(
+            f"{this} has an adapter, beside which compressed weights would not be saved. Merge it first: load the "
+            "dense model, then peft.PeftModel.from_pretrained(model, adapter).merge_and_unload(); or take it off with "
+            "model.delete_adapter(name)."
+        )
+    compiled = any(
+        getattr(module, "_compiled_call_impl", None) is not None or type(module).__name__ == "OptimizedModule"
+        for module in model.modules()
+    )
+    if compiled:
+        raise TargetError(f"{this} is compiled. Compress the model as it was loaded, then compile the result.")
+    if getattr(model.config, "return_dict", True) is False:
+        raise TargetError(f"{this} returns tuples, whose parts have no names. Set model.config.return_dict = True.")
+    if torch.is_inference_mode_enabled():
+        raise TargetError("there are no gradients under torch.inference_mode(). Compress outside of it.")
+    if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+        raise TargetError(
+            f"{this} was built under torch.inference_mode(), so that its weights never get gradients. Build or load "
+            "it outside of that."
+        )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, send_to_device
 
 from ..data import batch_examples
-from ..ranks import Budget, flop_sizes, forward_flops, forward_seconds, latency_sizes, parameter_sizes
+from ..ranks import Budget, flop_sizes, forward_flops, forward_seconds, latency_sizes, parameter_sizes, unreached_size
 from .calibration import Calibration
 
 
@@ -32,18 +32,17 @@ def budget_of(calibration: Calibration, size: str, scope: str, rank_multiple: in
     if size == "parameters":
         targeted = sum(curve.dense_parameters for curve in curves.values())
         return Budget(parameter_sizes(curves), float(dense.parameters - targeted) if whole else 0.0)
-    batch = {
-        name: value.to(accelerator.device) if hasattr(value, "to") else value
-        for name, value in next(iter(calibration.parts.calibration)).items()
-    }
+    batch = send_to_device(dict(next(iter(calibration.parts.calibration))), accelerator.device)
     examples = batch_examples(batch)
     flops = forward_flops(dense.model, targets, batch, examples)
     if size == "flops":
         return Budget(flop_sizes(curves, flops.rows), flops.fixed if whole else 0.0)
     measured: list[Any] = [None]
     if accelerator.is_main_process:
-        rows = {name: max(1, math.ceil(count * examples)) for name, count in flops.rows.items()}
-        sizes = latency_sizes(targets, curves, rows, rank_multiple)
+        rows = {name: math.ceil(count * examples) for name, count in flops.rows.items()}
+        reached = {name: curve for name, curve in curves.items() if rows[name]}
+        sizes = latency_sizes(targets, reached, rows, rank_multiple)
+        sizes |= {name: unreached_size(curve) for name, curve in curves.items() if not rows[name]}
         total = forward_seconds(dense.model, batch) if whole else 0.0
         measured = [Budget(sizes, max(0.0, total - sum(size.dense for size in sizes.values())) if whole else 0.0)]
     broadcast_object_list(measured)

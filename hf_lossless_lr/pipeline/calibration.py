@@ -113,6 +113,7 @@ def calibrate(
                 _try_first(model, loader, accelerator)
         with clock.timed("statistics"):
             statistics = _statistics(dense, targets, parts, accelerator, statistics_path)
+        targets = _called(targets, statistics)
         with clock.timed("factorization"):
             factors = _factorize(config, _heard(config, targets, statistics), statistics)
     return Calibration(dense, parts, statistics, factors, accelerator, clock.seconds)
@@ -154,7 +155,7 @@ def _statistics(
         statistics = load_statistics(path, dense.fingerprint, accelerator.device)
         if statistics.data_fingerprint != data_fingerprint(parts.calibration, accelerator):
             raise CheckpointError(f"{path}: these statistics belong to other calibration data. Calibrate again.")
-        missing = [name for name in targets.chosen if name not in statistics.layers]
+        missing = [name for name in targets.chosen if name not in (*statistics.layers, *statistics.uncalled)]
         if missing:
             raise CheckpointError(f"{path}: these statistics do not cover {missing[0]!r}. Calibrate again.")
         return statistics
@@ -162,6 +163,20 @@ def _statistics(
     if path is not None and accelerator.is_main_process:
         save_statistics(statistics, path, dense.fingerprint)
     return statistics
+
+
+def _called(targets: Targets, statistics: CalibrationStatistics) -> Targets:
+    """Leave layers dense that the data never reach: nothing is known of what they do."""
+    uncalled = [name for name in targets.chosen if name not in statistics.layers]
+    if not uncalled:
+        return targets
+    logger.warning(
+        "%d layers were never called in a forward pass over the calibration data and stay dense: %s.",
+        len(uncalled),
+        ", ".join(uncalled),
+    )
+    chosen = {name: module for name, module in targets.chosen.items() if name in statistics.layers}
+    return Targets(chosen, targets.skipped | dict.fromkeys(uncalled, "never called by the calibration data"))
 
 
 def _heard(config: LosslessLowRankConfig, targets: Targets, statistics: CalibrationStatistics) -> Targets:

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..checkpoint import MEASURED_OBJECTIVES, LosslessLowRankConfig, attach_card, mark_compressed, unmark_compressed
 from ..data import split_data
 from ..errors import ConfigurationError
-from ..layers import check_model, find_targets, on_device, replace_modules
+from ..layers import check_model, find_targets, on_device, own_config, replace_modules
 from ..ranks import OBJECTIVES, Budget, Limits, Ranks, Search, compression_path, find_epsilon, second_order_cost
 from ..report import CompressionReport, TrialRecord
 from ..timing import Clock
@@ -138,6 +138,7 @@ class LowRankCompressor:
             seed=config.seed,
             selection_fraction=config.selection_fraction or 0.0,
             selection_needed=config.objective in MEASURED_OBJECTIVES,
+            max_examples=config.max_examples,
             data_collator=data_collator,
             processing_class=processing_class,
         )
@@ -175,7 +176,8 @@ class LowRankCompressor:
         self.restore()
         layers = calibration.factors.targets.chosen.values()
         with on_device(model, calibration.accelerator.device, layers), ExitStack() as undo:
-            undo.callback(vars(model.config).update, dict(vars(model.config)))
+            restore_config = own_config(model)
+            undo.callback(restore_config)
             check_unchanged(calibration)
             trial, trials, epsilon = self._choose(calibration, config, clock)
             with clock.timed("held_out"):
@@ -186,6 +188,8 @@ class LowRankCompressor:
             if trial.layers:
                 attach_card(model, report)
                 self._certified.append(report)
+            else:
+                restore_config()
             self.report = report
             self._restore_dense = undo.pop_all()  # success: the changes stay until the next ratio
         return model

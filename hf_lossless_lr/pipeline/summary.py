@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from importlib.metadata import version
 from typing import Any
 
 from torch import nn
@@ -16,6 +14,7 @@ from ..factors import LossCurve
 from ..ranks import kept_share
 from ..report import Certificate, CompressionReport, LayerReport, Measurement, TrialRecord, finite
 from ..verdict import CERTIFIED, PairedOutcomes, certify, demoted
+from ..versions import versions
 from .calibration import Calibration
 from .trial import Trial
 
@@ -89,7 +88,7 @@ def make_report(
         fingerprints=fingerprints,
         model_fingerprint=dense_model.fingerprint,
         epsilon=epsilon,
-        versions=_versions(),
+        versions=versions(),
         seconds=dict(seconds),
     )
 
@@ -131,8 +130,3 @@ def _layer_report(module: nn.Module, curve: LossCurve, rank: int | None, layer: 
         first_order=0.0 if rank is None else float(curve.first_order[rank]),
         second_order=0.0 if rank is None else float(curve.second_order[rank]),
     )
-
-
-def _versions() -> dict[str, str]:
-    packages = ("hf-lossless-lr", "torch", "transformers", "accelerate", "safetensors", "numpy", "scipy")
-    return {"python": platform.python_version(), **{package: version(package) for package in packages}}

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 from transformers import PreTrainedModel
 
-from ..data import combined_digest, item_digests, make_dataloader
+from ..data import combined_digest, examine, make_dataloader
 from ..errors import CertificateError
 from ..layers import on_device
 from ..renamed import refusing_old_names
@@ -62,7 +62,7 @@ def verify(
         processing_class=processing_class,
         name="eval_dataset",
     )
-    fingerprint = combined_digest(item_digests(loader, dense))
+    fingerprint = combined_digest(examine(loader, dense, "eval_dataset")[0])
     if fingerprint in used:
         raise CertificateError("eval_dataset is data that the compressed model was made from; give other examples.")
     accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(even_batches=False))

@@ -3,7 +3,7 @@
 `flops`, `latency` and the paper's epsilon measure; everything else is arithmetic.
 """
 
-from .flops import flop_sizes, forward_flops
+from .flops import flop_sizes, forward_flops, unreached_size
 from .latency import forward_seconds, latency_sizes
 from .objectives import OBJECTIVES, Limits, Search
 from .paper import find_epsilon, select_paper
@@ -34,4 +34,5 @@ __all__ = [
     "select_budget",
     "select_paper",
     "select_uniform",
+    "unreached_size",
 ]

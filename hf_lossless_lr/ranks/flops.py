@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..errors import TargetError
 from ..factors import LossCurve
 from ..layers import differentiating_only, weight_matrices
 from .sizes import LayerSize, parameter_size
@@ -44,10 +44,7 @@ def forward_flops(
         examples: examples in the batch.
 
     Returns:
-        The counts.
-
-    Raises:
-        TargetError: if a target takes no part in the forward pass.
+        The counts; 0 rows for a target that the batch does not reach.
     """
     counter = FlopCounterMode(display=False)
     # The counter cannot see fused attention, nor follow all models whose weights require gradients.
@@ -56,9 +53,6 @@ def forward_flops(
     by_module = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
     flops = {name: by_module.get(f"{type(model).__name__}.{name}", 0) for name in targets}
     rows = {name: count / (2 * weight_matrices(targets[name]).numel() * examples) for name, count in flops.items()}
-    for name, count in rows.items():
-        if count == 0:
-            raise TargetError(f"{name!r} was never called in the forward pass; add it to `ignore`.")
     return ForwardFlops(rows, (counter.get_total_flops() - sum(flops.values())) / examples)
 
 
@@ -70,10 +64,18 @@ def flop_sizes(curves: Mapping[str, LossCurve], rows: Mapping[str, float]) -> di
         rows: rows of each layer per example.
 
     Returns:
-        The sizes.
+        The sizes; those of a layer without rows are `unreached_size`.
     """
     sizes = {}
     for name, curve in curves.items():
+        if not rows[name]:
+            sizes[name] = unreached_size(curve)
+            continue
         flops = 2 * rows[name]
         sizes[name] = LayerSize(flops * parameter_size(curve).by_rank, flops * curve.dense_parameters)
     return sizes
+
+
+def unreached_size(curve: LossCurve) -> LayerSize:
+    """Return the size of a layer that the batch at hand does not reach: nothing, so no rank makes it smaller."""
+    return LayerSize(np.full_like(parameter_size(curve).by_rank, np.inf, dtype=np.float64), 0.0)

@@ -29,7 +29,7 @@ from transformers.utils import logging
 from ..data import PaddingMasks, batch_examples, forward_loss
 from ..errors import DataError, NumericalError, TargetError
 from ..fingerprint import tensors_fingerprint
-from ..layers import Layout, differentiating_only, layout_of, weight_matrices
+from ..layers import Layout, called_with, differentiating_only, layout_of, weight_matrices
 from .records import CalibrationStatistics, Key, LayerStatistics
 from .rows import gram, real_rows
 
@@ -69,8 +69,8 @@ class _Collector:
         """Return a forward hook that notes the layer's input and waits for the gradient of its output."""
         layout = self.layouts[name]
 
-        def forward_hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-            x = args[0]
+        def forward_hook(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: torch.Tensor) -> None:
+            x = called_with(args, kwargs)
             mask = self.masks.of(module, x)
             if self.recording:  # false while gradient checkpointing repeats the forward pass
                 key = layout.input_key(module, x)
@@ -143,8 +143,8 @@ class _Collector:
         result = {}
         for name in self.targets:
             keys = [key for key in means if name in key]
-            if not keys:
-                raise TargetError(f"{name!r} was never called in the forward pass; add it to `ignore`.")
+            if not keys:  # a branch that the data do not take
+                continue
             tokens = sum(self.input_counts[key] for key in keys)
             covariance = means[keys[0]]
             if len(keys) > 1:
@@ -184,12 +184,12 @@ def collect_statistics(
     Raises:
         DataError: if a batch has no labels, the model no loss, or no batch a labelled unit.
         NumericalError: if a loss or a gradient is not finite.
-        TargetError: if a target takes no part in the forward pass.
+        TargetError: if no target takes part in the forward pass.
     """
     collector = _Collector(model, targets)
     totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # units * loss, units, examples
     digests: list[str] = []
-    hooks = [module.register_forward_hook(collector.hook(name)) for name, module in targets.items()]
+    hooks = [module.register_forward_hook(collector.hook(name), with_kwargs=True) for name, module in targets.items()]
     if collector.masks.encoder is not None:
         hooks.append(collector.masks.encoder.register_forward_hook(collector.masks.record_encoder_output))
     try:
@@ -204,8 +204,9 @@ def collect_statistics(
                 collector.add_inputs()
                 if units:
                     del outputs, asked
-                    (loss * units).backward()
-                    collector.add_weight_grads(index)
+                    if loss.requires_grad:  # false where the batch reaches no target
+                        (loss * units).backward()
+                        collector.add_weight_grads(index)
                     totals += torch.tensor([loss.item() * units, units, 0.0], device=totals.device)
                 totals[2] += batch_examples(batch)
                 digests.append(tensors_fingerprint(batch))
@@ -219,6 +220,12 @@ def collect_statistics(
         raise DataError("no batch has a labelled unit: every label is -100.")
     digest = _combined(digests)
     layers = collector.layer_statistics(total_units)
+    uncalled = tuple(name for name in targets if name not in layers)
+    if not layers:
+        raise TargetError(
+            f"none of the chosen layers was called in the forward pass ({', '.join(uncalled)}); choose others with "
+            "`target_modules`."
+        )
     groups = collector.groups()
     mean_loss, examples = float(totals[0]) / total_units, int(totals[2])
-    return CalibrationStatistics(layers, mean_loss, examples, total_units, digest, groups)
+    return CalibrationStatistics(layers, mean_loss, examples, total_units, digest, groups, uncalled)

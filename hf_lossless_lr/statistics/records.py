@@ -40,6 +40,7 @@ class CalibrationStatistics:
         units: number of labelled units.
         data_fingerprint: SHA-256 over the batches, independent of their order.
         groups: targets that receive the same input, in the order of the forward pass; only those called once a pass.
+        uncalled: targets that no forward pass called; they have no statistics.
     """
 
     layers: Mapping[str, LayerStatistics]
@@ -48,3 +49,4 @@ class CalibrationStatistics:
     units: int
     data_fingerprint: str
     groups: tuple[Key, ...] = ()
+    uncalled: tuple[str, ...] = ()

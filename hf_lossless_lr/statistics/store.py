@@ -45,6 +45,7 @@ def save_statistics(statistics: CalibrationStatistics, path: str | os.PathLike[s
         "examples": statistics.examples,
         "units": statistics.units,
         "groups": statistics.groups,
+        "uncalled": statistics.uncalled,
         "layers": layers,
     }
     with replacing(path) as temporary:
@@ -104,6 +105,7 @@ def load_statistics(
                 units=description["units"],
                 data_fingerprint=description["data_fingerprint"],
                 groups=tuple(tuple(group) for group in description["groups"]),
+                uncalled=tuple(description.get("uncalled", ())),
             )
     except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError, OSError) as error:
         raise CheckpointError(f"{path} is no file of calibration statistics: {error}") from error

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..data import PaddingMasks, run_batch
-from ..layers import layout_of
+from ..layers import called_with, layout_of
 from .rows import real_rows
 
 Group = tuple[str, ...]
@@ -91,12 +91,13 @@ def pausing(model: PreTrainedModel, encoder: nn.Module | None, pauses: Sequence[
     def hook_of(pause: Pause) -> Any:
         dense, layout = pause.dense, layout_of(pause.dense)
 
-        def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor | None = None) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor | None = None) -> None:
             stream = greenlet.getcurrent()
             if not isinstance(stream, Stream) or pause.group in stream.passed:
                 return
-            seen = layout.input_rows(dense, args[0]) if output is None else layout.output_rows(output)
-            rows = real_rows(seen, stream.masks.of(dense, args[0]))
+            x = called_with(args, kwargs)
+            seen = layout.input_rows(dense, x) if output is None else layout.output_rows(output)
+            rows = real_rows(seen, stream.masks.of(dense, x))
             if output is not None and dense.bias is not None:
                 rows = rows - dense.bias.to(rows).reshape(len(rows), 1, -1)  # each matrix has its own outputs
             stream.rows = rows
@@ -120,7 +121,7 @@ def pausing(model: PreTrainedModel, encoder: nn.Module | None, pauses: Sequence[
     handles = []
     for pause in pauses:
         watch = pause.module.register_forward_hook if pause.behind else pause.module.register_forward_pre_hook
-        handles.append(watch(hook_of(pause)))
+        handles.append(watch(hook_of(pause), with_kwargs=True))
     if encoder is not None:
         handles.append(encoder.register_forward_hook(encoder_hook))
     try:

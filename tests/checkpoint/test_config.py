@@ -42,6 +42,7 @@ def full_config():
         damping=0.1,
         storage="two-factor",
         rank_multiple=8,
+        max_examples=300,
         selection_fraction=0.25,
         seed=3,
         batch_size=4,
@@ -64,6 +65,7 @@ OUT_OF_RANGE = {
     "epsilon_tolerance": ("a number in (0, inf)", [0, -1.0, NAN, INF, None, "x"]),
     "selection_fraction": ("a number in [0, 1)", [-0.1, 1, 1.0, NAN, INF, "0.5", True]),
     "rank_multiple": ("an integer of at least 1", [0, -8, 8.0, "8", True, None]),
+    "max_examples": ("an integer of at least 1", [0, -8, 8.0, "8", True]),
     "batch_size": ("an integer of at least 1", [0, -1, 2.5, "32", True, None]),
     "seed": ("an integer of at least 0", [-1, 0.0, "0", False, None]),
 }
@@ -76,6 +78,7 @@ IN_RANGE = {
     "epsilon_tolerance": [1e-12, 1],
     "selection_fraction": [0, 0.0, 0.125, 0.99],
     "rank_multiple": [1, 64],
+    "max_examples": [1, 10_000],
     "batch_size": [1, 512],
     "seed": [0, 12345],
 }

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -15,6 +16,8 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset, Features, Image, Value
+from datasets.exceptions import DatasetsError
+from safetensors import SafetensorError
 from support.compressions import factorized_layers, folder_content
 from support.processes import in_two_processes, needs_processes
 from support.tiny_models import TINY_MODELS, build
@@ -25,6 +28,7 @@ from hf_lossless_lr import CompressionReport, LosslessLowRankConfig, __version__
 from hf_lossless_lr.checkpoint.options import CompressionOptions
 from hf_lossless_lr.commands.cli import main
 from hf_lossless_lr.commands.compress import CompressArguments
+from hf_lossless_lr.errors import ConfigurationError
 from hf_lossless_lr.evaluation.pipelines import TASKS
 from hf_lossless_lr.report.tables import comparison_table
 
@@ -177,6 +181,27 @@ class TestCompress:
         text = (tmp_path / "out" / "compression_report.json").read_text()
         report = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
         assert [trial["loss_increase_upper"] for trial in report["trials"]] == [None]
+
+    @pytest.mark.parametrize("truncates", [False, True])
+    def test_saves_the_tokenizer_of_the_model_as_it_was(self, truncates, command, place, tmp_path):
+        """With a cold cache of datasets and with a warm one; a tokenizer remembers how it was last called."""
+        model = shutil.copytree(place.model, tmp_path / "model")
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        if truncates:
+            tokenizer.backend_tokenizer.enable_truncation(17, stride=2)
+            tokenizer.backend_tokenizer.enable_padding(length=17)
+        tokenizer.save_pretrained(model)
+        AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "own")
+        own = folder_content(tmp_path / "own")
+        assert own["tokenizer.json"] == folder_content(Path(model))["tokenizer.json"]
+        lines = write_lines(tmp_path / "own.jsonl", text_rows(COUNT + truncates, 300))
+        for name in ("cold", "warm"):
+            run = changed(command, output=str(tmp_path / name), data_files=lines)
+            assert main([run[0], str(model), *run[2:]]) == 0
+            saved = folder_content(tmp_path / name)
+            assert {file: saved[file] for file in own} == own
+        warm, cold = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("warm", "cold"))
+        assert warm.backend_tokenizer.to_str() == cold.backend_tokenizer.to_str()
 
     def test_works_in_a_lower_precision(self, command, tmp_path):
         assert main([*command, "--dtype", "bfloat16"]) == 0
@@ -343,7 +368,7 @@ class TestErrors:
     @pytest.mark.parametrize("kind", ["folder", "empty folder", "file"])
     def test_of_an_output_that_exists_leave_it_alone(self, kind, command, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(
-            "hf_lossless_lr.commands.compress.load_auto", lambda *_, **__: pytest.fail("the model was loaded")
+            "hf_lossless_lr.commands.compress.load_model", lambda *_, **__: pytest.fail("the model was loaded")
         )
         out = tmp_path / "out"
         if kind == "file":
@@ -363,7 +388,7 @@ class TestErrors:
         self, option, command, tmp_path, capsys, monkeypatch
     ):
         monkeypatch.setattr(
-            "hf_lossless_lr.commands.compress.load_auto", lambda *_, **__: pytest.fail("the model was loaded")
+            "hf_lossless_lr.commands.compress.load_model", lambda *_, **__: pytest.fail("the model was loaded")
         )
         assert main([*command, f"--{option}", str(tmp_path / "nowhere" / "file")]) == 1
         assert f"error: --{option}: there is no folder {tmp_path / 'nowhere'}; make it" in capsys.readouterr().err
@@ -371,7 +396,7 @@ class TestErrors:
         assert f"error: --{option}: {tmp_path} is a folder; name a file in it." in capsys.readouterr().err
         assert list(tmp_path.iterdir()) == []
 
-    def test_while_writing_the_second_report_keep_the_checkpoint(self, command, tmp_path, monkeypatch):
+    def test_while_writing_the_second_report_keep_the_checkpoint(self, command, tmp_path, capsys, monkeypatch):
         replace_file = os.replace
 
         def fail(source, target):
@@ -380,8 +405,8 @@ class TestErrors:
             replace_file(source, target)
 
         monkeypatch.setattr("os.replace", fail)
-        with pytest.raises(OSError, match="the disk is full"):
-            main([*command, "--json", str(tmp_path / "second.json")])
+        assert main([*command, "--json", str(tmp_path / "second.json")]) == 1
+        assert "hf-lossless-lr: error: the disk is full (--debug" in capsys.readouterr().err
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
         AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
 
@@ -399,8 +424,8 @@ class TestErrors:
             raise error
 
         monkeypatch.setattr(target, fail)
-        with pytest.raises(type(error)):
-            main(command)
+        with contextlib.nullcontext() if isinstance(error, OSError) else pytest.raises(KeyboardInterrupt):
+            assert main(command) == 1
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize(
@@ -433,6 +458,62 @@ class TestErrors:
             main(arguments)
         assert caught.value.code == 2
         assert "usage: hf-lossless-lr" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("error", "shown"),
+        [
+            (OSError("the disk is full"), "the disk is full"),
+            (SafetensorError("header too\n  large"), "SafetensorError: header too large"),
+            (DatasetsError("no rows"), "DatasetsError: no rows"),
+            (RuntimeError("mat1 and mat2 shapes " + "x" * 600), "RuntimeError: mat1 and mat2 shapes x"),
+            (KeyError(), "KeyError"),
+        ],
+    )
+    def test_of_libraries_are_one_line_unless_the_traceback_is_asked_for(
+        self, error, shown, command, capsys, monkeypatch
+    ):
+        def fail(*_, **__):
+            raise error
+
+        monkeypatch.setattr("hf_lossless_lr.commands.compress.load_model", fail)
+        assert main(command) == 1
+        printed = capsys.readouterr().err
+        assert printed.startswith(f"hf-lossless-lr: error: {shown}")
+        assert printed.endswith("(--debug shows where)\n")
+        assert printed.count("\n") == 1
+        assert len(printed) < 600
+        for asked in ([*command, "--debug"], ["--debug", *command]):
+            with pytest.raises(type(error)):
+                main(asked)
+
+    def test_of_mistakes_in_this_package_have_a_traceback(self, command, monkeypatch):
+        def fail(*_, **__):
+            raise AttributeError
+
+        monkeypatch.setattr("hf_lossless_lr.commands.compress.load_model", fail)
+        with pytest.raises(AttributeError):
+            main(command)
+
+    def test_of_our_own_have_a_traceback_on_demand(self, command, tmp_path):
+        (tmp_path / "out").mkdir()
+        with pytest.raises(ConfigurationError, match="--output"):
+            main([*command, "--debug"])
+
+    def test_of_files_that_are_cut_short_are_explained(self, command, place, tmp_path, capsys):
+        model = shutil.copytree(place.model, tmp_path / "model")
+        weights = Path(model, "model.safetensors")
+        for content in (weights.read_bytes()[:-100], b"", b"not a checkpoint"):
+            weights.write_bytes(content)
+            assert main([command[0], str(model), *command[2:]]) == 1
+            assert "hf-lossless-lr: error: " in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "content", ["", "{", '{"sentence": "w5", "label": 0}\n{"sentence": ["w5"], "label": 0}\n']
+    )
+    def test_of_data_that_cannot_be_read_are_explained(self, content, command, tmp_path, capsys):
+        (tmp_path / "a.jsonl").write_text(content)
+        assert main(changed(command, data_files=str(tmp_path / "a.jsonl"))) == 1
+        assert "hf-lossless-lr: error: " in capsys.readouterr().err
 
     def test_in_a_process_of_its_own_show_no_traceback(self, command, tmp_path):
         (tmp_path / "out").mkdir()

@@ -88,12 +88,13 @@ class TestData:
         [
             ((), ("nyu-mll/glue", "sst2")),
             (("--dataset_config", "mine"), ("nyu-mll/glue", "mine")),
-            (("--dataset", "json"), ("json", None)),
-            (("--dataset", "json", "--dataset_config", "mine"), ("json", "mine")),
+            (("--dataset", "my/data"), ("my/data", None)),
+            (("--dataset", "my/data", "--dataset_config", "mine"), ("my/data", "mine")),
         ],
     )
     def test_are_those_of_the_task_unless_others_are_named(self, command, options, expected, tmp_path, monkeypatch):
-        monkeypatch.setattr(f"hf_lossless_lr.commands.{command}.load_auto", lambda *_, **__: None)
+        for load in ("load_auto", "load_model"):
+            monkeypatch.setattr(f"hf_lossless_lr.commands.{command}.{load}", lambda *_, **__: None)
         asked = []
 
         def load_split(*arguments):

@@ -68,6 +68,46 @@ class TestTokenClassification:
         assert batch["labels"].tolist() == [[IGNORED, 1, IGNORED, IGNORED], [IGNORED, 2, 3, IGNORED]]
 
 
+WRONG_ROWS = {
+    "no text": (
+        "text-classification",
+        {"text": ["w5", None], "label": [0, 1]},
+        "row 1 of the data set has the text None",
+    ),
+    "no second text": (
+        "text-classification",
+        {"sentence1": ["w5"], "sentence2": [None], "label": [0]},
+        "row 0 of the",
+    ),
+    "no text to go on": (
+        "text-generation",
+        {"text": ["w5", None]},
+        "row 1 of the data set has the text None in 'text'",
+    ),
+    "too few tags": ("token-classification", {"tokens": [["w5", "w6"]], "tags": [[1]]}, "row 0 .* 2 words and 1 tags"),
+    "no tags": (
+        "token-classification",
+        {"tokens": [["w5"]] * 2, "tags": [[1], None]},
+        "row 1 .* 1 words and the tags N",
+    ),
+    "a text": ("token-classification", {"tokens": ["w5 w6"], "tags": [[1]]}, "row 0 .* 'w5 w6|w5 w6 in 'tokens'"),
+    "no words": ("token-classification", {"tokens": [["w5"], None], "tags": [[1], []]}, "row 1 .* None in 'tokens'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_ROWS)
+def test_a_row_that_cannot_be_read_is_named(case):
+    name, data, text = WRONG_ROWS[case]
+    with pytest.raises(DataError, match=text):
+        prepare(name, data, None)
+
+
+def test_names_of_tags_stay_names():
+    data = {"tokens": [["w5-w6", "w7"]], "tags": [["B-X", "O"]]}
+    examples = prepare("token-classification", data, ["tokens", "tags"])
+    assert next(iter(examples))["labels"] == [IGNORED, "B-X", IGNORED, "O", IGNORED]
+
+
 class TestTextGeneration:
     def test_joins_the_texts_and_cuts_them_into_blocks(self):
         data = {"text": ["w5 w6 w7", "", "w8 w9", "w10 w11"]}
@@ -230,3 +270,14 @@ class TestRefusal:
         monkeypatch.setattr("hf_lossless_lr.evaluation.sources.load_dataset", fail)
         with pytest.raises(DataError, match="cannot load the data set 'nobody/nothing': Couldn't reach it"):
             load_split("nobody/nothing", None, None, "train", None)
+
+
+@pytest.mark.parametrize("name", ["json", "csv", "parquet", "text", "arrow", "imagefolder"])
+@pytest.mark.parametrize("files", [None, []])
+def test_a_format_without_files_is_refused_whatever_lies_in_the_working_directory(name, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.jsonl").write_text('{"text": "w5", "label": 0}\n')
+    (tmp_path / "train.csv").write_text("text,label\nw5,0\n")
+    (tmp_path / "train.txt").write_text("w5\n")
+    with pytest.raises(DataError, match=f"the data set '{name}' is a format; name its files"):
+        load_split(name, None, files, "train", None)

@@ -163,7 +163,7 @@ class TestData:
         "options", [{}, {"refit": True, "metric": "kronecker"}, {"objective": "compact"}], ids=str
     )
     def test_to_evaluate_on_is_run_once_by_each_model_and_takes_no_other_part(self, options):
-        """But for its first item, to see that it works."""
+        """But for its first item, to see that it is a batch and that it works."""
         model, batch = bert()
         evaluation, examples = other_inputs(batch), as_examples(batch)
         words, runs = evaluation["input_ids"].tolist(), []
@@ -172,7 +172,7 @@ class TestData:
             with_kwargs=True,
         )
         run(model, examples, split_batch(evaluation, 1), **options)
-        assert runs == [0, *(index for index in range(COUNT) for _ in range(2))]
+        assert runs == [0, 0, *(index for index in range(COUNT) for _ in range(2))]
 
     def test_that_is_in_both_sets_is_left_out_of_the_calibration_with_a_warning(self, monkeypatch):
         said = []

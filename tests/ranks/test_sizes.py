@@ -1,7 +1,6 @@
 """FLOPs against PyTorch's own counter on real layers; the latency table with a made-up clock: nothing is timed."""
 
 import itertools
-import re
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
-from hf_lossless_lr.errors import TargetError
 from hf_lossless_lr.factors.curves import LossCurve
 from hf_lossless_lr.layers.factorized import is_factorized
 from hf_lossless_lr.layers.layout import layout_of, weight_matrices
@@ -150,7 +148,7 @@ def test_attention_is_part_of_what_is_fixed():
     assert forward_flops(model, everything, batch, EXAMPLES).fixed == attention
 
 
-def test_a_target_without_a_call_is_an_error():
+def test_a_target_without_a_call_has_no_size_that_a_rank_could_lower():
     class Idle(nn.Module):
         def __init__(self):
             super().__init__()
@@ -161,10 +159,13 @@ def test_a_target_without_a_call_is_an_error():
 
     model = Idle()
     targets = dict(model.named_children())
-    with pytest.raises(
-        TargetError, match=re.escape("'idle' was never called in the forward pass; add it to `ignore`")
-    ):
-        forward_flops(model, targets, {"x": torch.ones(2, 4)}, 2)
+    rows = forward_flops(model, targets, {"x": torch.ones(2, 4)}, 2).rows
+    assert rows == {"used": 1.0, "idle": 0.0}
+    curves = dict.fromkeys(targets, curve_of(nn.Linear(9, 8)))
+    size = flop_sizes(curves, rows)["idle"]
+    assert size.dense == 0
+    assert not np.isfinite(size.by_rank).any()
+    assert np.isfinite(flop_sizes(curves, rows)["used"].by_rank).any()
 
 
 @pytest.mark.parametrize("measure", [lambda m, b: forward_flops(m, {}, b, EXAMPLES), forward_seconds])

@@ -624,13 +624,12 @@ class TestRefusal:
         with pytest.raises(DataError, match="no batch has a labelled unit: every label is -100"):
             collect(model, split_batch(batch, 2))
 
-    def test_of_a_layer_that_is_never_called(self):
+    def test_of_layers_none_of_which_is_ever_called(self):
         model, batch = bert_sequence_classification()
-        model.bert.unused = nn.Linear(3, 2)
-        with pytest.raises(
-            TargetError, match=r"'bert.unused' was never called in the forward pass; add it to `ignore`"
-        ):
-            collect(model, [batch])
+        model.bert.unused, model.bert.idle = nn.Linear(3, 2), nn.Linear(3, 2)
+        targets = {f"bert.{name}": getattr(model.bert, name) for name in ("unused", "idle")}
+        with pytest.raises(TargetError, match=r"none of the chosen layers was called .*\(bert.unused, bert.idle\)"):
+            collect(model, [batch], targets)
 
     def test_of_data_without_labels(self):
         model, batch = bert_sequence_classification()
