@@ -87,13 +87,13 @@ def _check_permutation(order: torch.Tensor, name: str, file: str) -> None:
     """Refuse an order in which a place is missing, doubled or out of range: it would move outputs silently."""
     if order.dtype != torch.int32 or order.ndim != 1:
         raise CheckpointError(
-            f"the tensor {name!r} in {file} has the dtype {order.dtype} and the shape {tuple(order.shape)}; it must be "
-            "a row of int32. The file was edited or damaged."
+            f"the tensor {name!r} in {file} has the dtype {order.dtype} and the shape {tuple(order.shape)}; it must "
+            "be a row of int32. The file was edited or damaged."
         )
     if not torch.equal(order.sort().values, torch.arange(len(order), dtype=order.dtype, device=order.device)):
         raise CheckpointError(
-            f"the tensor {name!r} in {file} is no permutation of 0 to {len(order) - 1}: a place is missing, doubled or "
-            "out of range. The file was edited or damaged."
+            f"the tensor {name!r} in {file} is no permutation of 0 to {len(order) - 1}: a place is missing, doubled "
+            "or out of range. The file was edited or damaged."
         )
 
 

@@ -479,7 +479,7 @@ BAD_FILES = {
     "dense weight": (put(f"{QUERY}.weight", torch.ones(32, 32)), rf"'{QUERY}.weight' has the shape \(32, 32\), but"),
     "a place twice": (
         edit(f"{QUERY}.permutation", lambda order: order[[0, 0, *range(2, 32)]]),
-        rf"the tensor '{QUERY}.permutation' in .*model.safetensors is no permutation of 0 to 31: a place is missing, do",
+        rf"the tensor '{QUERY}.permutation' in .*model.safetensors is no permutation of 0 to 31: a place is missing",
     ),
     "a place out of range": (
         edit(f"{QUERY}.permutation", lambda order: torch.where(order == 31, 32, order).int()),
