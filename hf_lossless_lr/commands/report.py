@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
-from ..report import REPORT_NAME, CompressionReport, comparison_table, report_rows, verdict_sentence, write_figures
-
-
-def read_report(folder: Path) -> CompressionReport:
-    """Read the report of a checkpoint.
-
-    Args:
-        folder: the checkpoint.
-
-    Returns:
-        The report.
-
-    Raises:
-        CheckpointError: if there is none.
-    """
-    try:
-        return CompressionReport.from_json((folder / REPORT_NAME).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot read {REPORT_NAME} in {folder}: {error}") from error
+from ..report import REPORT_NAME, comparison_table, report_rows, verdict_sentence, write_figures
+from .binding import doubt_about_weights, read_report
 
 
 def add_parser(commands: Any) -> None:
@@ -52,9 +35,12 @@ def report(arguments: Any) -> int:
     """
     folder = Path(arguments.folder)
     found = read_report(folder)
+    doubt = doubt_about_weights(folder, found)
     print(comparison_table(report_rows(found)))
     if arguments.plots is not None:
         for path in write_figures(found, arguments.plots or folder / "figures"):
             print(f"written: {path}")
     print(verdict_sentence(found))
+    if doubt is not None:
+        print(f"hf-lossless-lr: {doubt}", file=sys.stderr)
     return 0

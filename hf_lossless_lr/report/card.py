@@ -159,6 +159,8 @@ def _origin(report: CompressionReport, chosen: Mapping[str, Any]) -> list[str]:
         "model = compressor.compress(model, calib_dataset, eval_dataset=held_out, processing_class=tokenizer)"
     )
     dense = f"`model` is the dense one, whose state dict has the SHA-256 `{report.model_fingerprint}`."
+    if report.compressed_fingerprint is not None:
+        dense += f" All figures are about the state dict with the SHA-256 `{report.compressed_fingerprint}`."
     versions = ", ".join(f"{package} {version}" for package, version in report.versions.items())
     table = _table(("part of the data", "examples", "SHA-256"), rows)
     return ["## Reproduction", f"```python\n{code}\n```", dense, table, f"Versions: {versions}."]
