@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import TargetError
-from ..files import write_atomically
+from ..files import replacing, write_atomically
 from ..fingerprint import tensors_fingerprint
 from ..layers import is_factorized, replace_modules, to_dense
 from ..report import CARD_NAME, CompressionReport, is_unedited, model_card
@@ -155,7 +155,8 @@ def _save_pretrained(
         save()
     finally:
         if users is not None and path.read_bytes() != users:
-            path.write_bytes(users)  # with push_to_hub=True, Transformers has replaced it
+            with replacing(path) as temporary:  # with push_to_hub=True, Transformers has replaced it
+                temporary.write_bytes(users)
     report.save(save_directory)
     _place(card, path)
 

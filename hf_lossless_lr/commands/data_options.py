@@ -10,9 +10,11 @@ from typing import Any
 
 import transformers
 from datasets import Dataset
+from safetensors import SafetensorError
 
 from ..errors import CertificateError, ConfigurationError, LosslessLowRankError
 from ..evaluation import EVALUATION_TASKS, TASKS, EvaluationTask, Task, load_split, mmlu
+from ..files import check_writable
 from ..renamed import RENAMED
 from ..report import Certificate
 from ..verdict import CERTIFIED
@@ -120,6 +122,10 @@ def _check_file(option: str, path: Path) -> None:
         raise ConfigurationError(f"--{option}: there is no folder {folder}; make it, or choose another file.")
     if path.is_dir():
         raise ConfigurationError(f"--{option}: {path} is a folder; name a file in it.")
+    try:
+        check_writable(path)
+    except OSError as error:
+        raise ConfigurationError(f"--{option}: {path} cannot be written: {error.strerror or error}.") from error
 
 
 def load_auto(auto_class: str, name: str, **options: Any) -> Any:
@@ -141,7 +147,7 @@ def load_auto(auto_class: str, name: str, **options: Any) -> Any:
         return getattr(transformers, auto_class).from_pretrained(name, **options)
     except LosslessLowRankError:
         raise
-    except (OSError, ImportError) as error:
+    except (OSError, ImportError, SafetensorError) as error:
         raise ConfigurationError(f"cannot load {name!r} with {auto_class}: {error}") from error
     except ValueError as error:  # whose other lines list all that would have been right
         reason = str(error).partition("\n")[0]
