@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
 from ..errors import LosslessLowRankError
+from ..report import plain
 from . import compress, demo, evaluate, report, verify
 
 COMMANDS = {
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         with cleaning_up_when_stopped():
             return run(arguments)
     except (LosslessLowRankError, OSError, SafetensorError) as error:
-        print(f"hf-lossless-lr: error: {error}", file=sys.stderr)
+        print(plain(f"hf-lossless-lr: error: {error}", lines=True), file=sys.stderr)
         return 1
 
 

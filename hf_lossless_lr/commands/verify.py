@@ -12,7 +12,7 @@ from ..checkpoint import LosslessLowRankConfig
 from ..errors import CheckpointError
 from ..files import write_atomically
 from ..pipeline import verify as verify_pair
-from ..report import REPORT_NAME, certificate_sentence, comparison_table, finite
+from ..report import REPORT_NAME, certificate_sentence, comparison_table, finite, plain
 from .binding import doubt_about_weights, read_report
 from .data_options import (
     NOT_AS_REQUIRED,
@@ -97,7 +97,7 @@ def verify(arguments: Any) -> int:
     print(comparison_table(rows))
     print(certificate_sentence(certificate))
     if doubt is not None:
-        print(f"hf-lossless-lr: {doubt}; this verdict is about the weights as they are", file=sys.stderr)
+        print(plain(f"hf-lossless-lr: {doubt}; this verdict is about the weights as they are"), file=sys.stderr)
     problem = complaint(certificate, arguments.require)
     if problem is None:
         return 0

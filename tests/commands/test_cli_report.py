@@ -50,6 +50,14 @@ class TestReport:
         assert (folder / "else" / "where" / "rank_per_layer.png").exists()
         assert not (folder / "figures").exists()
 
+    def test_does_not_write_figures_through_a_link(self, folder, tmp_path_factory, capsys):
+        elsewhere = tmp_path_factory.mktemp("elsewhere")
+        (folder / "figures").symlink_to(elsewhere)
+        assert main(["report", str(folder), "--plots"]) == 1
+        assert "figures is a link, which figures are not written through; name a folder." in capsys.readouterr().err
+        assert list(elsewhere.iterdir()) == []
+        assert main(["report", str(folder), "--plots", str(folder / "figures")]) == 0  # named by the user
+
     def test_without_matplotlib_says_how_to_get_it(self, folder, capsys, monkeypatch):
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
         assert main(["report", str(folder)]) == 0
@@ -71,6 +79,65 @@ class TestReport:
         shown = capsys.readouterr()
         assert message in shown.err
         assert shown.out == ""
+
+
+def paths_in(data, path=()):
+    """Every place in JSON."""
+    entries = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in entries:
+        yield (*path, key)
+        yield from paths_in(value, (*path, key))
+
+
+JUNK = (
+    *(None, True, -1, 0, 1, 10**40, 1e308, -1e-320, float("nan"), float("inf"), "", "\x1b[2J", "$\\frac{$"),
+    *("\ud800", [], {}, [[]], {"a": None}, "x" * 5000),
+)
+
+
+def fuzzed(seed):
+    """A report as text, changed at random: values, entries that are dropped or doubled, bytes."""
+    drawn = random.Random(seed)
+    data = json.loads(certified(status=drawn.choice(("lossless", "inconclusive"))).to_json())
+    for _ in range(drawn.randint(1, 4)):
+        *way, last = drawn.choice(list(paths_in(data)))
+        place = data
+        for key in way:
+            place = place[key]
+        if drawn.random() < 0.2:
+            del place[last]
+        elif isinstance(place, dict) and drawn.random() < 0.3:
+            place[drawn.choice([name for name in JUNK if isinstance(name, str)])] = place.pop(last)
+        else:
+            place[last] = drawn.choice(JUNK)
+    text = json.dumps(data).encode()
+    if drawn.random() < 0.2:
+        position = drawn.randrange(len(text))
+        text = drawn.choice((text[:position], text[:position] + bytes([drawn.randrange(256)]) + text[position + 1 :]))
+    return text
+
+
+class TestFuzz:
+    def test_of_500_reports_gives_no_traceback_and_drives_no_terminal(self, tmp_path, capsys):
+        codes = []
+        for seed in range(500):
+            (tmp_path / REPORT_NAME).write_bytes(fuzzed(seed))
+            codes.append(main(["report", str(tmp_path)]))
+            shown = capsys.readouterr()
+            assert (shown.err.count("\n") == 1) == (codes[-1] == 1), shown.err
+            assert all(c.isprintable() or c.isspace() for c in shown.out + shown.err)
+        assert set(codes) == {0, 1}
+        assert codes.count(0) > 20
+
+    @pytest.mark.slow
+    def test_of_those_that_can_be_read_can_be_drawn(self, tmp_path, capsys):
+        drawn = 0
+        for seed in range(500):
+            (tmp_path / REPORT_NAME).write_bytes(fuzzed(seed))
+            drawn += main(["report", str(tmp_path), "--plots"]) == 0
+            if drawn == 15:
+                break
+        assert drawn == 15
 
 
 def edited(folder, **changes):
