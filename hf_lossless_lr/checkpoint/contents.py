@@ -115,11 +115,17 @@ def check_loaded(model: nn.Module, files: Sequence[str] | None) -> None:
     for name, parameter in model.named_parameters():
         values: Any = parameter.detach()
         values = values.to_local() if hasattr(values, "to_local") else values
-        if not values.is_meta and values.dtype.itemsize > 1 and not bool(torch.isfinite(values).all()):
+        if not values.is_meta and values.dtype.itemsize > 1 and not _is_finite(values):
             raise CheckpointError(
                 f"the tensor {name!r} in {_file_of(name, files)} has values that are NaN or infinite in "
                 f"{values.dtype}. The file was edited or damaged, or its numbers are too large for that dtype."
             )
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    """Return whether all values are finite: what is not makes their sum so, which takes less time to see."""
+    total = values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(values).all())
 
 
 def _file_of(name: str, files: Sequence[str] | None) -> str:

@@ -21,8 +21,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.eval()
         yield
     finally:
-        for module, was in training.items():
-            module.training = was
+        finish([partial(setattr, module, "training", was) for module, was in training.items()])
 
 
 @contextmanager
@@ -37,9 +36,7 @@ def differentiating_only(model: nn.Module, targets: Mapping[str, nn.Module]) -> 
         with evaluating(model):
             yield
     finally:
-        for parameter, requires_grad, grad in parameters:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
+        finish([partial(_reset_parameter, p, requires_grad, grad, p.device) for p, requires_grad, grad in parameters])
 
 
 @contextmanager
