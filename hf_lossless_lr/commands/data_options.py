@@ -21,6 +21,8 @@ from ..verdict import CERTIFIED
 
 NOTHING_COMPRESSED, NOT_AS_REQUIRED = 3, 4  # exit codes
 
+MISFITS = (ValueError, RuntimeError, TypeError, LookupError, AttributeError)
+"""What Transformers raises for a configuration that it does not understand."""
 
 ALL_TASKS: dict[str, Task] = {**TASKS, **EVALUATION_TASKS}
 
@@ -149,7 +151,7 @@ def load_auto(auto_class: str, name: str, **options: Any) -> Any:
         raise
     except (OSError, ImportError, SafetensorError) as error:
         raise ConfigurationError(f"cannot load {name!r} with {auto_class}: {error}") from error
-    except ValueError as error:  # whose other lines list all that would have been right
+    except MISFITS as error:  # whose other lines list all that would have been right
         reason = str(error).partition("\n")[0]
         raise ConfigurationError(f"cannot load {name!r} with {auto_class}; does it fit --task? {reason}") from error
 

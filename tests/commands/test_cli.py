@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -371,6 +372,26 @@ class TestErrors:
         assert main([*command, f"--{option}", str(tmp_path)]) == 1
         assert f"error: --{option}: {tmp_path} is a folder; name a file in it." in capsys.readouterr().err
         assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("method", [["lossless_lr"], None, {}])
+    def test_of_a_configuration_that_transformers_cannot_read_are_one_sentence(
+        self, method, command, place, tmp_path, capsys
+    ):
+        model = Path(shutil.copytree(place.model, tmp_path / "model"))
+        config = json.loads((model / "config.json").read_text()) | {"quantization_config": {"quant_method": method}}
+        (model / "config.json").write_text(json.dumps(config))
+        assert main([command[0], str(model), *command[2:]]) == 1
+        assert f"hf-lossless-lr: error: cannot load {str(model)!r} with Auto" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+    def test_of_a_model_that_was_cut_off_are_one_sentence(self, share, command, place, tmp_path, capsys):
+        model = Path(shutil.copytree(place.model, tmp_path / "model"))
+        data = (model / "model.safetensors").read_bytes()
+        (model / "model.safetensors").write_bytes(data[: int(share * len(data))])
+        assert main([command[0], str(model), *command[2:]]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"hf-lossless-lr: error: cannot load {str(model)!r} with Auto")
+        assert error.count("\n") == 1
 
     def test_while_writing_the_second_report_keep_the_checkpoint(self, command, tmp_path, monkeypatch, capsys):
         replace_file = os.replace
