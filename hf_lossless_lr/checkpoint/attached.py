@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import TargetError
-from ..files import write_atomically
+from ..files import replacing, write_atomically
 from ..fingerprint import tensors_fingerprint
 from ..layers import is_factorized, replace_modules, to_dense
 from ..report import CARD_NAME, CompressionReport, is_unedited, model_card
@@ -111,7 +111,7 @@ def attach_card(model: PreTrainedModel, report: CompressionReport) -> None:
         report: its report.
     """
     signature = inspect.signature(model.save_pretrained)
-    weights = tensors_fingerprint(model.state_dict())
+    weights = report.compressed_fingerprint or tensors_fingerprint(model.state_dict())
     save = partial(_save_pretrained, model, report, _hub_name(model), weights)
     vars(save).update(__signature__=signature, __doc__=type(model).save_pretrained.__doc__)
     vars(model)["save_pretrained"] = save
@@ -146,7 +146,7 @@ def _save_pretrained(
         return
     if _fingerprint(model.state_dict() if state_dict is None else state_dict) != weights:
         logger.warning_once("%s; its model card has no certificate.", CHANGED_WEIGHTS)
-        report = replace(report, certificate=None, uncertified=CHANGED_WEIGHTS)
+        report = replace(report, certificate=None, uncertified=CHANGED_WEIGHTS, compressed_fingerprint=None)
     card, path = card_of(report, base_model), Path(save_directory) / CARD_NAME
     users = path.read_bytes() if path.exists() and not _replaceable(path) else None
     uploaded = card if users is None else users.decode(errors="replace")
@@ -155,7 +155,8 @@ def _save_pretrained(
         save()
     finally:
         if users is not None and path.read_bytes() != users:
-            path.write_bytes(users)  # with push_to_hub=True, Transformers has replaced it
+            with replacing(path) as temporary:  # with push_to_hub=True, Transformers has replaced it
+                temporary.write_bytes(users)
     report.save(save_directory)
     _place(card, path)
 

@@ -1,13 +1,17 @@
-"""Do the files of a checkpoint hold what its manifest says?"""
+"""Do the files of a checkpoint hold what its manifest says, and can their numbers be used?"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from safetensors import safe_open
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from ..errors import CheckpointError
-from ..layers import Factorized, layers_in
+from ..layers import Factorized, is_factorized, layers_in
 
 
 def check_files(modules: Mapping[str, Factorized], files: list[str] | None, unused: int) -> None:
@@ -22,11 +26,13 @@ def check_files(modules: Mapping[str, Factorized], files: list[str] | None, unus
         unused: number of records whose module this class does not have (a head).
 
     Raises:
-        CheckpointError: if a tensor is missing, extra or of another shape.
+        CheckpointError: if a file cannot be read, a tensor is missing, extra, of another shape or kind of number, or a
+            permutation is none.
     """
     if not files or any(not str(file).endswith(".safetensors") for file in files):
         return
     stored = _stored_layers(files)
+    _check_kinds(modules, [n for n, shapes in stored.items() if Factorized.is_complete(shapes)], files)
     expected = {name: module.tensor_shapes() for name, module in modules.items()}
     strangers = {name: shapes for name, shapes in stored.items() if name not in expected}
     for name, shapes in expected.items():
@@ -45,13 +51,91 @@ def check_files(modules: Mapping[str, Factorized], files: list[str] | None, unus
         raise CheckpointError(f"the checkpoint has factors of {unlisted[0]!r}, which its manifest does not list.")
 
 
-def _stored_layers(files: list[str]) -> dict[str, dict[str, tuple[int, ...]]]:
+def _stored_layers(files: Sequence[str]) -> dict[str, dict[str, tuple[int, ...]]]:
     """Return the factorized layers in safetensors files: name to the shapes of the tensors below it."""
-    shapes: dict[str, tuple[int, ...]] = {}
+    return layers_in({key: tuple(tensors.get_slice(key).get_shape()) for _, tensors, key in _stored(files)})
+
+
+def _stored(files: Sequence[str]) -> Iterator[tuple[str, Any, str]]:
+    """Yield each file, what reads it, and the name of each of its tensors."""
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            shapes.update({key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()})  # noqa: SIM118
-    return layers_in(shapes)
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118
+                    yield file, tensors, key
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is cut off, damaged or no safetensors file: {error}") from error
+
+
+def _check_kinds(modules: Mapping[str, Factorized], names: Collection[str], files: Sequence[str]) -> None:
+    """Refuse factors that are no floating-point numbers, and orders that are none; these are small enough to read."""
+    kinds = {key: tensor for module in modules.values() for key, tensor in module.state_dict().items()}
+    for file, tensors, key in _stored(files):
+        below = next((key[len(name) + 1 :] for name in names if key.startswith(f"{name}.")), None)
+        if below == "permutation":
+            _check_permutation(tensors.get_tensor(key), key, file)
+        elif below in kinds and kinds[below].is_floating_point():
+            dtype = tensors.get_slice(key).get_dtype()
+            if not dtype.startswith(("F", "BF")):
+                raise CheckpointError(
+                    f"the tensor {key!r} in {file} has the dtype {dtype}; it must be in floating point. The file was "
+                    "edited or damaged."
+                )
+
+
+def _check_permutation(order: torch.Tensor, name: str, file: str) -> None:
+    """Refuse an order in which a place is missing, doubled or out of range: it would move outputs silently."""
+    if order.dtype != torch.int32 or order.ndim != 1:
+        raise CheckpointError(
+            f"the tensor {name!r} in {file} has the dtype {order.dtype} and the shape {tuple(order.shape)}; it must "
+            "be a row of int32. The file was edited or damaged."
+        )
+    if not torch.equal(order.sort().values, torch.arange(len(order), dtype=order.dtype, device=order.device)):
+        raise CheckpointError(
+            f"the tensor {name!r} in {file} is no permutation of 0 to {len(order) - 1}: a place is missing, doubled "
+            "or out of range. The file was edited or damaged."
+        )
+
+
+def check_loaded(model: nn.Module, files: Sequence[str] | None) -> None:
+    """Refuse a loaded model whose factors cannot be used; what is not in memory (offloaded) is passed over.
+
+    Args:
+        model: the model, as it was loaded.
+        files: the checkpoint's files, for the message.
+
+    Raises:
+        CheckpointError: if a parameter is not finite, or a permutation is none.
+    """
+    for name, module in model.named_modules():
+        if is_factorized(module):
+            for key, buffer in module.named_buffers(recurse=False):
+                if key == "permutation" and not buffer.is_meta:
+                    _check_permutation(buffer, f"{name}.{key}", _file_of(f"{name}.{key}", files))
+    for name, parameter in model.named_parameters():
+        values: Any = parameter.detach()
+        values = values.to_local() if hasattr(values, "to_local") else values
+        if not values.is_meta and values.dtype.itemsize > 1 and not _is_finite(values):
+            raise CheckpointError(
+                f"the tensor {name!r} in {_file_of(name, files)} has values that are NaN or infinite in "
+                f"{values.dtype}. The file was edited or damaged, or its numbers are too large for that dtype."
+            )
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    """Return whether all values are finite: what is not makes their sum so, which takes less time to see."""
+    total = values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(values).all())
+
+
+def _file_of(name: str, files: Sequence[str] | None) -> str:
+    """Return the file that has a tensor, or else their folder."""
+    found = [str(file) for file in files or ()]
+    if all(file.endswith(".safetensors") for file in found):
+        for file, _, key in _stored(found):
+            if key == name or key.endswith(f".{name}") or name.endswith(f".{key}"):
+                return file
+    return str(Path(found[0]).parent) if found else "the state dict"
 
 
 def _compare(name: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:

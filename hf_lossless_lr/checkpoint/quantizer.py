@@ -20,7 +20,7 @@ from ..errors import CheckpointError, ConfigurationError, TargetError
 from ..layers import METHOD, Factorized, FactorizedLinear, layout_of, replace_modules
 from .attached import dequantize, mark_loaded
 from .config import LosslessLowRankConfig
-from .contents import check_files
+from .contents import check_files, check_loaded
 
 
 class LosslessLowRankQuantizer(HfQuantizer):
@@ -35,6 +35,7 @@ class LosslessLowRankQuantizer(HfQuantizer):
                 "model, then call LowRankCompressor(config).compress(model, calib_dataset) and save_pretrained()."
             )
         super().__init__(quantization_config, **kwargs)
+        self._files: list[str] | None = None
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = cast(LosslessLowRankConfig, self.quantization_config)
@@ -46,11 +47,13 @@ class LosslessLowRankQuantizer(HfQuantizer):
                 built[name] = layout_of(module).factorized(module, record.rank, record.storage)
             except (ConfigurationError, TargetError) as error:
                 raise CheckpointError(f"the manifest's record of {name!r} does not fit the model: {error}") from error
-        check_files(built, kwargs.get("checkpoint_files"), unused=len(config.modules) - len(built))
+        self._files = kwargs.get("checkpoint_files")
+        check_files(built, self._files, unused=len(config.modules) - len(built))
         replace_modules(model, {path_of[name]: module for name, module in built.items()})
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        check_loaded(model, self._files)
         mark_loaded(model, cast(LosslessLowRankConfig, self.quantization_config))
         return model
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from datasets.exceptions import DatasetsError
 from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
 from ..errors import LosslessLowRankError
+from ..report import plain
 from ..versions import __version__
 from . import compress, demo, evaluate, report, verify
 
@@ -44,6 +50,34 @@ def build_parser() -> HfArgumentParser:
     return parser
 
 
+STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+@contextmanager
+def cleaning_up_when_stopped() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the body as an exception does, so that what is not complete is removed.
+
+    Yields:
+        Nothing; the process then exits with 128 plus the signal's number, as shells have it.
+    """
+
+    def stop(number: int, _: Any) -> None:
+        for other in before:
+            signal.signal(other, signal.SIG_IGN)  # a second one must not stop the cleaning
+        raise SystemExit(128 + number)
+
+    before: dict[int, Any] = {}
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in STOPS:
+                if signal.getsignal(number) is signal.SIG_DFL:  # `nohup` ignores one of them
+                    before[number] = signal.signal(number, stop)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line.
 
@@ -60,15 +94,16 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     run = COMMANDS[arguments.command][1]
     try:
-        return run(arguments)
+        with cleaning_up_when_stopped():
+            return run(arguments)
     except LosslessLowRankError as error:
         if arguments.debug:
             raise
-        print(f"hf-lossless-lr: error: {error}", file=sys.stderr)
+        print(plain(f"hf-lossless-lr: error: {error}", lines=True), file=sys.stderr)
     except OF_INPUTS as error:
         if arguments.debug:
             raise
-        print(f"hf-lossless-lr: error: {_in_one_line(error)} (--debug shows where)", file=sys.stderr)
+        print(plain(f"hf-lossless-lr: error: {_in_one_line(error)} (--debug shows where)"), file=sys.stderr)
     return 1
 
 

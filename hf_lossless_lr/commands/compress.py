@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
-import tempfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -28,6 +25,7 @@ from .data_options import (
     task_of,
 )
 from .loading import load_auto, load_model
+from .output import Claim, claimed
 
 
 @dataclass(kw_only=True)
@@ -71,26 +69,32 @@ def compress(arguments: Any) -> int:
         Exit code.
 
     Raises:
-        ConfigurationError: if the output exists already, or an option has a value that cannot be used.
+        ConfigurationError: if an option has a value that cannot be used; also, if the output exists already.
     """
     config = LosslessLowRankConfig(**{f.name: getattr(arguments, f.name) for f in fields(CompressionOptions)})
-    output = Path(arguments.output)
-    if output.exists():
-        raise ConfigurationError(f"--output: {output} exists already; choose another folder or remove it.")
     check_arguments(arguments)
-    named = arguments.eval_data_files is not None or arguments.eval_split is not None
-    if arguments.eval_examples is not None and not named:
+    if arguments.eval_examples is not None and not _names_held_out(arguments):
         raise ConfigurationError(
             "--eval_examples: name the held-out data with --eval_split or --eval_data_files; without them, a fifth "
             "of the calibration examples is held out."
         )
+    with claimed(Path(arguments.output)) as claim:
+        return _run(arguments, config, claim)
+
+
+def _names_held_out(arguments: Any) -> bool:
+    return arguments.eval_data_files is not None or arguments.eval_split is not None
+
+
+def _run(arguments: Any, config: LosslessLowRankConfig, claim: Claim | None) -> int:
+    """Load, compress, write and print; return the exit code."""
     task = task_of(arguments)
     model = load_model(task.auto_model, arguments.model, arguments.dtype)
     processor = load_auto(task.processor, arguments.model)
     split, count = arguments.calibration_split, arguments.calibration_examples
     calibration = load_examples(arguments, task, [model], processor, arguments.data_files, split, count)
     held_out = None
-    if named:
+    if _names_held_out(arguments):
         split = arguments.eval_split or "validation"
         count = arguments.eval_examples
         held_out = load_examples(arguments, task, [model], processor, arguments.eval_data_files, split, count)
@@ -110,8 +114,8 @@ def compress(arguments: Any) -> int:
     problem = complaint(report.certificate, arguments.require)
     processes = PartialState()  # all of them have the same model and report
     try:
-        if processes.is_main_process:
-            _finish(arguments, model, processor, report, None if nothing else output, problem)
+        if claim is not None:
+            _finish(arguments, model, processor, report, None if nothing else claim, problem)
     finally:
         processes.wait_for_everyone()
     if nothing:
@@ -120,14 +124,20 @@ def compress(arguments: Any) -> int:
 
 
 def _finish(
-    arguments: Any, model: Any, processor: Any, report: CompressionReport, output: Path | None, problem: str | None
+    arguments: Any, model: Any, processor: Any, report: CompressionReport, claim: Claim | None, problem: str | None
 ) -> None:
     """Write the checkpoint, if there is an output, then the report, and print what was found."""
-    if output is not None:
-        _save(model, processor, output)
+    output = arguments.output
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+    if claim is not None:
+        claim.write(save)
     if arguments.json:
         write_atomically(arguments.json, report.to_json())
-    if output is None:
+    if claim is None:
         print(f"hf-lossless-lr: no model met objective {report.config['objective']}; nothing written", file=sys.stderr)
         return
     print(comparison_table(report_rows(report)))
@@ -135,16 +145,3 @@ def _finish(
     print(verdict_sentence(report))
     if problem is not None:
         print(f"hf-lossless-lr: {problem}; {output} is written all the same", file=sys.stderr)
-
-
-def _save(model: Any, processor: Any, output: Path) -> None:
-    """Write a checkpoint as a whole, or nothing."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=output.parent, prefix=".hf-lossless-lr-"))
-    try:
-        model.save_pretrained(partial)
-        processor.save_pretrained(partial)
-        partial.chmod(0o755)
-        os.replace(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

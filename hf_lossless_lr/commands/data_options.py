@@ -12,12 +12,14 @@ from datasets import Dataset
 
 from ..errors import CertificateError, ConfigurationError
 from ..evaluation import EVALUATION_TASKS, TASKS, EvaluationTask, Task, is_format, is_single, load_split, mmlu
+from ..files import check_writable
 from ..renamed import RENAMED
 from ..report import Certificate
 from ..verdict import CERTIFIED
 
 NOTHING_COMPRESSED, NOT_AS_REQUIRED = 3, 4  # exit codes
 
+"""What Transformers raises for a configuration that it does not understand."""
 
 ALL_TASKS: dict[str, Task] = {**TASKS, **EVALUATION_TASKS}
 
@@ -139,6 +141,10 @@ def _check_file(option: str, path: Path) -> None:
         raise ConfigurationError(f"--{option}: there is no folder {folder}; make it, or choose another file.")
     if path.is_dir():
         raise ConfigurationError(f"--{option}: {path} is a folder; name a file in it.")
+    try:
+        check_writable(path)
+    except OSError as error:
+        raise ConfigurationError(f"--{option}: {path} cannot be written: {error.strerror or error}.") from error
 
 
 def load_data(arguments: Any, files: list[str] | None, split: str, count: int | None) -> Dataset:

@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import transformers
+from safetensors import SafetensorError
 
 from ..errors import ConfigurationError, LosslessLowRankError
 
+_MISFITS = (ValueError, RuntimeError, TypeError, LookupError, AttributeError)  # what Transformers raises on odd files
 _SHOWN = 5  # names of tensors in a message
 _HEADS = (  # heads that may have tensors of the same names, and answer other questions with them
     *("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice", "ImageClassification"),
@@ -36,9 +38,9 @@ def load_auto(auto_class: str, name: str, **options: Any) -> Any:
         return getattr(transformers, auto_class).from_pretrained(name, **options)
     except LosslessLowRankError:
         raise
-    except (OSError, ImportError) as error:
+    except (OSError, ImportError, SafetensorError) as error:
         raise ConfigurationError(f"cannot load {name!r} with {auto_class}: {error}") from error
-    except ValueError as error:  # whose other lines list all that would have been right
+    except _MISFITS as error:  # whose other lines list all that would have been right
         reason = str(error).partition("\n")[0]
         raise ConfigurationError(f"cannot load {name!r} with {auto_class}; does it fit --task? {reason}") from error
 

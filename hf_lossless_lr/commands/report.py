@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
-from ..report import REPORT_NAME, CompressionReport, comparison_table, report_rows, verdict_sentence, write_figures
-
-
-def read_report(folder: Path) -> CompressionReport:
-    """Read the report of a checkpoint.
-
-    Args:
-        folder: the checkpoint.
-
-    Returns:
-        The report.
-
-    Raises:
-        CheckpointError: if there is none.
-    """
-    try:
-        return CompressionReport.from_json((folder / REPORT_NAME).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot read {REPORT_NAME} in {folder}: {error}") from error
+from ..errors import CheckpointError, ConfigurationError, LosslessLowRankError
+from ..report import REPORT_NAME, comparison_table, plain, report_rows, verdict_sentence, write_figures
+from .binding import doubt_about_weights, read_report
 
 
 def add_parser(commands: Any) -> None:
@@ -49,12 +33,30 @@ def report(arguments: Any) -> int:
 
     Returns:
         Exit code.
+
+    Raises:
+        ConfigurationError: if figures would be written through a link.
+        CheckpointError: if the report cannot be read or drawn, or is about other weights.
+        LosslessLowRankError: if figures cannot be written.
     """
-    folder = Path(arguments.folder)
+    folder, figures = Path(arguments.folder), arguments.plots
+    if figures == "":
+        figures = folder / "figures"
+        if figures.is_symlink():  # a checkpoint is anyone's
+            raise ConfigurationError(f"{figures} is a link, which figures are not written through; name a folder.")
     found = read_report(folder)
+    doubt = doubt_about_weights(folder, found)
     print(comparison_table(report_rows(found)))
-    if arguments.plots is not None:
-        for path in write_figures(found, arguments.plots or folder / "figures"):
-            print(f"written: {path}")
+    if figures is not None:
+        try:
+            paths = write_figures(found, figures)
+        except LosslessLowRankError:
+            raise
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # sizes that no figure has room for
+            raise CheckpointError(f"the figures of this report cannot be drawn: {error}") from error
+        for path in paths:
+            print(plain(f"written: {path}"))
     print(verdict_sentence(found))
+    if doubt is not None:
+        print(plain(f"hf-lossless-lr: {doubt}"), file=sys.stderr)
     return 0

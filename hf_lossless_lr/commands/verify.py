@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import LosslessLowRankConfig
+from ..errors import CheckpointError
 from ..files import write_atomically
 from ..pipeline import verify as verify_pair
-from ..report import REPORT_NAME, certificate_sentence, comparison_table, finite
+from ..report import REPORT_NAME, certificate_sentence, comparison_table, finite, plain
+from .binding import doubt_about_weights, read_report
 from .data_options import (
     NOT_AS_REQUIRED,
     DataArguments,
@@ -22,7 +24,6 @@ from .data_options import (
     task_of,
 )
 from .loading import load_auto, load_model
-from .report import read_report
 
 _DEFAULTS = LosslessLowRankConfig()
 
@@ -73,7 +74,7 @@ def verify(arguments: Any) -> int:
     }
     LosslessLowRankConfig(**margins)  # refuses values out of range
     folder = Path(arguments.compressed)
-    used = read_report(folder).fingerprints if (folder / REPORT_NAME).is_file() else {}
+    used, doubt = _what_is_known(folder) if (folder / REPORT_NAME).is_file() else ({}, None)
     task, names = task_of(arguments), (arguments.dense, arguments.compressed)
     models = dense, compressed = [load_model(task.auto_model, name, arguments.dtype) for name in names]
     processor = load_auto(task.processor, arguments.dense)
@@ -95,8 +96,19 @@ def verify(arguments: Any) -> int:
     }
     print(comparison_table(rows))
     print(certificate_sentence(certificate))
+    if doubt is not None:
+        print(plain(f"hf-lossless-lr: {doubt}; this verdict is about the weights as they are"), file=sys.stderr)
     problem = complaint(certificate, arguments.require)
     if problem is None:
         return 0
     print(f"hf-lossless-lr: {problem}", file=sys.stderr)
     return NOT_AS_REQUIRED
+
+
+def _what_is_known(folder: Path) -> tuple[dict[str, str], str | None]:
+    """Return the data that a checkpoint was made from, and why its report may be about other weights."""
+    report = read_report(folder)
+    try:
+        return report.fingerprints, doubt_about_weights(folder, report)
+    except CheckpointError as error:
+        return report.fingerprints, str(error).rstrip(".")

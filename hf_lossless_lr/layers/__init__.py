@@ -8,8 +8,8 @@ from .conv2d import FactorizedConv2d
 from .factorized import METHOD, Factorized, called_with, is_factorized, layers_in
 from .layout import Layout, layout_of, to_dense, weight_matrices
 from .linear import FactorizedLinear
-from .model_state import differentiating_only, evaluating, on_device, own_config
-from .replacement import in_place, replace_modules
+from .model_state import ModelState, differentiating_only, evaluating, on_device, own_config
+from .replacement import finish, in_place, replace_modules
 from .storage import STORAGES, break_even_rank, choose_storage, factorized_parameters
 from .targets import Targets, check_model, find_targets
 
@@ -20,6 +20,7 @@ __all__ = [
     "FactorizedConv2d",
     "FactorizedLinear",
     "Layout",
+    "ModelState",
     "Targets",
     "break_even_rank",
     "called_with",
@@ -29,6 +30,7 @@ __all__ = [
     "evaluating",
     "factorized_parameters",
     "find_targets",
+    "finish",
     "in_place",
     "is_factorized",
     "layers_in",

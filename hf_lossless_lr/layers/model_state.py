@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+
+from .replacement import finish
 
 
 @contextmanager
@@ -19,8 +22,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.eval()
         yield
     finally:
-        for module, was in training.items():
-            module.training = was
+        finish([partial(setattr, module, "training", was) for module, was in training.items()])
 
 
 @contextmanager
@@ -35,9 +37,7 @@ def differentiating_only(model: nn.Module, targets: Mapping[str, nn.Module]) -> 
         with evaluating(model):
             yield
     finally:
-        for parameter, requires_grad, grad in parameters:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
+        finish([partial(_reset_parameter, p, requires_grad, grad, p.device) for p, requires_grad, grad in parameters])
 
 
 @contextmanager
@@ -76,3 +76,58 @@ def own_config(model: Any) -> Callable[[], None]:
     for module, config in holders:
         module.config = copies[id(config)]
     return restore
+
+
+class ModelState:
+    """What a model is made of at one moment, for when work on it is stopped half-way: all but the numbers themselves.
+
+    Its modules and their attributes (modes, hooks), its parameters with their gradients, what requires them and where
+    they lie, and its configuration.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        configs = {id(config): config for m in modules if (config := getattr(m, "config", None)) is not None}
+        owners = [*modules, *(config for config in configs.values() if hasattr(config, "to_dict"))]
+        self._attributes = [(owner, _copied(vars(owner))) for owner in owners]
+        self._parameters = [(p, p.requires_grad, p.grad, p.device) for p in model.parameters()]
+        self._buffers = [(buffer, buffer.device) for buffer in model.buffers()]
+
+    def restore(self) -> None:
+        """Make the model what it was, whatever interrupts that; see `finish`."""
+        steps = [partial(_reset, vars(owner), *copied) for owner, copied in self._attributes]
+        steps += [partial(_reset_parameter, *parameter) for parameter in self._parameters]
+        finish([*steps, *(partial(_reset_device, *buffer) for buffer in self._buffers)])
+
+
+def _copied(attributes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[Any, Any]]]:
+    """Return attributes, and the entries of those that are dictionaries, such as hooks and submodules."""
+    return dict(attributes), {name: dict(value) for name, value in attributes.items() if isinstance(value, dict)}
+
+
+def _reset(attributes: dict[str, Any], were: dict[str, Any], entries: dict[str, dict[Any, Any]]) -> None:
+    """Put attributes back; one that is as it was is not touched, as an interrupt may come at any time."""
+    for name in [name for name in attributes if name not in were]:
+        attributes.pop(name, None)
+    attributes.update(were)
+    for name, before in entries.items():
+        present = were[name]
+        if list(present) != list(before) or any(present[key] is not value for key, value in before.items()):
+            present.clear()
+            present.update(before)
+
+
+def _reset_parameter(
+    parameter: nn.Parameter, requires_grad: bool, grad: torch.Tensor | None, device: torch.device
+) -> None:
+    _reset_device(parameter, device)
+    parameter.requires_grad_(requires_grad)
+    parameter.grad = grad
+
+
+def _reset_device(tensor: torch.Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        tensor.data = tensor.data.to(device)

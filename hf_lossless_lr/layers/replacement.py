@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
 from ..errors import TargetError
+
+
+def finish(steps: Iterable[Callable[[], object]]) -> None:
+    """Take every step, whatever happens meanwhile, and raise the first failure at the end.
+
+    A step that fails is left; one that an interrupt stops is taken again, so each must be harmless to repeat.
+
+    Args:
+        steps: what to do, in order.
+    """
+    left, failure = [*steps][::-1], None
+    while left:
+        try:
+            while left:
+                left[-1]()
+                left.pop()
+        except BaseException as error:  # noqa: BLE001 # raised at the end
+            failure = error if failure is None else failure
+            if isinstance(error, Exception):
+                left.pop()
+    if failure is not None:
+        raise failure
 
 
 @dataclass(frozen=True)
@@ -24,10 +47,15 @@ class Replacement:
     originals: dict[str, nn.Module]
 
     def undo(self) -> None:
-        """Put the original modules back, on the device and in the dtype of those that were in their place."""
-        for path, module in self.originals.items():
-            present = next(self.model.get_submodule(path).parameters(), None)
-            self.model.set_submodule(path, module if present is None else module.to(present.device, present.dtype))
+        """Put the original modules back, on the device and in the dtype of those that were in their place.
+
+        Finishes whatever interrupts it; what did is raised at the end. Twice is the same as once.
+        """
+        finish([partial(self._put_back, path, module) for path, module in self.originals.items()])
+
+    def _put_back(self, path: str, module: nn.Module) -> None:
+        present = next(self.model.get_submodule(path).parameters(), None)
+        self.model.set_submodule(path, module if present is None else module.to(present.device, present.dtype))
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Replacement:
@@ -54,17 +82,23 @@ def replace_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> 
             new = new_of[id(module)]
             new.train(module.training)
             model.set_submodule(path, new)
+        return replacement
     except BaseException:  # an interrupt, too, must not leave a model that is half replaced
         replacement.undo()
         raise
-    return replacement
 
 
 @contextmanager
 def in_place(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
     """Put layers into a model for the time of the body."""
-    replacement = replace_modules(model, layers)
+    replacement = None
     try:
+        replacement = replace_modules(model, layers)
         yield
     finally:
-        replacement.undo()
+        if replacement is not None:
+            try:
+                replacement.undo()
+            except BaseException:  # before its first step, too
+                replacement.undo()
+                raise

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -15,7 +16,7 @@ from transformers.utils import logging
 from ..checkpoint import MEASURED_OBJECTIVES, LosslessLowRankConfig, attach_card, mark_compressed, unmark_compressed
 from ..data import split_data
 from ..errors import ConfigurationError
-from ..layers import check_model, find_targets, on_device, own_config, replace_modules
+from ..layers import ModelState, check_model, find_targets, finish, on_device, own_config, replace_modules
 from ..ranks import OBJECTIVES, Budget, Limits, Ranks, Search, compression_path, find_epsilon, second_order_cost
 from ..report import CompressionReport, TrialRecord
 from ..timing import Clock
@@ -57,7 +58,7 @@ class LowRankCompressor:
         self._calibration: Calibration | None = None
         self._budgets: dict[tuple[str, str, int], Budget] = {}  # counted so far: a latency is measured once
         self._certified: list[CompressionReport] = []  # models judged on the held-out data so far
-        self._restore_dense = ExitStack()  # what turns the calibrated model back into the dense one
+        self._restore_dense: list[Callable[[], None]] = []  # turn the calibrated model back into the dense one
 
     def compress(
         self,
@@ -94,17 +95,25 @@ class LowRankCompressor:
             DataError: if the data is empty, too small, unlabelled, or does not fit the model.
             NumericalError: if a loss, a gradient or a decomposition is not finite.
         """
-        self.calibrate(
-            model,
-            calib_dataset,
-            eval_dataset=eval_dataset,
-            data_collator=data_collator,
-            processing_class=processing_class,
-        )
+        check_model(model)
+        before, report = ModelState(model), self.report
         try:
-            return self.compress_to()
-        finally:
-            self.release()
+            try:
+                self.calibrate(
+                    model,
+                    calib_dataset,
+                    eval_dataset=eval_dataset,
+                    data_collator=data_collator,
+                    processing_class=processing_class,
+                )
+                self.compress_to()
+            finally:
+                self.release()
+            return model
+        except BaseException:  # once more than each stage does for itself: an interrupt may come between any two steps
+            self.report = report
+            before.restore()
+            raise
 
     def calibrate(
         self,
@@ -142,10 +151,15 @@ class LowRankCompressor:
             data_collator=data_collator,
             processing_class=processing_class,
         )
-        with ExitStack() as undo:
-            undo.callback(vars(model.config).update, dict(vars(model.config)))  # a loss may set config.problem_type
-            calibration = calibrate(model, self.config, parts, targets, statistics_path)
-        self._calibration, self._restore_dense, self._certified, self._budgets = calibration, ExitStack(), [], {}
+        before = ModelState(model)
+        try:
+            with ExitStack() as undo:
+                undo.callback(vars(model.config).update, dict(vars(model.config)))  # a loss may set its problem_type
+                calibration = calibrate(model, self.config, parts, targets, statistics_path)
+        except BaseException:
+            before.restore()
+            raise
+        self._calibration, self._restore_dense, self._certified, self._budgets = calibration, [], [], {}
 
     def compress_to(self, keep_ratio: float | None = None) -> PreTrainedModel:
         """Compress the calibrated model, in place of an earlier compression of it.
@@ -174,34 +188,39 @@ class LowRankCompressor:
             config = replace(config, objective=objective, keep_ratio=keep_ratio, epsilon=None)
         model = calibration.dense.model
         self.restore()
-        layers = calibration.factors.targets.chosen.values()
-        with on_device(model, calibration.accelerator.device, layers), ExitStack() as undo:
-            restore_config = own_config(model)
-            undo.callback(restore_config)
-            check_unchanged(calibration)
-            trial, trials, epsilon = self._choose(calibration, config, clock)
-            with clock.timed("held_out"):
-                data, accelerator = calibration.parts.held_out, calibration.accelerator
-                outcomes = paired_outcomes(model, trial.layers, data, accelerator, "Evaluating", temperatures=True)
-            self._put(calibration, trial, config, undo)
-            report = make_report(calibration, config, trial, trials, epsilon, outcomes, self._certified, clock.seconds)
-            if trial.layers:
-                attach_card(model, report)
-                self._certified.append(report)
-            else:
-                restore_config()
-            self.report = report
-            self._restore_dense = undo.pop_all()  # success: the changes stay until the next ratio
+        before, undo = ModelState(model), list[Callable[[], None]]()
+        try:
+            with on_device(model, calibration.accelerator.device, calibration.factors.targets.chosen.values()):
+                restore_config = own_config(model)
+                undo.append(restore_config)
+                check_unchanged(calibration)
+                trial, trials, epsilon = self._choose(calibration, config, clock)
+                with clock.timed("held_out"):
+                    data, accelerator = calibration.parts.held_out, calibration.accelerator
+                    outcomes = paired_outcomes(model, trial.layers, data, accelerator, "Evaluating", temperatures=True)
+                self._put(calibration, trial, config, undo)
+                found = trials, epsilon, outcomes, self._certified, clock.seconds
+                report = make_report(calibration, config, trial, *found)
+                if trial.layers:
+                    attach_card(model, report)
+                else:
+                    restore_config()
+            self._restore_dense = undo  # success: the changes stay until the next ratio
+        except BaseException:
+            before.restore()
+            raise
+        self._certified += [report] if trial.layers else []
+        self.report = report
         return model
 
     def restore(self) -> None:
         """Make the calibrated model dense again, with its original layers."""
-        self._restore_dense.close()
-        self._restore_dense = ExitStack()
+        finish(reversed(self._restore_dense))
+        self._restore_dense = []
 
     def release(self) -> None:
         """Forget the calibration (statistics, factorizations, the dense layers); the compressed model stays."""
-        self._calibration, self._restore_dense, self._budgets = None, ExitStack(), {}
+        self._calibration, self._restore_dense, self._budgets = None, [], {}
 
     def _choose(
         self, calibration: Calibration, config: LosslessLowRankConfig, clock: Clock
@@ -263,20 +282,20 @@ class LowRankCompressor:
             return Trial(path.ranks_after(0), {}, False, None, None)
         return found[1]
 
-    def _put(self, calibration: Calibration, trial: Trial, config: LosslessLowRankConfig, undo: ExitStack) -> None:
-        """Put the chosen layers in and record them in the model's config."""
+    def _put(self, calibration: Calibration, trial: Trial, config: LosslessLowRankConfig, undo: Any) -> None:
+        """Put the chosen layers in, record them in the model's config, and add the ways back to `undo`."""
         if not trial.layers:
             return
         model = calibration.dense.model
         replacement = replace_modules(model, trial.layers)
-        undo.callback(replacement.undo)
+        undo.append(replacement.undo)
         name_of = {id(module): name for name, module in calibration.factors.targets.chosen.items()}
         config = deepcopy(config)
         config.modules = {}
         for path, old in replacement.originals.items():
             layer = trial.layers[name_of[id(old)]]
             config.modules[path] = {"rank": layer.rank, "storage": layer.storage}
-        undo.callback(unmark_compressed, model)
+        undo.append(partial(unmark_compressed, model))
         mark_compressed(model, config)
 
 

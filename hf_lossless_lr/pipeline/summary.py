@@ -11,6 +11,7 @@ from torch import nn
 from ..checkpoint import CompressionOptions, LosslessLowRankConfig
 from ..errors import CertificateError
 from ..factors import LossCurve
+from ..fingerprint import tensors_fingerprint
 from ..ranks import kept_share
 from ..report import Certificate, CompressionReport, LayerReport, Measurement, TrialRecord, finite
 from ..verdict import CERTIFIED, PairedOutcomes, certify, demoted
@@ -90,6 +91,7 @@ def make_report(
         epsilon=epsilon,
         versions=versions(),
         seconds=dict(seconds),
+        compressed_fingerprint=tensors_fingerprint(dense_model.model.state_dict()),
     )
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers.utils import logging
 from ..data import dataset_size, mean_loss, subset
 from ..errors import ConfigurationError
 from ..factors import Factorization, loss_curve
-from ..layers import break_even_rank, layout_of, weight_matrices
+from ..layers import break_even_rank, finish, layout_of, weight_matrices
 from ..statistics import collect_statistics
 from .path import Curves, Ranks
 
@@ -103,8 +104,13 @@ def _loss_with(
     model: PreTrainedModel, module: Any, matrix: torch.Tensor, loader: DataLoader, accelerator: Accelerator
 ) -> float:
     original = module.weight.detach().clone()
+    restore = partial(module.weight.copy_, original)
     try:
         layout_of(module).matrices(module.weight).copy_(matrix.reshape(weight_matrices(module).shape))
         return mean_loss(model, loader, accelerator)
     finally:
-        module.weight.copy_(original)
+        try:
+            finish([restore])
+        except BaseException:  # before its first step, too
+            finish([restore])
+            raise

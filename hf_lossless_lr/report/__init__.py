@@ -17,6 +17,7 @@ from .records import (
 )
 from .sentence import certificate_sentence, verdict_sentence
 from .tables import comparison_table, report_rows, score_table
+from .text import plain
 
 __all__ = [
     "CARD_NAME",
@@ -32,6 +33,7 @@ __all__ = [
     "finite",
     "is_unedited",
     "model_card",
+    "plain",
     "report_rows",
     "score_table",
     "verdict_sentence",

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCardData
 
 from .records import REPORT_NAME, CompressionReport
 from .sentence import claims_of, verdict_sentence
+from .text import code, markdown, plain
 
 CARD_NAME = "README.md"
 TAGS = ("hf-lossless-lr", "low-rank", "compressed")
@@ -37,9 +38,9 @@ def model_card(
     """
     data = ModelCardData(library_name="transformers", tags=list(TAGS), base_model=base_model)
     sections = [
-        f"# {base_model or report.model} with {_percent(report.model_keep_ratio, 0)} of its parameters",
+        f"# {markdown(base_model or report.model)} with {_percent(report.model_keep_ratio, 0)} of its parameters",
         "Compressed with `hf-lossless-lr`, by low-rank factorization without fine-tuning.",
-        f"**Verdict:** {verdict_sentence(report)}",
+        f"**Verdict:** {markdown(verdict_sentence(report))}",
         *_comparison(report),
         *_loading(report, package),
         *_kept_dense(report),
@@ -94,7 +95,7 @@ def _comparison(report: CompressionReport) -> list[str]:
         f"the compression; {certificate.clusters} are taken as independent. The p-value of a difference beyond its "
         f"margin is {certificate.p_value:.2g}."
     )
-    notes = [f"Note: {reason}." for reason in certificate.reasons]
+    notes = [f"Note: {markdown(reason)}." for reason in certificate.reasons]
     limits = (
         "This says nothing about data of another kind than the held-out examples, about single groups among them, or "
         "about speed, which depends on the layer widths and the hardware."
@@ -103,16 +104,17 @@ def _comparison(report: CompressionReport) -> list[str]:
 
 
 def _loading(report: CompressionReport, package: str) -> list[str]:
-    code = (
+    name = report.model if report.model.isidentifier() else "YourModel"
+    lines = (
         "import hf_lossless_lr  # pip install hf-lossless-lr; lets Transformers read this format\n"
-        f"from {package} import {report.model}\n\n"
-        f'model = {report.model}.from_pretrained("path or name of this checkpoint")'
+        f"from {package} import {name}\n\n"
+        f'model = {name}.from_pretrained("path or name of this checkpoint")'
     )
     after = (
         "`model.dequantize()` makes it a plain dense model with the approximated weights. Without the import, "
         "Transformers refuses the checkpoint with a size mismatch."
     )
-    return ["## Loading", f"```python\n{code}\n```", after]
+    return ["## Loading", f"```python\n{lines}\n```", after]
 
 
 def _kept_dense(report: CompressionReport) -> list[str]:
@@ -120,7 +122,7 @@ def _kept_dense(report: CompressionReport) -> list[str]:
     for name, reason in report.skipped.items():
         reasons.setdefault(reason, []).append(name)
     dense = [name for name, layer in report.layers.items() if layer.rank is None]
-    lines = [f"* {reason}: {_patterns(names)}" for reason, names in reasons.items()]
+    lines = [f"* {markdown(reason, begins=True)}: {_patterns(names)}" for reason, names in reasons.items()]
     if dense:
         lines.append(f"* targeted, but left dense by the choice of ranks: {_patterns(dense)}")
     count = len(report.layers) - len(dense)
@@ -142,26 +144,28 @@ def _patterns(names: Iterable[str]) -> str:
         pattern = re.sub(r"\d+", "*", name)
         counts[pattern] = counts.get(pattern, 0) + 1
     first = {re.sub(r"\d+", "*", name): name for name in reversed(list(names))}
-    return ", ".join(f"`{pattern}` ({n})" if n > 1 else f"`{first[pattern]}`" for pattern, n in counts.items())
+    return ", ".join(f"{code(pattern)} ({n})" if n > 1 else code(first[pattern]) for pattern, n in counts.items())
 
 
 def _origin(report: CompressionReport, chosen: Mapping[str, Any]) -> list[str]:
     examples = {"calibration": report.calibration, "held_out": report.held_out}
     rows = [
-        (part.replace("_", " "), f"{examples[part]['examples']:,}" if part in examples else "", f"`{digest}`")
+        (markdown(part.replace("_", " ")), f"{examples[part]['examples']:,}" if part in examples else "", code(digest))
         for part, digest in sorted(report.fingerprints.items())
     ]
     options = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
-    code = (
+    lines = (
         "from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor\n\n"
         f"config = LosslessLowRankConfig({options})\n"
         "compressor = LowRankCompressor(config)\n"
         "model = compressor.compress(model, calib_dataset, eval_dataset=held_out, processing_class=tokenizer)"
     )
-    dense = f"`model` is the dense one, whose state dict has the SHA-256 `{report.model_fingerprint}`."
-    versions = ", ".join(f"{package} {version}" for package, version in report.versions.items())
+    dense = f"`model` is the dense one, whose state dict has the SHA-256 {code(report.model_fingerprint)}."
+    if report.compressed_fingerprint is not None:
+        dense += f" All figures are about the state dict with the SHA-256 {code(report.compressed_fingerprint)}."
+    versions = ", ".join(f"{markdown(package)} {markdown(version)}" for package, version in report.versions.items())
     table = _table(("part of the data", "examples", "SHA-256"), rows)
-    return ["## Reproduction", f"```python\n{code}\n```", dense, table, f"Versions: {versions}."]
+    return ["## Reproduction", f"```python\n{plain(lines, lines=True)}\n```", dense, table, f"Versions: {versions}."]
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
+from ..files import replacing
 from .records import CompressionReport, LayerReport, TrialRecord
+from .text import label as harmless
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,15 +37,18 @@ def write_figures(report: CompressionReport, directory: str | os.PathLike[str]) 
         The files, in the order of `figures`.
 
     Raises:
-        ConfigurationError: if matplotlib is not installed.
+        ConfigurationError: if matplotlib is not installed, or a link is in the place of a file.
     """
-    drawn = figures(report)
+    drawn = {Path(directory) / f"{name}.png": figure for name, figure in figures(report).items()}
+    links = [path for path in drawn if path.is_symlink()]
+    if links:  # what it leads to may be anything
+        raise ConfigurationError(f"{links[0]} is a link, which figures are not written through; remove it.")
     Path(directory).mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, figure in drawn.items():
-        paths.append(Path(directory) / f"{name}.png")
-        figure.savefig(paths[-1], dpi=RESOLUTION)
-    return paths
+    for path, figure in drawn.items():
+        with replacing(path) as temporary, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # names may be in any script
+            figure.savefig(temporary, dpi=RESOLUTION, format="png")
+    return list(drawn)
 
 
 def figures(report: CompressionReport) -> dict[str, Figure]:
@@ -125,9 +131,9 @@ def _rank_per_layer(report: CompressionReport) -> Figure:
         ax.bar(range(len(ranks)), full, color=FULL)
         ax.bar(*_where(ranks, [rank is not None for rank in ranks]), color=KEPT)
         ax.bar(*_where(full, [rank is None for rank in ranks]), color=DENSE, hatch="///", edgecolor="white")
-        ax.set_title(kind, fontsize=9, loc="left")
+        ax.set_title(harmless(kind), fontsize=9, loc="left")
         ax.set_ylabel("rank")
-        labels = _blocks(list(layers))
+        labels = [harmless(block) for block in _blocks(list(layers))]
         step = math.ceil(len(labels) * (max(map(len, labels)) + 1) / LABEL_WIDTH)
         ax.set_xticks(range(0, len(labels), step), labels[::step], fontsize=8)
     figure.supxlabel("block", fontsize=10)
@@ -173,7 +179,7 @@ def _kept_per_layer_type(report: CompressionReport) -> Figure:
         )
         ax.text(1.02, place, text, va="center", fontsize=8)
     ax.axvline(report.keep_ratio, color=BAD, linestyle="--", label=f"all targeted layers: {report.keep_ratio:.2f}")
-    ax.set_yticks(places, list(groups))
+    ax.set_yticks(places, [harmless(kind) for kind in groups])
     ax.set_ylim(len(groups) - 0.4, -0.6)
     ax.set_xlim(0, 1)
     ax.set_xlabel("parameters kept / dense parameters")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
 from ..files import write_atomically
 from ..renamed import Renamed, with_present_names
+from .reading import contradiction, impossible, typed
 
 REPORT_NAME = "compression_report.json"
 
@@ -69,8 +70,8 @@ class Difference:
     """
 
     mean: float
-    lower: float
-    upper: float
+    lower: float = field(metadata={"endless": -math.inf})
+    upper: float = field(metadata={"endless": math.inf})
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,8 @@ class CompressionReport(Renamed):
         epsilon: elementwise noise bound of each layer, for the paper's objectives.
         versions: versions of this package and of what it ran on.
         seconds: time of each stage.
+        compressed_fingerprint: SHA-256 of the compressed model's state dict, which is what all figures are about; None
+            in a report of before.
     """
 
     model: str
@@ -202,6 +205,7 @@ class CompressionReport(Renamed):
     epsilon: dict[str, float] | None
     versions: dict[str, str]
     seconds: dict[str, float]
+    compressed_fingerprint: str | None = None
 
     @property
     def keep_ratio(self) -> float:
@@ -244,20 +248,22 @@ class CompressionReport(Renamed):
             The report.
 
         Raises:
-            CheckpointError: if the text is no report.
+            CheckpointError: if the text is no report, or one whose numbers contradict each other.
         """
         try:
             data = with_present_names(json.loads(text))
-            for part in ("config", "fingerprints"):
-                data[part] = with_present_names(data[part])
-            values = {field.name: data[field.name] for field in fields(cls)}
-            values["layers"] = {name: LayerReport(**layer) for name, layer in values["layers"].items()}
-            values["trials"] = [TrialRecord(**trial) for trial in data["trials"]]
-            values["certificate"] = _certificate(data["certificate"])
-            values["dense"], values["compressed"] = Measurement(**data["dense"]), Measurement(**data["compressed"])
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            for part in ("config", "fingerprints", "certificate"):
+                if data[part] is not None:
+                    data[part] = with_present_names(data[part])
+            report: CompressionReport = typed(cls, data, "report", ignore=True)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"this is no compression report: {error!r}.") from error
-        return cls(**values)
+        problem = impossible(report)
+        if problem is None and report.certificate is not None:
+            problem = contradiction(report.certificate)
+        if problem is not None:
+            raise CheckpointError(f"this compression report contradicts itself: {problem}. It was edited or damaged.")
+        return report
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Write `compression_report.json` into a directory, atomically.
@@ -269,24 +275,6 @@ class CompressionReport(Renamed):
             The path written.
         """
         return write_atomically(Path(directory) / REPORT_NAME, self.to_json())
-
-
-def _certificate(data: dict[str, Any] | None) -> Certificate | None:
-    """Return the certificate that JSON turned into a dictionary."""
-    if data is None:
-        return None
-    values: dict[str, Any] = {
-        k: tuple(value) if isinstance(value, list) else value for k, value in with_present_names(data).items()
-    }
-    for name in ("loss_increase", "accuracy_drop", "tempered_loss_increase"):
-        values[name] = None if values[name] is None else _difference(values[name])
-    return Certificate(**values)
-
-
-def _difference(data: dict[str, Any]) -> Difference:
-    """Return the difference that JSON turned into a dictionary, with null for a bound that does not exist."""
-    endless = {"lower": -math.inf, "upper": math.inf}
-    return Difference(**data | {name: bound for name, bound in endless.items() if data[name] is None})
 
 
 def finite(data: Any) -> Any:

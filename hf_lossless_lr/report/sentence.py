@@ -8,6 +8,7 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from typing import NamedTuple
 
 from .records import Certificate, CompressionReport, Difference
+from .text import plain
 
 
 class Claim(NamedTuple):
@@ -63,7 +64,7 @@ def verdict_sentence(report: CompressionReport) -> str:
         The sentence.
     """
     if report.certificate is None:
-        return f"no certificate: {(report.uncertified or 'the report has none').rstrip('.')}."
+        return f"no certificate: {plain(report.uncertified or 'the report has none').rstrip('.')}."
     return certificate_sentence(report.certificate)
 
 
@@ -83,7 +84,7 @@ def certificate_sentence(certificate: Certificate) -> str:
         shown = [(claim.name, *_at_most(claim)) for claim in claims]
     by_batch = " (taken by batch)" if certificate.clusters == "batches" else ""
     each = " each" if len(shown) > 1 else ""
-    return (
+    return plain(
         f"{certificate.verdict}: on {certificate.examples:,} held-out examples{by_batch}, with "
         f"{100 * certificate.confidence:g} % confidence{each}, {_joined(shown)} than the dense model's{end}."
     )

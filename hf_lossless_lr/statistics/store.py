@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,6 +15,8 @@ from safetensors.torch import save_file
 
 from ..errors import CheckpointError
 from ..files import replacing
+from ..fingerprint import tensors_fingerprint
+from .checks import check_statistics
 from .records import CalibrationStatistics, LayerStatistics
 
 FORMAT_VERSION = 2  # 1 had no axis for several matrices of a layer
@@ -48,6 +53,7 @@ def save_statistics(statistics: CalibrationStatistics, path: str | os.PathLike[s
         "uncalled": statistics.uncalled,
         "layers": layers,
     }
+    description["checksum"] = _checksum(description, tensors)
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"statistics": json.dumps(description)})
     return Path(path)
@@ -56,7 +62,7 @@ def save_statistics(statistics: CalibrationStatistics, path: str | os.PathLike[s
 def load_statistics(
     path: str | os.PathLike[str], model_fingerprint: str, device: torch.device
 ) -> CalibrationStatistics:
-    """Read statistics, and refuse those of another model.
+    """Read statistics, and refuse those of another model, or that were changed since they were written.
 
     Args:
         path: a file from `save_statistics`.
@@ -67,7 +73,7 @@ def load_statistics(
         The statistics.
 
     Raises:
-        CheckpointError: if the file is no statistics file, or of another model.
+        CheckpointError: if the file is no statistics file, damaged, or of another model.
     """
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
@@ -81,31 +87,50 @@ def load_statistics(
                     f"{path}: these statistics belong to another model (or to other weights of it). Calibrate again."
                 )
 
-            def read(tensor: str) -> torch.Tensor:
-                # A copy is aligned as statistics that were just collected are, so that kernels sum in the same order.
-                return file.get_tensor(tensor).clone()
-
-            covariances: dict[str, torch.Tensor] = {}
-            layers = {}
-            for name, entry in description["layers"].items():
-                shared = entry["input_covariance"]
-                if shared not in covariances:
-                    covariances[shared] = read(f"{shared}.input_covariance")
-                layers[name] = LayerStatistics(
-                    weight_grad=read(f"{name}.weight_grad"),
-                    input_covariance=covariances[shared],
-                    grad_covariance=read(f"{name}.grad_covariance"),
-                    tokens=entry["tokens"],
-                    units=entry["units"],
-                )
-            return CalibrationStatistics(
-                layers=layers,
-                loss=description["loss"],
-                examples=description["examples"],
-                units=description["units"],
-                data_fingerprint=description["data_fingerprint"],
-                groups=tuple(tuple(group) for group in description["groups"]),
-                uncalled=tuple(description.get("uncalled", ())),
+            # Copies are aligned as statistics that were just collected are, so that kernels sum in the same order.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        statistics = _statistics(description, tensors)
+        check_statistics(statistics, str(path))
+        if description["checksum"] != _checksum(description, tensors):
+            raise CheckpointError(
+                f"{path}: the content does not fit its checksum; the file was edited or damaged. Calibrate again."
             )
-    except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError, OSError) as error:
+        return statistics
+    except (
+        SafetensorError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        json.JSONDecodeError,
+        RecursionError,
+        OSError,
+    ) as error:
         raise CheckpointError(f"{path} is no file of calibration statistics: {error}") from error
+
+
+def _statistics(description: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> CalibrationStatistics:
+    layers = {}
+    for name, entry in description["layers"].items():
+        layers[name] = LayerStatistics(
+            weight_grad=tensors[f"{name}.weight_grad"],
+            input_covariance=tensors[f"{entry['input_covariance']}.input_covariance"],
+            grad_covariance=tensors[f"{name}.grad_covariance"],
+            tokens=entry["tokens"],
+            units=entry["units"],
+        )
+    return CalibrationStatistics(
+        layers=layers,
+        loss=description["loss"],
+        examples=description["examples"],
+        units=description["units"],
+        data_fingerprint=description["data_fingerprint"],
+        groups=tuple(tuple(group) for group in description["groups"]),
+        uncalled=tuple(description["uncalled"]),
+    )
+
+
+def _checksum(description: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return the SHA-256 of all that a file says, but for this."""
+    said = {name: value for name, value in description.items() if name != "checksum"}
+    text = json.dumps(said, sort_keys=True) + tensors_fingerprint(tensors)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -4,6 +4,7 @@ import copy
 import functools
 import io
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -45,6 +46,7 @@ from transformers.trainer_utils import validate_quantization_for_training
 import hf_lossless_lr
 from hf_lossless_lr import LosslessLowRankConfig
 from hf_lossless_lr.checkpoint.config import FORMAT_VERSION
+from hf_lossless_lr.checkpoint.contents import check_loaded
 from hf_lossless_lr.errors import CheckpointError, ConfigurationError, TargetError
 from hf_lossless_lr.report.records import REPORT_NAME
 
@@ -448,6 +450,14 @@ def transpose(key):
     return lambda tensors: tensors.update({key: tensors[key].T.contiguous()})
 
 
+def edit(key, change):
+    return lambda tensors: tensors.update({key: change(tensors[key]).contiguous()})
+
+
+def with_one(value):
+    return lambda tensor: tensor.flatten().index_fill(0, torch.tensor([5]), value).view_as(tensor)
+
+
 BAD_FILES = {
     "no up": (drop(f"{QUERY}.up.weight"), rf"lacks the tensor '{QUERY}.up.weight'; it is incomplete or was edited"),
     "no down": (drop(f"{QUERY}.down.weight"), rf"lacks the tensor '{QUERY}.down.weight'"),
@@ -467,6 +477,38 @@ BAD_FILES = {
         rf"the tensor '{QUERY}.up.weight' has the shape .*, but the mani",
     ),
     "dense weight": (put(f"{QUERY}.weight", torch.ones(32, 32)), rf"'{QUERY}.weight' has the shape \(32, 32\), but"),
+    "a place twice": (
+        edit(f"{QUERY}.permutation", lambda order: order[[0, 0, *range(2, 32)]]),
+        rf"the tensor '{QUERY}.permutation' in .*model.safetensors is no permutation of 0 to 31: a place is missing",
+    ),
+    "a place out of range": (
+        edit(f"{QUERY}.permutation", lambda order: torch.where(order == 31, 32, order).int()),
+        rf"'{QUERY}.permutation' in .*model.safetensors is no permutation of 0 to 31",
+    ),
+    "a negative place": (
+        edit(f"{WIDE}.permutation", lambda order: torch.where(order == 31, -1, order).int()),
+        rf"'{WIDE}.permutation' in .*model.safetensors is no permutation of 0 to 31",
+    ),
+    "places as other numbers": (
+        edit(f"{QUERY}.permutation", torch.Tensor.float),
+        rf"'{QUERY}.permutation' in .*model.safetensors has the dtype torch.float32 and the shape \(32,\); it must be",
+    ),
+    "factors as whole numbers": (
+        edit(f"{QUERY}.down.weight", torch.Tensor.int),
+        rf"'{QUERY}.down.weight' in .*model.safetensors has the dtype I32; it must be in floating point",
+    ),
+    **{
+        f"{value} in {tensor}": (
+            edit(tensor, with_one(value)),
+            rf"the tensor '{tensor}' in .*model.safetensors has values that are NaN or infinite in torch.float32",
+        )
+        for tensor, value in {
+            f"{QUERY}.up.weight": math.nan,
+            f"{WIDE}.down.weight": -math.inf,
+            f"{WIDE}.bias": math.inf,
+            "classifier.weight": math.nan,
+        }.items()
+    },
 }
 
 
@@ -516,6 +558,19 @@ class TestRefusal:
         key = f"{WIDE}.down.weight"
         edit_tensors(tmp_path / index[key], transpose(key))
         self.check_refused(tmp_path, f"the tensor '{key}' has the shape")
+
+    @pytest.mark.parametrize("share", [0.0, 0.0001, 0.5, 0.999])
+    def test_of_a_file_that_was_cut_off_names_it(self, folder, share):
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+        self.check_refused(folder, "model.safetensors is cut off, damaged or no safetensors file")
+
+    def test_of_a_dtype_that_is_too_narrow_says_so(self, folder):
+        edit_tensors(folder / "model.safetensors", edit(f"{WIDE}.down.weight", with_one(1e30)))
+        self.check_refused(folder, r"NaN or infinite in torch.float16.*or its numbers are too", dtype=torch.float16)
+
+    def test_passes_over_what_is_not_in_memory(self, bert):
+        check_loaded(copy.deepcopy(bert.model).to("meta"), None)
 
     def test_of_another_storage_than_the_stored_one_works_both_ways(self, checkpoint, tmp_path):
         two_factor = checkpoint("bert-sequence-classification", "two-factor").folder

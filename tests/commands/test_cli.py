@@ -396,7 +396,27 @@ class TestErrors:
         assert f"error: --{option}: {tmp_path} is a folder; name a file in it." in capsys.readouterr().err
         assert list(tmp_path.iterdir()) == []
 
-    def test_while_writing_the_second_report_keep_the_checkpoint(self, command, tmp_path, capsys, monkeypatch):
+    @pytest.mark.parametrize("method", [["lossless_lr"], None, {}])
+    def test_of_a_configuration_that_transformers_cannot_read_are_one_sentence(
+        self, method, command, place, tmp_path, capsys
+    ):
+        model = Path(shutil.copytree(place.model, tmp_path / "model"))
+        config = json.loads((model / "config.json").read_text()) | {"quantization_config": {"quant_method": method}}
+        (model / "config.json").write_text(json.dumps(config))
+        assert main([command[0], str(model), *command[2:]]) == 1
+        assert f"hf-lossless-lr: error: cannot load {str(model)!r} with Auto" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+    def test_of_a_model_that_was_cut_off_are_one_sentence(self, share, command, place, tmp_path, capsys):
+        model = Path(shutil.copytree(place.model, tmp_path / "model"))
+        data = (model / "model.safetensors").read_bytes()
+        (model / "model.safetensors").write_bytes(data[: int(share * len(data))])
+        assert main([command[0], str(model), *command[2:]]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"hf-lossless-lr: error: cannot load {str(model)!r} with Auto")
+        assert error.count("\n") == 1
+
+    def test_while_writing_the_second_report_keep_the_checkpoint(self, command, tmp_path, monkeypatch, capsys):
         replace_file = os.replace
 
         def fail(source, target):
@@ -410,22 +430,28 @@ class TestErrors:
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
         AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
 
-    @pytest.mark.parametrize("error", [OSError("the disk is full"), KeyboardInterrupt()])
     @pytest.mark.parametrize(
-        "target",
+        ("target", "error"),
         [
-            "transformers.PreTrainedModel.save_pretrained",
-            "hf_lossless_lr.report.CompressionReport.save",
-            "hf_lossless_lr.commands.compress.os.replace",
+            *(
+                (target, error)
+                for target in (
+                    "transformers.PreTrainedModel.save_pretrained",
+                    "hf_lossless_lr.report.CompressionReport.save",
+                    "hf_lossless_lr.commands.output.os.replace",
+                )
+                for error in (OSError("the disk is full"), SafetensorError("full"), KeyboardInterrupt())
+            ),
         ],
     )
-    def test_while_writing_leave_no_part_of_the_output(self, target, error, command, tmp_path, monkeypatch):
+    def test_while_writing_leave_no_part_of_the_output(self, target, error, command, tmp_path, monkeypatch, capsys):
         def fail(*_, **__):
             raise error
 
         monkeypatch.setattr(target, fail)
-        with contextlib.nullcontext() if isinstance(error, OSError) else pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) if isinstance(error, KeyboardInterrupt) else contextlib.nullcontext():
             assert main(command) == 1
+            assert capsys.readouterr().err.startswith("hf-lossless-lr: error: ")
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.tiny_models import TINY_MODELS
 from support.word_tokenizer import WORDS, word_tokenizer
 
@@ -110,3 +111,10 @@ class TestVerify:
         assert verify(str(tmp_path / "out")) == 1
         assert "made from" in capsys.readouterr().err
         assert verify(str(tmp_path / "out"), "--examples", "100") == 0
+        assert "not those that its report" not in capsys.readouterr().err
+        file = tmp_path / "out" / "model.safetensors"
+        tensors = load_file(file)
+        tensors["classifier.bias"] += 1
+        save_file(tensors, file, metadata={"format": "pt"})
+        assert verify(str(tmp_path / "out"), "--examples", "100") == 0
+        assert "are not those that its report is about" in capsys.readouterr().err

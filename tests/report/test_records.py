@@ -26,7 +26,7 @@ CERTIFICATE = Certificate(
     loss=(0.1 + 0.2, 0.25),
     loss_increase=Difference(-0.05, -0.06, -0.04),
     accuracy=(0.9, 0.875),
-    accuracy_drop=Difference(0.025, 0.01, 0.02),
+    accuracy_drop=Difference(0.015, 0.01, 0.02),
     chance=0.5,
     temperatures=(1.25, 2**0.25),
     tempered_loss_increase=Difference(1e-300, -1e-3, 1e-3),
@@ -37,6 +37,7 @@ CERTIFICATE = Certificate(
 )
 NO_CLASSES = replace(  # of a head that does not classify, on one batch
     CERTIFICATE,
+    status="inconclusive",
     reasons=(),
     clusters="batches",
     loss_increase=Difference(0.1, -math.inf, math.inf),
@@ -159,7 +160,8 @@ class TestVerdict:
         ],
     )
     def test_of_a_lossless_model_names_the_margins(self, report, certificate, loss_margin, accuracy_margin, verdict):
-        certificate = replace(certificate, loss_margin=loss_margin, accuracy_margin=accuracy_margin)
+        margins = {"loss_margin": loss_margin, "accuracy_margin": accuracy_margin}
+        certificate = replace(certificate, status="lossless", **margins)
         assert replace(report, certificate=certificate).verdict == verdict
 
     def test_of_a_model_without_a_certificate_is_none(self, report):
@@ -192,6 +194,8 @@ BROKEN = {
     "a certificate with more": lambda data: data["certificate"].update(colour="red"),
     "a certificate in a list": lambda data: data.update(certificate=[1]),
     "a certificate without a difference": lambda data: data["certificate"].pop("tempered_loss_increase"),
+    "a status that is a number": lambda data: data["certificate"].update(status=3),
+    "one loss": lambda data: data["certificate"].update(loss=[0.1]),
     "a difference without a bound": lambda data: data["certificate"]["loss_increase"].pop("upper"),
 }
 
@@ -208,3 +212,63 @@ class TestReading:
         BROKEN[case](data)
         with pytest.raises(CheckpointError, match="this is no compression report"):
             CompressionReport.from_json(json.dumps(data))
+
+
+def in_certificate(**changes):
+    return lambda data: data["certificate"].update(changes)
+
+
+def bounds(mean, lower, upper):
+    return {"mean": mean, "lower": lower, "upper": upper}
+
+
+CONTRADICTIONS = {
+    "a better status": (
+        in_certificate(loss_increase=bounds(0.02, 0.005, 0.03)),
+        "status is 'lossless', but the upper bound of loss_increase is beyond its margin",
+    ),
+    "a much better status": (
+        in_certificate(loss_increase=bounds(0.02, 0.015, 0.03)),
+        "status is 'lossless', but the lower bound of loss_increase is beyond its margin",
+    ),
+    "no bound": (
+        in_certificate(accuracy_drop=bounds(0.0, -0.01, None)),
+        "status is 'lossless', but the upper bound of accuracy_drop is beyond its margin",
+    ),
+    "not improved": (in_certificate(status="improved"), "the bounds do not show a lower loss"),
+    "not lossy": (in_certificate(status="lossy"), "status is 'lossy', but no lower bound is beyond its margin"),
+    "lossy": (
+        in_certificate(status="inconclusive", accuracy_drop=bounds(0.04, 0.03, 0.05)),
+        "status is 'inconclusive', but the lower bound of accuracy_drop is beyond",
+    ),
+    "an unknown status": (in_certificate(status="perfect"), "there is no status 'perfect'"),
+    "a mean outside": (
+        in_certificate(loss_increase=bounds(0.0, -0.06, -0.04)),
+        "bounds of loss_increase are not arou",
+    ),
+    "a chance of 2": (in_certificate(chance=2), "chance is 2, which is no share of 1"),
+    "no examples": (in_certificate(examples=0), "a number of examples or units"),
+    "no layers": (lambda data: data.update(layers={}), "there are no layers"),
+    "a rank above the full one": (lambda data: data["layers"]["one"].update(rank=99), "the rank of the layer 'one'"),
+    "no parameters": (lambda data: data["dense"].update(parameters=0), "parameters or the accuracy of the dense mod"),
+    "a margin of text": (lambda data: data["config"].update(loss_margin="x"), "the configuration has the loss_margin"),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_what_contradicts_itself_is_refused(case, report):
+    change, message = CONTRADICTIONS[case]
+    data = json.loads(replace(report, certificate=CERTIFICATE).to_json())
+    change(data)
+    with pytest.raises(CheckpointError, match=f"this compression report contradicts itself: .*{message}"):
+        CompressionReport.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize("value", ["3", True, math.nan, 1e31, 10**400, [0.1], {}, None])
+def test_a_value_of_another_type_is_refused_by_its_name(value, report):
+    data = json.loads(report.to_json())
+    data["dense"]["loss"] = value
+    with pytest.raises(
+        CheckpointError, match=r"this is no compression report: TypeError\(.report.dense.loss cannot be"
+    ):
+        CompressionReport.from_json(json.dumps(data))

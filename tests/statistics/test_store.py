@@ -92,9 +92,9 @@ class TestTheRoundTrip:
         assert all(type(group) is tuple for group in got)
 
     def test_keeps_numbers_that_are_hard_to_write(self, tmp_path):
-        hard = torch.tensor([[5e-324, -0.0], [math.pi, torch.nan]], dtype=torch.float64)
+        hard = torch.tensor([[[5e-324, -0.0], [-0.0, math.pi]]], dtype=torch.float64)
         layer = LayerStatistics(hard, hard.clone() * 3, hard.clone() * 7, tokens=2**60 + 1, units=2**53 + 1)
-        expected = CalibrationStatistics({"größe.0": layer}, 0.1 + 0.2, 2**62 + 1, 0, "f" * 64)
+        expected = CalibrationStatistics({"größe.0": layer}, 0.1 + 0.2, 2**62 + 1, 1, "f" * 64)
         saved = save_statistics(expected, tmp_path / "x", MODEL)
         check_same(load_statistics(saved, MODEL, CPU), expected)
 
@@ -212,6 +212,7 @@ class TestRefusal:
             "units",
             "groups",
             "layers",
+            "checksum",
         ],
     )
     def test_of_a_description_that_lacks_an_entry(self, path, entry):
@@ -236,6 +237,91 @@ class TestRefusal:
         save_file(tensors, path, metadata=metadata)
         with pytest.raises(CheckpointError, match=f"is no file of calibration statistics.*q_proj.{field}"):
             load_statistics(path, MODEL, CPU)
+
+
+FIRST = "model.layers.0.self_attn.q_proj"
+
+
+def entry(name, **changes):
+    return lambda description, _: description["layers"][name].update(changes)
+
+
+def described(**changes):
+    return lambda description, _: description.update(changes)
+
+
+def matrix(name, change):
+    """Change a tensor: in place, or into what the change returns."""
+
+    def apply(_, tensors):
+        changed = change(tensors[name])
+        tensors[name] = tensors[name] if changed is None else changed.contiguous()
+
+    return apply
+
+
+def set_at(*place, value):
+    def change(tensor):
+        tensor[place] = value
+
+    return change
+
+
+WRONG = {  # a change of the description and the tensors, and what is said about it
+    "no tokens": (entry(FIRST, tokens=0), rf"'{FIRST}.tokens' is 0; it must be a whole number of at least 1"),
+    "a share of a token": (entry(FIRST, tokens=1.5), rf"'{FIRST}.tokens' is 1.5"),
+    "negative units": (entry(FIRST, units=-3), rf"'{FIRST}.units' is -3"),
+    "examples that are true": (described(examples=True), "'examples' is True"),
+    "an infinite loss": (described(loss=math.inf), "'loss' is inf; it must be a finite number"),
+    "a loss of no number": (described(loss="0"), "'loss' is '0'"),
+    "a fingerprint of no text": (described(data_fingerprint=3), "'data_fingerprint' is 3"),
+    "a group of strangers": (described(groups=[["nowhere"]]), "'groups' has 'nowhere', which is no layer of the file"),
+    "a layer in two groups": (described(groups=[[FIRST], [FIRST]]), rf"'groups' has '{FIRST}', .* in it twice"),
+    "NaN": (
+        matrix(f"{FIRST}.weight_grad", set_at(0, 1, 2, value=math.nan)),
+        rf"'{FIRST}.weight_grad' has values that",
+    ),
+    "infinity": (
+        matrix(f"{FIRST}.input_covariance", set_at(0, 1, 1, value=math.inf)),
+        rf"'{FIRST}.input_covariance' has values that are NaN or infinite",
+    ),
+    "a negative variance": (
+        matrix(f"{FIRST}.grad_covariance", set_at(0, 3, 3, value=-1e-9)),
+        rf"'{FIRST}.grad_covariance' has negative values on its diagonal",
+    ),
+    "an entry without its mirror": (
+        matrix(f"{FIRST}.input_covariance", set_at(0, 1, 2, value=7.0)),
+        rf"'{FIRST}.input_covariance' is not symmetric",
+    ),
+    "another dtype": (
+        matrix(f"{FIRST}.weight_grad", torch.Tensor.float),
+        "has the dtype torch.float32, not torch.flo",
+    ),
+    "two axes": (matrix(f"{FIRST}.weight_grad", lambda x: x[0]), r"has the shape \(32, 32\); it must have three axes"),
+    "a smaller matrix": (
+        matrix(f"{FIRST}.grad_covariance", lambda x: x[:, :5, :5]),
+        rf"'{FIRST}.grad_covariance' has the shape \(1, 5, 5\), not \(1, 32, 32\)",
+    ),
+    "another number": (
+        matrix(f"{FIRST}.weight_grad", set_at(0, 0, 0, value=0.5)),
+        "the content does not fit its check",
+    ),
+    "another count": (described(examples=7), "the content does not fit its checksum"),
+    "another tensor": (lambda _, tensors: tensors.update(more=torch.ones(2)), "the content does not fit its checksum"),
+    "another checksum": (described(checksum="0" * 64), "the content does not fit its checksum"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_no_calibration_gives_is_refused_by_its_name(path, case):
+    change, message = WRONG[case]
+    with safe_open(path, framework="pt") as file:
+        description = json.loads(file.metadata()["statistics"])
+    tensors = load_file(path)
+    change(description, tensors)
+    save_file(tensors, path, metadata={"statistics": json.dumps(description)})
+    with pytest.raises(CheckpointError, match=rf"statistics.safetensors: .*{message}"):
+        load_statistics(path, MODEL, CPU)
 
 
 class TestWriting:
