@@ -47,7 +47,7 @@ from transformers.utils import logging
 
 from hf_lossless_lr import LosslessLowRankConfig, LosslessLowRankError, LowRankCompressor
 from hf_lossless_lr.commands.cli import main as command_line
-from hf_lossless_lr.commands.data_options import load_auto
+from hf_lossless_lr.commands.loading import load_auto
 from hf_lossless_lr.fingerprint import tensors_fingerprint
 from hf_lossless_lr.layers import find_targets
 from hf_lossless_lr.report import REPORT_NAME
