@@ -6,7 +6,7 @@ Also what a batch's labels and loss mean, and which rows are padding.
 from .forward import forward_loss, mean_loss, run_batch
 from .labels import IGNORE_INDEX, Question, Reading, batch_examples, correct_predictions
 from .loaders import dataset_size, make_dataloader, subset
-from .padding import PaddingMasks
+from .padding import PaddingMasks, watching_masks
 from .splits import DataSplits, combined_digest, examine, split_data
 
 __all__ = [
@@ -26,4 +26,5 @@ __all__ = [
     "run_batch",
     "split_data",
     "subset",
+    "watching_masks",
 ]

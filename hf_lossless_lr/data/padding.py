@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .architectures import TOKENS_FIRST
+from .labels import batch_examples
+
+Current = Callable[[], "PaddingMasks | None"]
 
 
 class PaddingMasks:
@@ -17,10 +23,15 @@ class PaddingMasks:
 
     The attention mask applies to all layers of a single-stack model. In an encoder-decoder it applies to the encoder,
     and to what the decoder reads from the encoder's output; the decoder's own mask (by default, where labels are not
-    -100) applies elsewhere.
+    -100) applies elsewhere. Where a layer's rows are not the tokens of these masks (frames of speech, words and then
+    patches, windows that are filled up), the attention mask counts that the model itself hands to the modules around
+    the layer.
 
     Args:
         model: the model whose batches these are.
+
+    Attributes:
+        unmatched: ids of the layers whose rows belong to no known mask, though there is padding.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -28,39 +39,157 @@ class PaddingMasks:
         self.in_encoder = set(map(id, self.encoder.modules())) if self.encoder is not None else set()
         tokens_first = (module for module in model.modules() if type(module).__name__ in TOKENS_FIRST)
         self.in_tokens_first = {id(inner) for module in tokens_first for inner in module.modules()}
-        self.encoder_output: torch.Tensor | None = None
-        self.main: torch.Tensor | None = None
-        self.decoder: torch.Tensor | None = None
+        self.around = _around(model)
+        self.unmatched: set[int] = set()
+        self.start({})
 
     def start(self, batch: Mapping[str, Any]) -> None:
         """Take the masks of a batch, before its forward pass."""
+        given = [value for name, value in batch.items() if _is_mask(name) or name == "pixel_mask"]
+        self.padded = any(isinstance(mask, torch.Tensor) and not bool(mask.all()) for mask in given)
+        self.handed: dict[int, list[torch.Tensor]] = {}  # masks that modules were called with
+        self.encoder_output: torch.Tensor | None = None
         attention_mask = batch.get("attention_mask")
-        self.main, self.encoder_output = _boolean_mask(attention_mask), None
+        self.main, self.decoder = _boolean_mask(attention_mask), None
+        self.sequences = batch_examples(batch) if self.main is None else len(self.main)
         if self.encoder is not None:
             labels = batch.get("labels")
             default = labels != -100 if isinstance(labels, torch.Tensor) and labels.ndim == 2 else attention_mask
             self.decoder = _boolean_mask(batch.get("decoder_attention_mask", default))
+            self.padded |= self.decoder is not None and not bool(self.decoder.all())
 
-    def record_encoder_output(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Note the encoder's output: a forward hook for the encoder."""
-        self.encoder_output = output[0]
+    def of(self, module: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor | None]:
+        """Return what gives the mask of the flattened rows of a module's input, or None where all rows count.
 
-    def of(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-        """Return the mask of the flattened rows of a module's input, or None where all rows count."""
-        mask = self.main
+        Asked once the batch went through the whole model, it knows all masks; before, some may not be made yet.
+        """
+        own, shape = self.main, x.shape[:-1]
         if self.encoder is not None and id(module) not in self.in_encoder and x is not self.encoder_output:
-            mask = self.decoder
-        if mask is None:
+            own = self.decoder
+        return partial(self._mask_of, id(module), shape, own)
+
+    def _mask_of(self, module: int, shape: torch.Size, own: torch.Tensor | None) -> torch.Tensor | None:
+        if not self.padded:
             return None
-        if id(module) in self.in_tokens_first:
-            mask = mask.T
-        if x.shape[:-1] in (mask.shape, mask.flatten().shape):
-            return mask.flatten()
-        return mask.T.flatten() if x.shape[:-1] == mask.T.shape else None  # other models with the tokens first
+        own = None if own is None else _spread(own, shape, module in self.in_tokens_first)
+        if own is not None:
+            return own
+        handed = self._handed_around(module, shape)
+        if handed is None and shape.numel() != self.sequences:  # else one row an example
+            self.unmatched.add(module)
+        return handed
+
+    def _handed_around(self, module: int, shape: torch.Size) -> torch.Tensor | None:
+        """Return the mask of these rows that the nearest module around got, or else that all others agree on."""
+        turned = module in self.in_tokens_first
+        for place in self.around.get(module, ()):
+            for mask in self.handed.get(place, ()):
+                rows = _spread(_keys_seen(mask, self.sequences), shape, turned)
+                if rows is not None:
+                    return rows
+        masks = (mask for handed in self.handed.values() for mask in handed)
+        others = [_spread(_keys_seen(mask, self.sequences), shape, turned) for mask in masks]
+        found = [rows for rows in others if rows is not None]
+        return found[0] if found and all(torch.equal(rows, found[0]) for rows in found) else None
+
+
+@contextmanager
+def watching_masks(model: PreTrainedModel, encoder: nn.Module | None, current: Current) -> Iterator[None]:
+    """Note in the current masks what the modules of a model hand to one another; undone afterwards.
+
+    Args:
+        model: the model.
+        encoder: the encoder of its masks.
+        current: the masks of the batch that is on its way, or None.
+    """
+
+    def note_masks(names: list[str]) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            masks = current()
+            if masks is not None and masks.padded:
+                called = dict(zip(names, args, strict=False)) | dict(kwargs)
+                handed = [v for name, v in called.items() if _is_mask(name) and isinstance(v, torch.Tensor)]
+                masks.handed.setdefault(id(module), []).extend(handed)
+
+        return hook
+
+    def note_output(module: nn.Module, args: Any, output: Any) -> None:
+        masks = current()
+        if masks is not None:
+            masks.encoder_output = output[0]
+
+    handles = []
+    for module in model.modules():
+        names = list(inspect.signature(module.forward).parameters)
+        if any(map(_is_mask, names)):
+            handles.append(module.register_forward_pre_hook(note_masks(names), with_kwargs=True))
+    if encoder is not None:
+        handles.append(encoder.register_forward_hook(note_output))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_mask(name: str) -> bool:
+    return name.endswith("attention_mask")
+
+
+def _around(model: nn.Module) -> dict[int, list[int]]:
+    """Return the ids of the modules that a module lies in, from itself outwards."""
+    by_name = dict(model.named_modules(remove_duplicate=False))
+    around: dict[int, list[int]] = {}
+    for name, module in by_name.items():
+        parts = name.split(".") if name else []
+        places = [id(by_name[".".join(parts[:count])]) for count in range(len(parts), -1, -1)]
+        around.setdefault(id(module), []).extend(places)
+    return around
 
 
 def _boolean_mask(mask: Any) -> torch.Tensor | None:
-    """Return a mask of shape (sequences, tokens), or None where nothing is padding (or the mask is a 4-d one)."""
+    """Return a mask of shape (sequences, tokens), or None where there is none, or a 4-d one."""
     if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 3):
         return None
-    return None if bool(mask.all()) else mask.bool().flatten(0, -2)  # the choices of an example are sequences
+    return mask.bool().flatten(0, -2)  # the choices of an example are sequences
+
+
+def _spread(mask: torch.Tensor | None, shape: torch.Size, tokens_first: bool) -> torch.Tensor | None:
+    """Return a mask of (sequences, tokens) for each row of a shape, flattened; None where it is about other rows.
+
+    Rows may be flat, tokens may come first, and each token may have several rows (those of attention heads).
+    """
+    if mask is None:
+        return None
+    sequences, tokens = mask.shape
+    turned = mask.T if tokens_first else mask
+    if shape in (turned.shape, (sequences * tokens,)):
+        return turned.flatten()
+    if shape == turned.T.shape:
+        return turned.T.flatten()
+    if len(shape) == 3 and shape[0] == sequences and (shape[1] == tokens) != (shape[2] == tokens):
+        mask = mask[:, :, None] if shape[1] == tokens else mask[:, None, :]
+        return mask.expand(shape).flatten()
+    return None
+
+
+def _keys_seen(mask: torch.Tensor, sequences: int) -> torch.Tensor | None:
+    """Return which keys anything attends to.  # shape: (sequences, keys).
+
+    Args:
+        mask: true, 1 or, where it is added to scores, 0 for what is seen.  # shape: (sequences or 1, …, keys)
+        sequences: number of sequences.
+    """
+    if not 2 <= mask.ndim <= 4 or mask.shape[0] not in (1, sequences):
+        return None
+    seen = _seen(mask)
+    if mask.ndim > 2:
+        seen = seen.flatten(1, -2).any(1)
+    return seen.expand(sequences, -1)
+
+
+def _seen(mask: torch.Tensor) -> torch.Tensor:
+    if not mask.is_floating_point():
+        return mask != 0
+    added = bool((mask < 0).any() or (mask > 1).any() or not mask.any())
+    return mask > -1 if added else mask > 0

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -26,12 +26,18 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..data import PaddingMasks, batch_examples, forward_loss
+from ..data import PaddingMasks, batch_examples, forward_loss, watching_masks
 from ..errors import DataError, NumericalError, TargetError
 from ..fingerprint import tensors_fingerprint
 from ..layers import Layout, called_with, differentiating_only, layout_of, weight_matrices
 from .records import CalibrationStatistics, Key, LayerStatistics
 from .rows import gram, real_rows
+from .shared_rows import layers_with_shared_rows, one_by_one
+
+logger = logging.get_logger(__name__)
+
+
+RowMask = Callable[[], torch.Tensor | None]  # known once the batch went through the whole model
 
 
 class _Input(NamedTuple):
@@ -40,7 +46,7 @@ class _Input(NamedTuple):
     tensor: torch.Tensor
     module: nn.Module
     layout: Layout
-    mask: torch.Tensor | None
+    mask: RowMask
     names: list[str]
 
 
@@ -48,11 +54,13 @@ class _Collector:
     """Sums of one process over its batches."""
 
     def __init__(self, model: PreTrainedModel, targets: Mapping[str, nn.Module]) -> None:
+        self.model = model
         self.targets = targets
         self.layouts = {name: layout_of(module) for name, module in targets.items()}
         self.masks = PaddingMasks(model)
         self.inputs: dict[Hashable, _Input] = {}
         self.recording = False
+        self.one_by_one = False  # whether examples go through the model alone
         self.order: list[Key] = []  # of the inputs in a forward pass, also of those that only some batches have
         self.input_sums: dict[Key, torch.Tensor] = {}
         self.input_counts: dict[Key, int] = {}
@@ -69,20 +77,23 @@ class _Collector:
         """Return a forward hook that notes the layer's input and waits for the gradient of its output."""
         layout = self.layouts[name]
 
-        def forward_hook(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: torch.Tensor) -> None:
+        def forward_hook(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: torch.Tensor) -> Any:
             x = called_with(args, kwargs)
             mask = self.masks.of(module, x)
             if self.recording:  # false while gradient checkpointing repeats the forward pass
                 key = layout.input_key(module, x)
                 self.inputs.setdefault(key, _Input(x, module, layout, mask, [])).names.append(name)
-            if output.requires_grad:
-                output.register_hook(lambda grad: self.add_output_grad(name, grad, mask))
+            if not output.requires_grad:
+                return None
+            own = output.clone()  # a model that writes into a view of a result would take the hook off
+            own.register_hook(lambda grad: self.add_output_grad(name, grad, mask))
+            return own
 
         return forward_hook
 
     @torch.no_grad()
-    def add_output_grad(self, name: str, grad: torch.Tensor, mask: torch.Tensor | None) -> None:
-        rows = real_rows(self.layouts[name].output_rows(grad), mask)
+    def add_output_grad(self, name: str, grad: torch.Tensor, mask: RowMask) -> None:
+        rows = real_rows(self.layouts[name].output_rows(grad), mask())
         self.grad_sums[name] += gram(rows)
 
     @torch.no_grad()
@@ -92,7 +103,7 @@ class _Collector:
         self.repeated |= {name for name, count in calls.items() if count > 1}
         place = 0
         for entry in self.inputs.values():
-            rows = real_rows(entry.layout.input_rows(entry.module, entry.tensor), entry.mask)
+            rows = real_rows(entry.layout.input_rows(entry.module, entry.tensor), entry.mask())
             key = tuple(dict.fromkeys(entry.names))
             if key not in self.order:
                 self.order.insert(place, key)  # right behind the one before
@@ -105,6 +116,47 @@ class _Collector:
             self.input_counts[key] = self.input_counts.get(key, 0) + rows.shape[-2]
         self.inputs.clear()
 
+    def add_batch(self, batch: Mapping[str, Any], index: int) -> torch.Tensor:
+        """Run a batch forward and backward and add what the layers saw.
+
+        Returns:
+            Units times loss, units, and examples, in float64.
+        """
+        if self.one_by_one:
+            return torch.stack([self._add(example, index) for example in one_by_one(self.model, batch)]).sum(0)
+        totals = self._add(batch, index)
+        return totals if totals is not None else self.add_batch(batch, index)
+
+    def _add(self, batch: Mapping[str, Any], index: int) -> Any:
+        """Do so for a batch as it is; None, and nothing is added, where its examples have to go one by one."""
+        self.masks.start(batch)
+        self.recording = True
+        loss, outputs, units, asked, _ = forward_loss(self.model, batch, index)
+        self.recording = False
+        if index == 0 and not self.one_by_one and self._shares_rows(batch):
+            self.one_by_one = True
+            self.inputs.clear()
+            return None
+        self.add_inputs()
+        if units:
+            del outputs, asked
+            if loss.requires_grad:  # false where the batch reaches no target
+                (loss * units).backward()
+                self.add_weight_grads(index)
+        examples = batch_examples(batch)
+        return torch.tensor([loss.item() * units if units else 0.0, units, examples], dtype=torch.float64).to(
+            loss.device
+        )
+
+    def _shares_rows(self, batch: Mapping[str, Any]) -> bool:
+        """Return whether a layer works once for the whole batch; inputs that begin with its sequences are its own."""
+        doubtful = (e for e in self.inputs.values() if e.tensor.shape[:1] != (self.masks.sequences,))
+        names = {name for entry in doubtful for name in entry.names}
+        shared = layers_with_shared_rows(self.model, {name: self.targets[name] for name in names}, batch)
+        if shared:
+            logger.info("examples go one by one, for %s works once for a whole batch", shared[0])
+        return bool(shared)
+
     def add_weight_grads(self, index: int) -> None:
         for name, module in self.targets.items():
             weight: Any = module.weight
@@ -114,6 +166,17 @@ class _Collector:
                 raise NumericalError(f"batch {index}: the gradient of {name!r} is not finite (NaN or infinity).")
             self.weight_grads[name] += self.layouts[name].matrices(weight.grad)
             weight.grad = None
+
+    def warn_of_padding(self) -> None:
+        names = [name for name, module in self.targets.items() if id(module) in self.masks.unmatched]
+        if names:
+            logger.warning(
+                "the rows of %d layers belong to no attention mask, so that padding counts in their statistics: %s%s. "
+                "Batches without padding (batch_size=1) avoid that.",
+                len(names),
+                ", ".join(names[:5]),
+                ", …" * (len(names) > 5),
+            )
 
     def groups(self) -> tuple[Key, ...]:
         """Return the groups of targets with the same input, in forward order, without targets called repeatedly."""
@@ -190,29 +253,18 @@ def collect_statistics(
     totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # units * loss, units, examples
     digests: list[str] = []
     hooks = [module.register_forward_hook(collector.hook(name), with_kwargs=True) for name, module in targets.items()]
-    if collector.masks.encoder is not None:
-        hooks.append(collector.masks.encoder.register_forward_hook(collector.masks.record_encoder_output))
     try:
         prepared = accelerator.prepare(loader)
         progress = logging.tqdm(prepared, desc="Calibrating", disable=not accelerator.is_local_main_process)
-        with differentiating_only(model, targets), torch.enable_grad():
+        watching = watching_masks(model, collector.masks.encoder, lambda: collector.masks)
+        with watching, differentiating_only(model, targets), torch.enable_grad():
             for index, batch in enumerate(progress):
-                collector.masks.start(batch)
-                collector.recording = True
-                loss, outputs, units, asked, _ = forward_loss(model, batch, index)
-                collector.recording = False
-                collector.add_inputs()
-                if units:
-                    del outputs, asked
-                    if loss.requires_grad:  # false where the batch reaches no target
-                        (loss * units).backward()
-                        collector.add_weight_grads(index)
-                    totals += torch.tensor([loss.item() * units, units, 0.0], device=totals.device)
-                totals[2] += batch_examples(batch)
+                totals += collector.add_batch(batch, index)
                 digests.append(tensors_fingerprint(batch))
     finally:
         for hook in hooks:
             hook.remove()
+    collector.warn_of_padding()
     collector.reduce(accelerator)
     totals = accelerator.reduce(totals, "sum")
     total_units = int(totals[1])

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..data import PaddingMasks, run_batch
+from ..data import PaddingMasks, run_batch, watching_masks
 from ..layers import called_with, layout_of
 from .rows import real_rows
 
@@ -97,7 +97,7 @@ def pausing(model: PreTrainedModel, encoder: nn.Module | None, pauses: Sequence[
                 return
             x = called_with(args, kwargs)
             seen = layout.input_rows(dense, x) if output is None else layout.output_rows(output)
-            rows = real_rows(seen, stream.masks.of(dense, x))
+            rows = real_rows(seen, stream.masks.of(dense, x)())
             if output is not None and dense.bias is not None:
                 rows = rows - dense.bias.to(rows).reshape(len(rows), 1, -1)  # each matrix has its own outputs
             stream.rows = rows
@@ -113,19 +113,17 @@ def pausing(model: PreTrainedModel, encoder: nn.Module | None, pauses: Sequence[
 
         return hook
 
-    def encoder_hook(module: nn.Module, args: Any, output: Any) -> None:
+    def current_masks() -> PaddingMasks | None:
         stream = greenlet.getcurrent()
-        if isinstance(stream, Stream):
-            stream.masks.record_encoder_output(module, args, output)
+        return stream.masks if isinstance(stream, Stream) else None
 
     handles = []
     for pause in pauses:
         watch = pause.module.register_forward_hook if pause.behind else pause.module.register_forward_pre_hook
         handles.append(watch(hook_of(pause), with_kwargs=True))
-    if encoder is not None:
-        handles.append(encoder.register_forward_hook(encoder_hook))
     try:
-        yield
+        with watching_masks(model, encoder, current_masks):
+            yield
     finally:
         for handle in handles:
             handle.remove()

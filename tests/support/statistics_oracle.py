@@ -33,17 +33,18 @@ def unpadded_examples(model: PreTrainedModel, batch: Batch) -> list[Batch]:
         mask = example.pop("attention_mask", None)
         if mask is not None:
             real = mask[0].bool()
-            example["input_ids"] = example["input_ids"][:, real]
+            for name in {"input_ids", "input_values"} & set(example):
+                example[name] = example[name][:, real]
             if model.config.is_encoder_decoder:
                 real = example["labels"][0] != IGNORED
-            if example["labels"].ndim == 2:
+            if example["labels"].shape == real[None].shape:
                 example["labels"] = example["labels"][:, real]
         examples.append(example)
     return examples
 
 
 def count_units(model: PreTrainedModel, labels: torch.Tensor) -> int:
-    if labels.ndim == 1:
+    if labels.ndim == 1 or labels.is_floating_point() or type(model).__name__.endswith("CTC"):
         return len(labels)
     if type(model).__name__ in SHIFTED:
         labels = labels[:, 1:]
@@ -81,8 +82,11 @@ def slow_statistics(model: PreTrainedModel, names: list[str], examples: list[Bat
 
     def watch(name):
         def hook(module, args, output):
-            output.retain_grad()
-            calls.append((name, args[0].detach(), output))
+            own = output * 1.0  # the model may go on to write into what it gets
+            gradient = torch.zeros_like(own)  # stays so where nothing uses the output
+            own.register_hook(gradient.copy_)
+            calls.append((name, args[0].detach().clone(), gradient))
+            return own
 
         return hook
 
@@ -100,9 +104,10 @@ def slow_statistics(model: PreTrainedModel, names: list[str], examples: list[Bat
         loss.backward()
         loss_sum, units = loss_sum + loss.item(), units + count
         for name, module in modules.items():
-            gradients[name] += matrix(module, module.weight.grad)
-        for name, x, y in calls:
-            x, g = input_rows(modules[name], x), output_rows(modules[name], y.grad)
+            if module.weight.grad is not None:
+                gradients[name] += matrix(module, module.weight.grad)
+        for name, x, gradient in calls:
+            x, g = input_rows(modules[name], x), output_rows(modules[name], gradient)
             inputs[name] += torch.einsum("ti,tj->ij", x, x)
             outputs[name] += torch.einsum("ti,tj->ij", g, g)
             tokens[name] += len(x)
