@@ -4,6 +4,7 @@ Also what a batch's labels and loss mean, and which rows are padding.
 """
 
 from .forward import forward_loss, mean_loss, run_batch
+from .heads import answering_layers
 from .labels import IGNORE_INDEX, Question, Reading, batch_examples, correct_predictions
 from .loaders import dataset_size, make_dataloader, subset
 from .padding import PaddingMasks, watching_masks
@@ -15,6 +16,7 @@ __all__ = [
     "PaddingMasks",
     "Question",
     "Reading",
+    "answering_layers",
     "batch_examples",
     "combined_digest",
     "correct_predictions",

@@ -5,6 +5,7 @@ room tests for a layer type.
 """
 
 from .conv2d import FactorizedConv2d
+from .coverage import other_weights
 from .factorized import METHOD, Factorized, called_with, is_factorized, layers_in
 from .layout import Layout, layout_of, to_dense, weight_matrices
 from .linear import FactorizedLinear
@@ -36,6 +37,7 @@ __all__ = [
     "layers_in",
     "layout_of",
     "on_device",
+    "other_weights",
     "own_config",
     "replace_modules",
     "to_dense",

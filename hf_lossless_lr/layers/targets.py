@@ -71,7 +71,10 @@ def _best(patterns: Sequence[str], name: str, module: nn.Module) -> int:
 
 
 def find_targets(
-    model: PreTrainedModel, target_modules: Sequence[str] | None = None, ignore: Sequence[str] | None = None
+    model: PreTrainedModel,
+    target_modules: Sequence[str] | None = None,
+    ignore: Sequence[str] | None = None,
+    heads: Sequence[str] = (),
 ) -> Targets:
     """Choose the layers to factorize.
 
@@ -83,6 +86,7 @@ def find_targets(
         model: the dense model.
         target_modules: patterns, or None for the default.
         ignore: patterns of layers to leave dense.
+        heads: names of layers that are known to be heads, besides those that lie outside of a base model.
 
     Returns:
         The targets and the reasons for everything skipped.
@@ -92,7 +96,7 @@ def find_targets(
     """
     if any(is_factorized(module) for module in model.modules()):
         raise TargetError("the model is already compressed; call `dequantize()` on it, or start from the dense model.")
-    reasons = _default_skips(model)
+    reasons = dict.fromkeys(heads, "task head") | _default_skips(model)
     targets: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
     candidates = {name: module for name, module in model.named_modules() if _is_layer(module)}
@@ -149,8 +153,7 @@ def _check_layer(name: str, module: nn.Module) -> None:
 def _default_skips(model: PreTrainedModel) -> dict[str, str]:
     """Return the reason for each module that the defaults leave alone."""
     reasons: dict[str, str] = {}
-    base = model.base_model
-    inside = {id(module) for module in base.modules()}
+    outside = _outside_of_bases(model)
     owners: dict[int, str] = {}
     tied_keys = getattr(model, "all_tied_weights_keys", None) or {}
     tied_keys = set(tied_keys) | set(tied_keys.values())
@@ -165,11 +168,21 @@ def _default_skips(model: PreTrainedModel) -> dict[str, str]:
             reasons[name] = "output embeddings"
         elif "pooler" in name.split("."):
             reasons[name] = "pooler"
-        elif id(module) not in inside:
+        elif id(module) in outside:
             reasons[name] = "task head"
         if isinstance(weight, nn.Parameter):
             owners.setdefault(id(weight), name)
     return reasons
+
+
+def _outside_of_bases(model: PreTrainedModel) -> set[int]:
+    """Return the ids of what lies beside a base model, also in the models inside (a decoder with a head)."""
+    outside: set[int] = set()
+    for whole in model.modules():
+        if isinstance(whole, PreTrainedModel) and whole.base_model is not whole:
+            base = set(map(id, whole.base_model.modules()))
+            outside |= {id(module) for module in whole.modules() if module is not whole} - base
+    return outside
 
 
 def _check_patterns(option: str, patterns: Sequence[str] | None, candidates: dict[str, nn.Module]) -> None:
@@ -187,6 +200,9 @@ def _check_patterns(option: str, patterns: Sequence[str] | None, candidates: dic
 
 def _nothing_left(model: PreTrainedModel, skipped: dict[str, str]) -> str:
     name = type(model).__name__
+    own = sorted({type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear) and type(m) not in LAYOUTS})
+    if own:
+        return f"{name} has no layer that can be factorized: its linear layers are of a type of their own ({own[0]})."
     if not skipped:
         return f"{name} has no layer that can be factorized (Linear, Conv1D or Conv2d)."
     listed = "; ".join(f"{layer} ({reason})" for layer, reason in list(skipped.items())[:5])

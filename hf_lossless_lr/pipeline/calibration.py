@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.utils import DataLoaderConfiguration, gather_object
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..checkpoint import LosslessLowRankConfig
-from ..data import DataSplits, forward_loss, subset
+from ..data import DataSplits, answering_layers, forward_loss, subset
 from ..errors import CheckpointError, NumericalError, TargetError
 from ..factors import Factorization, LossCurve, factorize, loss_curve, silent_layers
 from ..fingerprint import tensors_fingerprint
-from ..layers import Targets, evaluating, on_device, weight_matrices
+from ..layers import Targets, evaluating, find_targets, on_device, other_weights, weight_matrices
 from ..ranks import OBJECTIVES
+from ..report import SkippedWeight
 from ..statistics import CalibrationStatistics, collect_statistics, data_fingerprint, load_statistics, save_statistics
 from ..timing import Clock
 from ..verdict import KeptAnswers
@@ -51,11 +53,13 @@ class Factors:
 
     Attributes:
         targets: which layers are factorized, and why others are not.
+        skipped: the same about every other weight, with its size.
         factorizations: nested factors of each target.
         curves: predicted loss of each target.
     """
 
     targets: Targets
+    skipped: dict[str, SkippedWeight]
     factorizations: dict[str, Factorization]
     curves: dict[str, LossCurve]
 
@@ -111,11 +115,12 @@ def calibrate(
         for loader in (parts.held_out, parts.selection):  # what is wrong with them shows now, not after the work
             if loader is not None:
                 _try_first(model, loader, accelerator)
+        targets = _without_heads(model, config, parts, targets, accelerator)
         with clock.timed("statistics"):
             statistics = _statistics(dense, targets, parts, accelerator, statistics_path)
         targets = _called(targets, statistics)
         with clock.timed("factorization"):
-            factors = _factorize(config, _heard(config, targets, statistics), statistics)
+            factors = _factorize(config, dense, _heard(config, targets, statistics), statistics)
     return Calibration(dense, parts, statistics, factors, accelerator, clock.seconds)
 
 
@@ -146,6 +151,21 @@ def _try_first(model: PreTrainedModel, loader: DataLoader, accelerator: Accelera
     with evaluating(model), torch.no_grad():
         for batch in accelerator.prepare(subset(loader, [0])):
             forward_loss(model, batch, 0)
+
+
+def _without_heads(
+    model: PreTrainedModel,
+    config: LosslessLowRankConfig,
+    parts: DataSplits,
+    targets: Targets,
+    accelerator: Accelerator,
+) -> Targets:
+    """Leave the layers dense, unless they are asked for, whose output is the model's answer."""
+    heads: list[str] = []
+    for batch in accelerator.prepare(subset(parts.calibration, [0])):  # one process has it
+        heads = answering_layers(model, targets.chosen, batch)
+    heads = list(dict.fromkeys(gather_object(heads)))
+    return find_targets(model, config.target_modules, config.ignore, heads) if heads else targets
 
 
 def _statistics(
@@ -202,7 +222,28 @@ def _heard(config: LosslessLowRankConfig, targets: Targets, statistics: Calibrat
     return Targets(chosen, {**targets.skipped, **silent})
 
 
-def _factorize(config: LosslessLowRankConfig, targets: Targets, statistics: CalibrationStatistics) -> Factors:
+def _skipped(dense: Dense, targets: Targets) -> dict[str, SkippedWeight]:
+    """Return what is not targeted, and say so where that is most of the model."""
+    others, total = other_weights(dense.model, targets), dense.parameters
+    skipped = {name: SkippedWeight(reason, size, size / total) for name, (reason, size) in others.items()}
+    inside = sum(weight_matrices(module).numel() for module in targets.chosen.values())
+    if inside < sum(size for _, size in others.values()):
+        shares: Counter[str] = Counter()
+        for reason, size in others.values():
+            shares[reason] += size
+        logger.warning(
+            "the targeted layers, which are all that gets smaller, hold %.0f %% of the model's parameters; the rest "
+            "is %s. `report.skipped` lists it.",
+            100 * inside / total,
+            ", ".join(f"{reason} ({100 * size / total:.0f} %)" for reason, size in shares.most_common(3)),
+        )
+    return skipped
+
+
+def _factorize(
+    config: LosslessLowRankConfig, dense: Dense, targets: Targets, statistics: CalibrationStatistics
+) -> Factors:
+    skipped = _skipped(dense, targets)
     factorizations, curves = {}, {}
     with_noise = OBJECTIVES[config.objective].needs_noise
     for name, module in logging.tqdm(targets.chosen.items(), desc="Factorizing"):
@@ -212,4 +253,4 @@ def _factorize(config: LosslessLowRankConfig, targets: Targets, statistics: Cali
         except NumericalError as error:
             raise NumericalError(f"{name!r}: {error}") from error
         curves[name] = loss_curve(weight, factorizations[name], stats, config.storage, with_noise)
-    return Factors(targets, factorizations, curves)
+    return Factors(targets, skipped, factorizations, curves)

@@ -73,7 +73,7 @@ def make_report(
             name: _layer_report(module, factors.curves[name], trial.ranks[name], trial.layers.get(name))
             for name, module in factors.targets.chosen.items()
         },
-        skipped=factors.targets.skipped,
+        skipped=factors.skipped,
         refitted=trial.refitted,
         trials=trials,
         dense=dense,

@@ -12,6 +12,7 @@ from .records import (
     Difference,
     LayerReport,
     Measurement,
+    SkippedWeight,
     TrialRecord,
     finite,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "Difference",
     "LayerReport",
     "Measurement",
+    "SkippedWeight",
     "TrialRecord",
     "certificate_sentence",
     "comparison_table",

@@ -58,9 +58,13 @@ def _comparison(report: CompressionReport) -> list[str]:
         (
             "targeted parameters",
             f"{sum(layer.dense_parameters for layer in layers):,}",
-            f"{sum(layer.parameters for layer in layers):,}",
+            f"{sum(layer.parameters for layer in layers):,} ({_percent(report.keep_ratio, 1)})",
         ),
-        ("parameters", f"{dense.parameters:,}", f"{compressed.parameters:,}"),
+        (
+            "parameters",
+            f"{dense.parameters:,}",
+            f"{compressed.parameters:,} ({_percent(report.model_keep_ratio, 1)})",
+        ),
         ("loss (nats)", f"{dense.loss:.4f}", f"{compressed.loss:.4f}"),
     ]
     if dense.accuracy is not None and compressed.accuracy is not None:
@@ -119,16 +123,22 @@ def _loading(report: CompressionReport, package: str) -> list[str]:
 
 def _kept_dense(report: CompressionReport) -> list[str]:
     reasons: dict[str, list[str]] = {}
-    for name, reason in report.skipped.items():
-        reasons.setdefault(reason, []).append(name)
+    for name, weight in report.skipped.items():
+        reasons.setdefault(weight.reason, []).append(name)
+    shares = {reason: sum(report.skipped[name].share or 0.0 for name in names) for reason, names in reasons.items()}
     dense = [name for name, layer in report.layers.items() if layer.rank is None]
-    lines = [f"* {markdown(reason, begins=True)}: {_patterns(names)}" for reason, names in reasons.items()]
+    lines = [
+        f"* {markdown(reason, begins=True)}{f' ({_percent(shares[reason], 1)} of the model)' * bool(shares[reason])}: "
+        f"{_patterns(names)}"
+        for reason, names in reasons.items()
+    ]
     if dense:
         lines.append(f"* targeted, but left dense by the choice of ranks: {_patterns(dense)}")
     count = len(report.layers) - len(dense)
     text = (
         f"{count} of {len(report.layers)} targeted layers are factorized; with the others, they keep "
-        f"{_percent(report.keep_ratio)} of their parameters. `{REPORT_NAME}` has the ranks."
+        f"{_percent(report.keep_ratio)} of their parameters, and the whole model keeps "
+        f"{_percent(report.model_keep_ratio)}. `{REPORT_NAME}` has the ranks."
     )
     return ["## Layers", text, *(["Left dense:", "\n".join(lines)] if lines else [])]
 

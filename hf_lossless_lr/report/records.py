@@ -45,6 +45,21 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class SkippedWeight:
+    """A weight that was no target.
+
+    Attributes:
+        reason: why.
+        parameters: its number of elements; 0 where they count under another name. None in a report of before.
+        share: the same as a share of all parameters of the dense model.
+    """
+
+    reason: str
+    parameters: int | None = None
+    share: float | None = None
+
+
+@dataclass(frozen=True)
 class Measurement:
     """Loss and metric of one model on the held-out data.
 
@@ -172,7 +187,7 @@ class CompressionReport(Renamed):
         layers: targeted layer to what became of it.
         refitted: whether the factors were refitted to the shifted inputs (and that helped).
         trials: every point visited on the way.
-        skipped: layer that could have been factorized to the reason it was not a target.
+        skipped: every other weight that is like a matrix, and why it was no target.
         dense: the dense model on held-out data.
         compressed: the compressed model on the same data.
         certificate: what the held-out data show, or None.
@@ -191,7 +206,7 @@ class CompressionReport(Renamed):
     model: str
     config: dict[str, Any]
     layers: dict[str, LayerReport]
-    skipped: dict[str, str]
+    skipped: dict[str, SkippedWeight]
     refitted: bool
     trials: list[TrialRecord]
     dense: Measurement
@@ -255,6 +270,8 @@ class CompressionReport(Renamed):
             for part in ("config", "fingerprints", "certificate"):
                 if data[part] is not None:
                     data[part] = with_present_names(data[part])
+            skipped = data["skipped"].items()
+            data["skipped"] = {n: {"reason": entry} if isinstance(entry, str) else entry for n, entry in skipped}
             report: CompressionReport = typed(cls, data, "report", ignore=True)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"this is no compression report: {error!r}.") from error

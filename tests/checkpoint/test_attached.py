@@ -71,8 +71,11 @@ class TestCard:
         rows = table(card_of(REPORT), "")
         layers = REPORT.layers.values()
         assert rows == {
-            "targeted parameters": ["960", f"{sum(layer.parameters for layer in layers)}"],
-            "parameters": ["12,000", "9,000"],
+            "targeted parameters": [
+                "960",
+                f"{sum(layer.parameters for layer in layers)} ({100 * REPORT.keep_ratio:.1f} %)",
+            ],
+            "parameters": ["12,000", "9,000 (75.0 %)"],
             "loss (nats)": ["0.2700", "0.2721"],
             "accuracy": ["89.33 %", "89.13 %"],
             "expected calibration error": ["0.0155", "0.0202"],
@@ -137,11 +140,12 @@ class TestCard:
         card = card_of(REPORT)
         assert "11 of 12 targeted layers are factorized" in card
         assert f"they keep {100 * REPORT.keep_ratio:.2f} % of their parameters" in card
+        assert f"the whole model keeps {100 * REPORT.model_keep_ratio:.2f} %." in card
         lines = [line for line in card.splitlines() if line.startswith("* ")]
         assert lines == [
-            "* pooler: `bert.pooler.dense`",
-            "* task head: `classifier`",
-            "* small: `extra.*.fc` (2)",
+            "* pooler (9.0 % of the model): `bert.pooler.dense`",
+            "* task head (1.0 % of the model): `classifier`",
+            "* small (0.5 % of the model): `extra.*.fc` (2)",
             "* targeted, but left dense by the choice of ranks: `bert.encoder.layer.2.attention.self.key`",
         ]
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.tiny_models import TINY_MODELS, bert_sequence_classification, llama
+from support.tiny_models import TINY_MODELS, bert_sequence_classification, build, llama
 from torch import nn
 from transformers import BertConfig, PreTrainedModel
 
@@ -99,6 +99,12 @@ class TestTheDefault:
         chosen = find_targets(model).chosen
         others = {id(p) for other, m in model.named_modules() if other not in chosen for p in m.parameters(False)}
         assert not any(id(module.weight) in others for module in chosen.values())
+
+
+def test_a_model_whose_linear_layers_are_of_its_own_type_is_refused_with_the_type():
+    sizes = {"vocab_size": 61, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1}
+    with pytest.raises(TargetError, match="FalconLinear"):
+        find_targets(build("FalconForCausalLM", "FalconConfig", **sizes))
 
 
 def test_untied_output_embeddings_stay_dense():

@@ -481,9 +481,18 @@ class TestReport:
         assert facts["parameters"] - count_parameters(model) == dense - kept
 
     def test_says_what_became_of_every_layer(self, reported):
-        _, _, _, facts, report = reported
-        assert report.layers.keys() | report.skipped.keys() == facts["weights"].keys()
-        assert report.skipped == {"bert.pooler.dense": "pooler", "classifier": "task head"}
+        model, _, _, facts, report = reported
+        embeddings = {f"bert.embeddings.{kind}_embeddings" for kind in ("word", "position", "token_type")}
+        assert report.layers.keys() | report.skipped.keys() == facts["weights"].keys() | embeddings
+        reasons = {name: weight.reason for name, weight in report.skipped.items()}
+        assert reasons == {
+            "bert.pooler.dense": "pooler",
+            "classifier": "task head",
+            **dict.fromkeys(embeddings, "embeddings"),
+        }
+        for name, weight in report.skipped.items():
+            assert weight.parameters == model.get_submodule(name).weight.numel()
+            assert weight.share == weight.parameters / facts["parameters"]
 
     def test_says_what_it_ran_on(self, reported):
         _, batch, _, facts, report = reported

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from hf_lossless_lr import Certificate, CheckpointError, CompressionReport
-from hf_lossless_lr.report.records import REPORT_NAME, Difference, LayerReport, Measurement, TrialRecord
+from hf_lossless_lr.report.records import REPORT_NAME, Difference, LayerReport, Measurement, SkippedWeight, TrialRecord
 
 FACTORIZED = LayerReport("Linear", 8, 10, 3, "pivoted", 80, 45, -0.25, 0.5)
 DENSE = LayerReport("Conv1D", 4, 5, None, None, 20, 20, 0.0, 0.0)
@@ -59,7 +59,7 @@ def report():
         model="BertForSequenceClassification",
         config={"objective": "budget", "keep_ratio": 0.5, "target_modules": None, "ignore": ["a", "é"]},
         layers={"one": FACTORIZED, "two": DENSE, "three": replace(FACTORIZED, second_order=0.125)},
-        skipped={"classifier": "task head"},
+        skipped={"classifier": SkippedWeight("task head", 64, 0.064)},
         refitted=True,
         trials=[TrialRecord(0.5, 0.02, refitted=True, loss_increase=0.01, passes=False)],
         dense=Measurement(0.1 + 0.2, 0.75, 1000),

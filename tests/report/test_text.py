@@ -12,6 +12,7 @@ from support.reports import REPORT, certified, layer, uncertified
 from hf_lossless_lr import ConfigurationError
 from hf_lossless_lr.checkpoint.attached import card_of
 from hf_lossless_lr.report.figures import figures, write_figures
+from hf_lossless_lr.report.records import SkippedWeight
 from hf_lossless_lr.report.sentence import verdict_sentence
 from hf_lossless_lr.report.text import code, label, markdown, plain
 
@@ -52,7 +53,7 @@ def named(name):
         report,
         model=name,
         layers={f"layers.{block}.{name}": layer(3) for block in range(3)} | {"layers.0.plain": layer(2)},
-        skipped={name: name, f"x.{name}": "small"},
+        skipped={name: SkippedWeight(name, 8, 0.1), f"x.{name}": SkippedWeight("small")},
         fingerprints={name: name, "calibration": name},
         versions={name: name},
         model_fingerprint=name,

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from hf_lossless_lr import Certificate, CompressionReport, LosslessLowRankConfig
 from hf_lossless_lr.checkpoint.options import CompressionOptions
-from hf_lossless_lr.report.records import Difference, LayerReport, Measurement, TrialRecord
+from hf_lossless_lr.report.records import Difference, LayerReport, Measurement, SkippedWeight, TrialRecord
 
 CERTIFICATE = Certificate(
     status="lossless",
@@ -56,7 +56,12 @@ REPORT = CompressionReport(
         for block in range(3)
         for name in NAMES
     },
-    skipped={"bert.pooler.dense": "pooler", "classifier": "task head", "extra.0.fc": "small", "extra.1.fc": "small"},
+    skipped={
+        "bert.pooler.dense": SkippedWeight("pooler", 900, 0.09),
+        "classifier": SkippedWeight("task head", 100, 0.01),
+        "extra.0.fc": SkippedWeight("small", 20, 0.002),
+        "extra.1.fc": SkippedWeight("small", 30, 0.003),
+    },
     refitted=True,
     trials=[
         trial(0.3, 2e-2, 3e-2, 5e-2, passes=False, accuracy_drop=0.02, accuracy_drop_upper=0.03),

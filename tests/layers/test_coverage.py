@@ -1,0 +1,87 @@
+"""Every weight of a model is a target or is listed, with the reason and its size."""
+
+import pytest
+import torch
+from support.tiny_models import TINY_MODELS, VOCABULARY, build
+from torch import nn
+from transformers import BertConfig, PreTrainedModel
+
+from hf_lossless_lr.layers.coverage import other_weights
+from hf_lossless_lr.layers.targets import find_targets
+
+_SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1}
+
+
+class OwnLinear(nn.Linear):
+    """What a subclass computes is its own affair."""
+
+
+class Mixed(PreTrainedModel):
+    config_class = BertConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.plain = nn.Linear(8, 8)
+        self.own = OwnLinear(8, 6)
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.window = nn.Conv1d(8, 8, 3)
+        self.token = nn.Parameter(torch.zeros(1, 1, 8))  # a vector, whatever its dimensions
+        self.table = nn.Parameter(torch.zeros(1, 5, 8))
+        self.post_init()
+
+
+def weight(model, name):
+    modules = dict(model.named_modules())
+    return modules[name].weight if name in modules else model.get_parameter(name)
+
+
+def check_accounts_for_everything(model):
+    targets = find_targets(model, ["Conv2d"] if "ResNet" in type(model).__name__ else None)
+    others = other_weights(model, targets)
+    listed = {id(weight(model, name)): weight(model, name) for name in others}
+    assert sum(size for _, size in others.values()) == sum(p.numel() for p in listed.values())
+    chosen = {id(module.weight) for module in targets.chosen.values()}
+    matrices = {id(p) for p in model.parameters() if sum(size > 1 for size in p.shape) > 1}
+    assert matrices - chosen <= set(listed)
+    assert not chosen & set(listed)
+    assert set(targets.skipped) <= set(others)
+    return others
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_targets_and_others_are_all_there_is(name):
+    check_accounts_for_everything(TINY_MODELS[name]()[0])
+
+
+def test_weights_of_other_kinds_are_listed_with_their_kind():
+    others = check_accounts_for_everything(Mixed(BertConfig()))
+    assert others == {
+        "own": ("not supported: 2-D weight of OwnLinear", 48),
+        "attention.in_proj_weight": ("not supported: 2-D weight of MultiheadAttention", 192),
+        "attention.out_proj": ("not supported: 2-D weight of NonDynamicallyQuantizableLinear", 64),
+        "window": ("not supported: 3-D weight of Conv1d", 192),
+        "table": ("not supported: 3-D weight of Mixed", 40),
+    }
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "options", "name"),
+    [
+        (
+            "MixtralForCausalLM",
+            "MixtralConfig",
+            {"intermediate_size": 48, "num_key_value_heads": 2, "num_local_experts": 3},
+            "model.layers.0.mlp.experts.gate_up_proj",
+        ),
+        (
+            "XLNetForSequenceClassification",
+            "XLNetConfig",
+            {"d_model": 32, "n_head": 4, "n_layer": 1, "d_inner": 48},
+            "transformer.layer.0.rel_attn.q",
+        ),
+    ],
+)
+def test_weights_of_known_architectures_are_listed(model, config, options, name):
+    sizes = {} if "XLNet" in model else _SIZES
+    others = check_accounts_for_everything(build(model, config, **(sizes | options)))
+    assert others[name][0].startswith("not supported: ")
