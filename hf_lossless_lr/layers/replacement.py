@@ -90,15 +90,23 @@ def replace_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> 
 
 @contextmanager
 def in_place(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Put layers into a model for the time of the body."""
-    replacement = None
+    """Put layers into a model for the time of the body.
+
+    Nothing is undone where none of them is in the model any more: an interrupt may leave a body that is only finished
+    when it is collected, long after the model was restored, and perhaps compressed again.
+    """
+    replacement, own = None, set(map(id, layers.values()))
     try:
         replacement = replace_modules(model, layers)
         yield
     finally:
-        if replacement is not None:
-            try:
-                replacement.undo()
-            except BaseException:  # before its first step, too
-                replacement.undo()
-                raise
+        try:
+            _take_out(replacement, own)
+        except BaseException:  # before its first step, too
+            _take_out(replacement, own)
+            raise
+
+
+def _take_out(replacement: Replacement | None, own: set[int]) -> None:
+    if replacement is not None and any(id(module) in own for module in replacement.model.modules()):
+        replacement.undo()

@@ -19,6 +19,11 @@ from ..versions import versions
 from .calibration import Calibration
 from .trial import Trial
 
+UNEXPLAINED = (
+    "the loss does not show which logits answer to which labels, so there is no accuracy, and units are all labels "
+    "that are not ignored"
+)
+
 
 def visited_point(curves: Mapping[str, LossCurve], trial: Trial, config: LosslessLowRankConfig) -> TrialRecord:
     """Return the record of a trial for the report."""
@@ -92,6 +97,7 @@ def make_report(
         versions=versions(),
         seconds=dict(seconds),
         compressed_fingerprint=tensors_fingerprint(dense_model.model.state_dict()),
+        notes=() if outcomes.explained else (UNEXPLAINED,),
     )
 
 

@@ -7,19 +7,26 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers.utils import logging
 
 from ..checkpoint import LosslessLowRankConfig
+from ..data import dataset_size, subset
 from ..factors import RefitTarget, refit, refit_groups
 from ..layers import choose_storage, layout_of
 from ..ranks import Ranks
 from ..report import Difference
 from ..timing import Clock
-from ..verdict import PairedOutcomes, accuracy_difference, loss_difference, paired_outcomes
+from ..verdict import PairedOutcomes, accuracy_difference, loss_difference, mean_upper_bound, paired_outcomes
 from .calibration import Calibration, Factors
 
 logger = logging.get_logger(__name__)
+
+FEWEST_JUDGES = 16  # examples of a selection split that may judge a refit; below, one outlier decides
+FEWEST_FITTED = 256  # examples that may judge the refit that was fitted to them, where there is no selection split
+FOLDS = 4  # of the cross-validation where there are fewer
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,9 @@ def build_layers(factors: Factors, ranks: Mapping[str, int | None], storage: str
 def run_trial(calibration: Calibration, ranks: Ranks, config: LosslessLowRankConfig, clock: Clock) -> Trial:
     """Build a choice of ranks, refit it, and keep the refit only if it brings predictions closer to the dense model's.
 
+    That is judged on the selection split. Where this has fewer than `FEWEST_JUDGES` examples, a refit is made only if
+    cross-validation over the calibration data shows that it helps.
+
     Args:
         calibration: the calibration of a model, which is dense.
         ranks: the choice.
@@ -86,15 +96,15 @@ def run_trial(calibration: Calibration, ranks: Ranks, config: LosslessLowRankCon
     if calibration.parts.selection is not None or (config.refit and layers):
         measured = _outcomes(calibration, layers, clock)
     if config.refit and layers and measured is not None:
-        states = {name: deepcopy(layer.state_dict()) for name, layer in layers.items()}
-        _refit(calibration, layers, config.damping, clock)
-        after = _outcomes(calibration, layers, clock)
-        refitted = _distance(after) < _distance(measured)
-        if refitted:
-            measured = after
-        else:
-            for name, state in states.items():
-                layers[name].load_state_dict(state)
+        plain = {name: deepcopy(layer.state_dict()) for name, layer in layers.items()}
+        enough = _enough_to_judge(calibration, measured)
+        if enough or _helps_unseen_examples(calibration, layers, config, clock):
+            _refit(calibration, layers, calibration.parts.calibration, config.damping, clock)
+            after = _outcomes(calibration, layers, clock)
+            refitted = not enough or _distance(after) < _distance(measured)
+            measured = after if refitted else measured
+        if not refitted:
+            _load(layers, plain)
     if calibration.parts.selection is None or measured is None:
         return Trial(dict(ranks), layers, refitted, None, None)
     loss = loss_difference(measured.loss_increase, measured.units, config.confidence, bootstrap=False)
@@ -102,16 +112,62 @@ def run_trial(calibration: Calibration, ranks: Ranks, config: LosslessLowRankCon
     return Trial(dict(ranks), layers, refitted, loss, drop)
 
 
-def _refit(calibration: Calibration, layers: Mapping[str, Any], damping: float, clock: Clock) -> None:
+def _load(layers: Mapping[str, Any], states: Mapping[str, Any]) -> None:
+    for name, state in states.items():
+        layers[name].load_state_dict(state)
+
+
+def _enough_to_judge(calibration: Calibration, measured: PairedOutcomes) -> bool:
+    """Return whether a refit is judged on enough data: the selection split or, without one, what it is fitted to."""
+    return measured.examples >= (FEWEST_FITTED if calibration.parts.selection is None else FEWEST_JUDGES)
+
+
+def _helps_unseen_examples(
+    calibration: Calibration, layers: Mapping[str, Any], config: LosslessLowRankConfig, clock: Clock
+) -> bool:
+    """Return whether refits on parts of the calibration data bring predictions on the rest closer to the dense ones.
+
+    Each example is judged once, by a refit that did not see it; the mean gain must be above 0 with the configured
+    confidence. The layers are left in any state.
+    """
+    loader, dense, accelerator = calibration.parts.calibration, calibration.dense.model, calibration.accelerator
+    size, plain = dataset_size(loader), {name: deepcopy(layer.state_dict()) for name, layer in layers.items()}
+    folds = min(FOLDS, size)
+    if folds < 2:
+        logger.warning("the factors are not refitted: one item of calibration data cannot show whether that helps.")
+        return False
+    worse, units = [], []
+    for fold in range(folds):
+        unseen = subset(loader, range(fold, size, folds))
+        _load(layers, plain)
+        before = paired_outcomes(dense, layers, unseen, accelerator)
+        _refit(
+            calibration, layers, subset(loader, [i for i in range(size) if i % folds != fold]), config.damping, clock
+        )
+        after = paired_outcomes(dense, layers, unseen, accelerator)
+        worse.append(_distances(after) - _distances(before))
+        units.append(before.units)
+    _load(layers, plain)
+    bound = mean_upper_bound(np.concatenate(worse), np.concatenate(units), config.confidence)
+    if bound >= 0:
+        logger.warning(
+            "the factors are not refitted: %d examples of calibration data do not show that it helps. More would.",
+            calibration.statistics.examples,
+        )
+    return bound < 0
+
+
+def _refit(
+    calibration: Calibration, layers: Mapping[str, Any], data: DataLoader, damping: float, clock: Clock
+) -> None:
     statistics, dense = calibration.statistics, calibration.factors.targets.chosen
     targets = {
         name: RefitTarget(dense[name], layer, statistics.layers[name].grad_covariance)
         for name, layer in layers.items()
     }
     groups = refit_groups(statistics, targets)
-    data, accelerator = calibration.parts.calibration, calibration.accelerator
     with clock.timed("refit"):
-        left = refit(calibration.dense.model, targets, groups, data, accelerator, damping, clock)
+        left = refit(calibration.dense.model, targets, groups, data, calibration.accelerator, damping, clock)
     if left:
         logger.warning_once(
             f"{len(left)} layers keep their closed-form factors, because they are called several times in a forward "
@@ -124,6 +180,13 @@ def _outcomes(calibration: Calibration, layers: Mapping[str, nn.Module], clock: 
     dense, loader = calibration.dense, calibration.parts.selection or calibration.parts.calibration
     with clock.timed("selection"):
         return paired_outcomes(dense.model, layers, loader, calibration.accelerator, dense_answers=dense.answers)
+
+
+def _distances(outcomes: PairedOutcomes) -> np.ndarray:
+    """Return the summed distance of each cluster from the dense model's predictions; see `_distance`."""
+    if outcomes.divergence is None or outcomes.cluster_of_unit is None:
+        return np.asarray(outcomes.loss[1])
+    return np.bincount(outcomes.cluster_of_unit, outcomes.divergence, minlength=outcomes.clusters)
 
 
 def _distance(outcomes: PairedOutcomes) -> float:

@@ -74,6 +74,7 @@ def _comparison(report: CompressionReport) -> list[str]:
     if certificate is not None and certificate.temperatures is not None:
         rows.append(("fitted temperature", *(f"{temperature:.3f}" for temperature in certificate.temperatures)))
     sections = ["## Dense and compressed", _table(("", "dense", "compressed"), rows)]
+    sections += [f"Note: {markdown(note)}." for note in report.notes]
     if certificate is None:
         return sections
     header = ("difference, positive is worse", "mean", "lower bound", "upper bound", "margin")

@@ -201,6 +201,7 @@ class CompressionReport(Renamed):
         seconds: time of each stage.
         compressed_fingerprint: SHA-256 of the compressed model's state dict, which is what all figures are about; None
             in a report of before.
+        notes: what a reader has to know about the figures.
     """
 
     model: str
@@ -221,6 +222,7 @@ class CompressionReport(Renamed):
     versions: dict[str, str]
     seconds: dict[str, float]
     compressed_fingerprint: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def keep_ratio(self) -> float:

@@ -3,7 +3,13 @@
 `bounds` is statistics and knows no model.
 """
 
-from .bounds import examples_needed, proportion_p_value, proportion_upper_bound, statistic_upper_bound
+from .bounds import (
+    examples_needed,
+    mean_upper_bound,
+    proportion_p_value,
+    proportion_upper_bound,
+    statistic_upper_bound,
+)
 from .certificate import (
     CERTIFIED,
     MIN_EXAMPLES,
@@ -28,6 +34,7 @@ __all__ = [
     "demoted",
     "examples_needed",
     "loss_difference",
+    "mean_upper_bound",
     "paired_outcomes",
     "proportion_p_value",
     "proportion_upper_bound",

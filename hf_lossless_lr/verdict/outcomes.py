@@ -49,6 +49,7 @@ class PairedOutcomes:
         divergence: KL divergence of the compressed from the dense predictions, in nats.  # shape: (units,)
         tempered: summed loss at each of `TEMPERATURES`, if asked for and `by_example`.
             # shape: (2, temperatures, clusters)
+        explained: whether it is known which logits answer to which labels.
     """
 
     loss: np.ndarray
@@ -62,6 +63,7 @@ class PairedOutcomes:
     cluster_of_unit: np.ndarray | None = None
     divergence: np.ndarray | None = None
     tempered: np.ndarray | None = None
+    explained: bool = True
 
     @property
     def clusters(self) -> int:
@@ -152,6 +154,7 @@ class _Record(NamedTuple):
     units: int
     examples: int
     by_unit: dict[str, np.ndarray]  # arrays whose last dimension is the unit
+    explained: bool = True
 
 
 def paired_outcomes(
@@ -207,7 +210,8 @@ def _answer(model: PreTrainedModel, batch: Mapping[str, Any], index: int) -> _An
 
 
 def _record(dense: _Answer, compressed: _Answer, examples: int, index: int, temperatures: bool) -> _Record:
-    if not (dense.explained and compressed.explained):  # what is known of one alone does not compare them
+    explained = dense.explained and compressed.explained
+    if not explained:  # what is known of one alone does not compare them
         units = (compressed if dense.explained else dense).units
         dense, compressed = (answer._replace(asked=[], units=units) for answer in (dense, compressed))
     shapes = [[question.logits.shape for question in answer.asked] for answer in (dense, compressed)]
@@ -215,7 +219,7 @@ def _record(dense: _Answer, compressed: _Answer, examples: int, index: int, temp
         raise DataError(f"batch {index}: the two models do not answer the same questions, so they cannot be compared.")
     loss = np.array([dense.total, compressed.total])
     if not dense.asked or not dense.units:
-        return _Record(loss, dense.units, examples, {})
+        return _Record(loss, dense.units, examples, {}, explained)
     logs = [[q.logits.float().log_softmax(-1) for q in answer.asked] for answer in (dense, compressed)]
     labels = [q.labels.clamp(0, q.logits.shape[-1] - 1) for q in dense.asked]
     by_unit = {
@@ -255,7 +259,8 @@ def _combine(records: Sequence[_Record]) -> PairedOutcomes:
         raise DataError("no held-out example has a label: every label is -100.")
     if any(not record.by_unit for record in records):
         losses = np.stack([record.loss for record in records], axis=1)
-        return PairedOutcomes(losses, np.array([record.units for record in records]), examples, by_example=False)
+        units, explained = np.array([record.units for record in records]), all(record.explained for record in records)
+        return PairedOutcomes(losses, units, examples, by_example=False, explained=explained)
     columns = {
         name: np.concatenate([record.by_unit[name] for record in records], axis=-1) for name in records[0].by_unit
     }

@@ -6,7 +6,7 @@ from support.tiny_models import albert, bert_sequence_classification
 from torch import nn
 
 from hf_lossless_lr.errors import TargetError
-from hf_lossless_lr.layers.replacement import replace_modules
+from hf_lossless_lr.layers.replacement import in_place, replace_modules
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 WIDE = "bert.encoder.layer.1.intermediate.dense"
@@ -194,3 +194,25 @@ class TestUndo:
         record.undo()
         record.undo()
         assert identities(model) == before
+
+
+def test_a_body_that_is_collected_late_undoes_nothing_of_what_came_since(bert):
+    """As an interrupt leaves it whose traceback is kept: suspended, until it is collected."""
+    name = "bert.encoder.layer.0.attention.self.query"
+    model, _ = bert
+    original, later = model.get_submodule(name), nn.Linear(32, 32)
+    body = in_place(model, {name: nn.Linear(32, 32)})
+    body.__enter__()
+    model.set_submodule(name, original)  # what restores a model after an interrupt
+    model.set_submodule(name, later)  # and the next try
+    body.gen.close()
+    assert model.get_submodule(name) is later
+
+
+def test_a_body_that_ends_puts_the_originals_back(bert):
+    name = "bert.encoder.layer.0.attention.self.query"
+    model, _ = bert
+    original = model.get_submodule(name)
+    with in_place(model, {name: nn.Linear(32, 32)}):
+        assert model.get_submodule(name) is not original
+    assert model.get_submodule(name) is original

@@ -77,6 +77,7 @@ MODELS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Version v4.12.0 introduces")  # of encoder-decoder models, whenever they get labels
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_heads_stay_dense(make):
     model, batch, heads = make()

@@ -6,11 +6,13 @@ from dataclasses import replace
 import pytest
 from support.compressions import certifiable, factorized_layers
 from support.processes import accelerator, loader_of
-from support.tiny_models import rows, split_batch
+from support.tiny_models import TINY_MODELS, other_inputs, rows, split_batch
 from support.tolerances import FLOAT32
 from torch.nn.functional import cross_entropy
+from transformers import BertForTokenClassification
 
 from hf_lossless_lr import CompressionReport, LosslessLowRankConfig, LowRankCompressor, certify, paired_outcomes
+from hf_lossless_lr.checkpoint.attached import card_of
 from hf_lossless_lr.data.loaders import make_dataloader
 from hf_lossless_lr.factors.factorize import factorize, loss_curve
 from hf_lossless_lr.layers.layout import weight_matrices
@@ -248,3 +250,26 @@ class TestVisitedPoint:
         record = self.record(case, Difference(0.1, -0.2, 0.6), None)
         assert record.passes is False
         assert record.accuracy_drop is None
+
+
+class OfStates(BertForTokenClassification):
+    """A head whose loss is none of classes, though its labels look like them."""
+
+    def forward(self, labels=None, **inputs):
+        outputs = super().forward(**inputs)
+        outputs.loss = (outputs.logits - outputs.logits.mean()).square().mean()
+        return outputs
+
+
+@pytest.mark.parametrize("explained", [True, False])
+def test_a_loss_that_does_not_show_which_logits_answer_is_noted(explained):
+    model, batch = TINY_MODELS["bert-token-classification"](12)
+    if not explained:
+        model.__class__ = OfStates
+    compressor = LowRankCompressor(LosslessLowRankConfig(refit=False))
+    compressor.compress(model, split_batch(batch, 2), eval_dataset=split_batch(other_inputs(batch), 2))
+    report = compressor.report
+    assert (report.dense.accuracy is None) == (not explained)
+    assert report.notes == (() if explained else (reporting_module.UNEXPLAINED,))
+    assert (reporting_module.UNEXPLAINED in card_of(report)) == (not explained)
+    assert CompressionReport.from_json(report.to_json()) == report

@@ -1,5 +1,6 @@
 """A trial: the refit is kept only if it brings the predictions closer to the dense model's."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -49,13 +50,20 @@ def case():
     return make_case()
 
 
+@pytest.fixture
+def few_are_enough(monkeypatch):
+    """Let a few examples judge a refit."""
+    monkeypatch.setattr(trials_module, "FEWEST_JUDGES", 1)
+    monkeypatch.setattr(trials_module, "FEWEST_FITTED", 1)
+
+
 def states(layers):
     return {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.state_dict().items()}
 
 
 def plain_and_refitted(calibration, ranks, config):
     plain, refitted = (build_layers(calibration.factors, ranks, config.storage) for _ in range(2))
-    trials_module._refit(calibration, refitted, config.damping, Clock())
+    trials_module._refit(calibration, refitted, calibration.parts.calibration, config.damping, Clock())
     return plain, refitted
 
 
@@ -78,6 +86,7 @@ def divergence(value):
     return {"divergence": np.full(COUNT // 2, value)}
 
 
+@pytest.mark.usefixtures("few_are_enough")
 class TestRefit:
     @pytest.mark.parametrize("after", [0.5, 0.7, math.nan])
     def test_that_does_not_help_is_undone_bit_for_bit(self, case, after, monkeypatch):
@@ -140,6 +149,65 @@ class TestRefit:
         assert (trial.loss.mean, trial.accuracy_drop.mean) == (0.0, 0.0)
 
 
+class TestRefitOnFewExamples:
+    """The selection split of a case has three examples: cross-validation decides."""
+
+    def folds(self, monkeypatch, gains):
+        """Let the divergence of each unseen part fall by a gain; return what the refits were fitted to."""
+        fitted, seen, left = [], [], itertools.cycle(gains)
+
+        def outcomes(dense, layers, loader, *arguments, **options):
+            found = paired_outcomes(dense, layers, loader, *arguments, **options)
+            if loader in (calibration.parts.selection, calibration.parts.calibration):
+                return found
+            seen.append(list(loader.dataset.indices))
+            value = 1.0 if len(seen) % 2 else 1.0 - next(left)
+            return replace(found, divergence=np.full(len(found.divergence), value))
+
+        plain = trials_module.refit
+
+        def refit(model, targets, groups, data, *rest):
+            fitted.append(list(getattr(data.dataset, "indices", [])))
+            return plain(model, targets, groups, data, *rest)
+
+        calibration, ranks, config = make_case(selection_fraction=0.17)
+        monkeypatch.setattr(trials_module, "paired_outcomes", outcomes)
+        monkeypatch.setattr(trials_module, "refit", refit)
+        return run_trial(calibration, ranks, config, Clock()), fitted, seen
+
+    def test_is_made_where_unseen_examples_show_that_it_helps(self, monkeypatch):
+        trial, fitted, seen = self.folds(monkeypatch, [0.5, 0.51, 0.52])
+        assert trial.refitted
+        *parts, everything = fitted
+        assert seen[::2] == seen[1::2]
+        items = sorted(item for unseen in seen[::2] for item in unseen)
+        assert items == list(range(len(everything)))
+        for part, unseen in zip(parts, seen[::2], strict=True):
+            assert sorted([*part, *unseen]) == items
+
+    @pytest.mark.parametrize("gains", [[-0.1, -0.11, -0.12], [3.0, -1.0, -1.9], [0.0, 0.0, 0.0]])
+    def test_is_not_made_otherwise(self, gains, monkeypatch, caplog):
+        trial, fitted, seen = self.folds(monkeypatch, gains)
+        assert not trial.refitted
+        assert len(fitted) == len(seen) // 2
+        assert "not refitted" in caplog.text
+
+    def test_leaves_the_factors_bit_for_bit_where_it_is_not_made(self, case, monkeypatch):
+        calibration, ranks, config = case
+        monkeypatch.setattr(trials_module, "mean_upper_bound", lambda *_: 0.1)
+        trial = run_trial(calibration, ranks, config, Clock())
+        check_same_state(states(trial.layers), states(build_layers(calibration.factors, ranks, config.storage)))
+
+    def test_is_that_of_all_calibration_data_where_it_is_made(self, case, monkeypatch):
+        calibration, ranks, config = case
+        monkeypatch.setattr(trials_module, "mean_upper_bound", lambda *_: -0.1)
+        _, refitted = plain_and_refitted(calibration, ranks, config)
+        trial = run_trial(calibration, ranks, config, Clock())
+        assert trial.refitted
+        check_same_state(states(trial.layers), states(refitted))
+
+
+@pytest.mark.usefixtures("few_are_enough")
 class TestTrial:
     def test_leaves_the_model_dense(self, case):
         calibration, ranks, config = case
@@ -224,6 +292,7 @@ class TestTrial:
         assert Trial({}, {}, False, loss, drop).passes(0.01, 0.02) is passes
 
 
+@pytest.mark.usefixtures("few_are_enough")
 class TestTheDenseModel:
     def test_answers_the_selection_split_once_for_all_trials(self, case, monkeypatch):
         calibration, ranks, config = case

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.numerical
 
 COUNT = 11
 SIZE = 4
-ARRAYS = [field.name for field in fields(PairedOutcomes) if field.name not in ("examples", "by_example")]
+ARRAYS = [field.name for field in fields(PairedOutcomes) if field.name not in ("examples", "by_example", "explained")]
 PER_UNIT = ("right", "confidence", "changed", "labels", "cluster_of_unit", "divergence")
 
 # Largest deviation of a sum over some ten tokens whose losses reach ten nats, relative and in nats.
