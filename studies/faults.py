@@ -50,7 +50,7 @@ from hf_lossless_lr.commands.cli import main as command_line
 from hf_lossless_lr.commands.loading import load_auto
 from hf_lossless_lr.fingerprint import tensors_fingerprint
 from hf_lossless_lr.layers import find_targets
-from hf_lossless_lr.report import REPORT_NAME
+from hf_lossless_lr.report import CARD_NAME, REPORT_NAME
 from hf_lossless_lr.statistics import collect_statistics, load_statistics, save_statistics
 
 WRONG = ("lost", "accepted", "traceback")
@@ -130,7 +130,10 @@ def bits(folder: Path) -> dict[str, str]:
     """Name of each file to the hash of its bytes; of a report, which has times in it, to nothing."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     hashes = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    return {str(p.relative_to(folder)): "" if p.name == REPORT_NAME else digest for p, digest in hashes.items()}
+    return {
+        str(p.relative_to(folder)): "" if p.name in (REPORT_NAME, CARD_NAME) else digest
+        for p, digest in hashes.items()
+    }
 
 
 # --- a compression that is stopped ----------------------------------------------------------------------------------

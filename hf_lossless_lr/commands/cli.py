@@ -17,13 +17,14 @@ from transformers import HfArgumentParser
 from ..errors import LosslessLowRankError
 from ..report import plain
 from ..versions import __version__
-from . import compress, demo, evaluate, report, verify
+from . import benchmark, compress, demo, evaluate, report, verify
 
 COMMANDS = {
     "compress": (compress.add_parser, compress.compress),
     "verify": (verify.add_parser, verify.verify),
     "evaluate": (evaluate.add_parser, evaluate.evaluate),
     "report": (report.add_parser, report.report),
+    "benchmark": (benchmark.add_parser, benchmark.benchmark),
     "demo": (demo.add_parser, demo.demo),
 }
 """Name of a command to what adds its parser, and to what runs it and returns the exit code."""

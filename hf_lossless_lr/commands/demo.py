@@ -1,4 +1,4 @@
-"""The demonstration: train a small Swin on handwritten digits, halve it, check it, reload it in a new process.
+"""The demonstration: train a small ViT on handwritten digits, halve it, check it, reload it in a new process.
 
 Everything happens on the spot: the digits come with scikit-learn, the model is trained for under a minute, no network
 and no other file is needed.
@@ -13,21 +13,21 @@ import tempfile
 import time
 from copy import deepcopy
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, SwinConfig, SwinForImageClassification
+from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 from transformers.utils import logging
 
 from ..checkpoint import LosslessLowRankConfig
 from ..errors import DataError
 from ..pipeline import LowRankCompressor
-from ..report import comparison_table, report_rows
+from ..report import comparison_table, report_rows, verdict_sentence
 
 TRAIN, HELD_OUT = 1297, 500  # of the 1,797 digits
-EPOCHS = 15
+EPOCHS = 12
+LEARNING_RATE = 5e-4
 MAX_TRAINING_SECONDS = 45  # on a slow machine the last epochs are left out
 BATCH = 64
 SEED = 0
@@ -62,8 +62,10 @@ def _batches(pixels: torch.Tensor, labels: torch.Tensor) -> list[Batch]:
     return [{"pixel_values": x, "labels": y} for x, y in parts]
 
 
-def train_swin(batches: list[Batch]) -> SwinForImageClassification:
-    """Train a small Swin from scratch, with AdamW and a one-cycle schedule.
+def train_vit(batches: list[Batch]) -> ViTForImageClassification:
+    """Train a small ViT from scratch, with AdamW and a one-cycle schedule.
+
+    It is 384 wide: much narrower, and what a factorized layer saves is less than what its second product costs.
 
     Args:
         batches: training batches.
@@ -72,24 +74,25 @@ def train_swin(batches: list[Batch]) -> SwinForImageClassification:
         The trained model in evaluation mode.
     """
     torch.manual_seed(SEED)
-    config = SwinConfig(
+    config = ViTConfig(
         image_size=8,
-        patch_size=2,
+        patch_size=4,
         num_channels=1,
-        embed_dim=128,
-        depths=[2, 2],
-        num_heads=[4, 8],
-        window_size=2,
+        hidden_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        intermediate_size=1536,
+        hidden_dropout_prob=0.1,
     )
     config.num_labels = 10
-    model = SwinForImageClassification(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+    model = ViTForImageClassification(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
     steps = EPOCHS * len(batches)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LEARNING_RATE, total_steps=steps)
     pixels = torch.cat([batch["pixel_values"] for batch in batches])
     labels = torch.cat([batch["labels"] for batch in batches])
     started = time.perf_counter()
-    with logging.tqdm(total=steps, desc="Training a small Swin") as progress:
+    with logging.tqdm(total=steps, desc="Training a small ViT") as progress:
         for _ in range(EPOCHS):
             if time.perf_counter() - started > MAX_TRAINING_SECONDS:
                 break
@@ -106,19 +109,6 @@ def train_swin(batches: list[Batch]) -> SwinForImageClassification:
 def logits_of(model: PreTrainedModel, batches: list[Batch]) -> torch.Tensor:
     """Return the logits of all examples.  # shape: (examples, classes)."""
     return torch.cat([model(pixel_values=batch["pixel_values"]).logits for batch in batches])
-
-
-@torch.no_grad()
-def latencies(models: tuple[PreTrainedModel, ...], batch: Batch, repeats: int = 15) -> list[float]:
-    """Return the median seconds of one forward pass of each model, measured in turn."""
-    times: list[list[float]] = [[] for _ in models]
-    for repeat in range(repeats + 2):
-        for model, taken in zip(models, times, strict=True):
-            start = time.perf_counter()
-            model(pixel_values=batch["pixel_values"])
-            if repeat >= 2:
-                taken.append(time.perf_counter() - start)
-    return [median(taken) for taken in times]
 
 
 def reload_in_new_process(directory: Path, batches: list[Batch], expected: torch.Tensor) -> bool:
@@ -171,7 +161,7 @@ def run_demo(output: Path, keep_ratio: float = 0.5) -> dict[str, Any]:
     """
     started = time.perf_counter()
     train, held_out = load_digits()
-    dense = train_swin(train)
+    dense = train_vit(train)
     trained = time.perf_counter()
     dense.save_pretrained(output / "dense")
     compressor = LowRankCompressor(LosslessLowRankConfig(keep_ratio=keep_ratio, seed=SEED))
@@ -183,16 +173,12 @@ def run_demo(output: Path, keep_ratio: float = 0.5) -> dict[str, Any]:
     report = compressor.report
     if report is None:
         raise DataError("the compressor left no report")
-    latency = latencies((dense, compressed), held_out[0])
     files = [(output / name / "model.safetensors").stat().st_size for name in ("dense", "compressed")]
-    rows = {
-        **report_rows(report),
-        "file size (bytes)": (files[0], files[1]),
-        f"latency, {BATCH} digits (ms)": (1000 * latency[0], 1000 * latency[1]),
-    }
+    rows = {**report_rows(report), "file size (bytes)": (files[0], files[1])}
     seconds = {"train": trained - started, "compress": done - trained, "total": time.perf_counter() - started}
     print(comparison_table(rows))
-    print(f"\n{HELD_OUT} held-out digits; reloaded in a new process: the same logits, to rounding")
+    print(f"\n{verdict_sentence(report)}")
+    print(f"{HELD_OUT} held-out digits; reloaded in a new process: the same logits, to rounding")
     print(f"trained in {seconds['train']:.0f} s, compressed in {seconds['compress']:.0f} s; files in {output}")
     result = {"rows": rows, "seconds": seconds, "keep_ratio": report.keep_ratio}
     (output / "demo.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -204,7 +190,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
         help="train, compress and reload a small model in a minute or two",
-        description="Train a small Swin on handwritten digits, compress it, reload it in a new process.",
+        description="Train a small ViT on handwritten digits, compress it, reload it in a new process.",
         dataclass_types=[],
     )
     parser.add_argument("--output", help="folder to keep the two checkpoints in; default: a temporary one, removed")

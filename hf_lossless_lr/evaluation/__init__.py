@@ -1,4 +1,4 @@
-"""Scores on published tasks, one a file. Never knows that a model is compressed."""
+"""Scores on published tasks, one a file, and speed. Never knows that a model is compressed."""
 
 from .language_modeling import C4, WIKITEXT2
 from .mmlu import MMLU, mmlu
@@ -6,6 +6,7 @@ from .pipelines import TASKS
 from .registry import EVALUATION_TASKS
 from .scores import Score, Scores, compare, summarize
 from .sources import choose_columns, is_format, is_single, load_split
+from .speed import measure_speed, random_batch
 from .task import EvaluationTask, ScoringOptions, Task
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "is_format",
     "is_single",
     "load_split",
+    "measure_speed",
     "mmlu",
+    "random_batch",
     "summarize",
 ]

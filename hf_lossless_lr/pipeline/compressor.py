@@ -23,6 +23,7 @@ from ..timing import Clock
 from ..verdict import paired_outcomes
 from .budget import budget_of
 from .calibration import Calibration, calibrate, check_unchanged
+from .speed import measured_speed
 from .summary import make_report, visited_point
 from .trial import Trial, run_trial
 
@@ -198,8 +199,10 @@ class LowRankCompressor:
                 with clock.timed("held_out"):
                     data, accelerator = calibration.parts.held_out, calibration.accelerator
                     outcomes = paired_outcomes(model, trial.layers, data, accelerator, "Evaluating", temperatures=True)
+                with clock.timed("speed"):
+                    speed = measured_speed(calibration, trial.layers)
                 self._put(calibration, trial, config, undo)
-                found = trials, epsilon, outcomes, self._certified, clock.seconds
+                found = trials, epsilon, outcomes, self._certified, clock.seconds, speed
                 report = make_report(calibration, config, trial, *found)
                 if trial.layers:
                     attach_card(model, report)

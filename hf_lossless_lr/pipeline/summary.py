@@ -13,7 +13,7 @@ from ..errors import CertificateError
 from ..factors import LossCurve
 from ..fingerprint import tensors_fingerprint
 from ..ranks import kept_share
-from ..report import Certificate, CompressionReport, LayerReport, Measurement, TrialRecord, finite
+from ..report import Certificate, CompressionReport, LayerReport, Measurement, Speed, TrialRecord, finite
 from ..verdict import CERTIFIED, PairedOutcomes, certify, demoted
 from ..versions import versions
 from .calibration import Calibration
@@ -48,6 +48,7 @@ def make_report(
     outcomes: PairedOutcomes,
     earlier: Sequence[CompressionReport],
     seconds: Mapping[str, float],
+    speed: Speed | None,
 ) -> CompressionReport:
     """Return the report of a compression.
 
@@ -60,6 +61,7 @@ def make_report(
         outcomes: both models' answers to the held-out data.
         earlier: reports of models that were judged on the same data.
         seconds: time of each stage.
+        speed: how long both models take.
 
     Returns:
         The report.
@@ -97,6 +99,7 @@ def make_report(
         versions=versions(),
         seconds=dict(seconds),
         compressed_fingerprint=tensors_fingerprint(dense_model.model.state_dict()),
+        speed=speed,
         notes=() if outcomes.explained else (UNEXPLAINED,),
     )
 

@@ -4,7 +4,7 @@
 """
 
 from .flops import flop_sizes, forward_flops, unreached_size
-from .latency import forward_seconds, latency_sizes
+from .latency import Run, forward_seconds, latency_sizes, speed_in_turns
 from .objectives import OBJECTIVES, Limits, Search
 from .paper import find_epsilon, select_paper
 from .path import Ranks, compression_path, second_order_cost
@@ -18,6 +18,7 @@ __all__ = [
     "LayerSize",
     "Limits",
     "Ranks",
+    "Run",
     "Search",
     "compression_path",
     "find_epsilon",
@@ -34,5 +35,6 @@ __all__ = [
     "select_budget",
     "select_paper",
     "select_uniform",
+    "speed_in_turns",
     "unreached_size",
 ]

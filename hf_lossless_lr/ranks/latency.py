@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -14,6 +17,7 @@ from torch import nn
 
 from ..factors import LossCurve
 from ..layers import choose_storage, evaluating, layout_of
+from ..report import Speed
 from .sizes import LayerSize
 
 GRID = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # ranks whose latency is measured, as shares of the largest one
@@ -21,6 +25,9 @@ REPEATS = 7
 RUN_SECONDS = 2e-3  # a run calls a fast layer repeatedly, for about this long
 MAX_CALLS = 100
 
+TURNS, WARM_UP = 15, 2  # of models that are compared
+
+Run = tuple[Callable[[], AbstractContextManager[Any]], Callable[[], Any]]
 Timer = Callable[[nn.Module, torch.Tensor, int], float]
 
 
@@ -60,6 +67,47 @@ def forward_seconds(model: nn.Module, batch: Mapping[str, Any], repeats: int = R
     with evaluating(model), torch.no_grad():
         runs = [_seconds(partial(model, **batch), device, 1) for _ in range(repeats + 1)]
     return float(np.median(runs[1:]))
+
+
+def speed_in_turns(
+    runs: Sequence[Run], shape: Sequence[int], device: torch.device, turns: int = TURNS, max_seconds: float = math.inf
+) -> Speed:
+    """Measure runs in turns, so that what slows down the machine slows down all of them.
+
+    Args:
+        runs: for each model, what puts it in place (not measured) and what runs it.
+        shape: of the input, for the record.
+        device: where the models are.
+        turns: how often each is measured, after two turns that do not count.
+        max_seconds: when to stop earlier; three turns at least are measured.
+
+    Returns:
+        The record.
+    """
+    start, measured = time.perf_counter(), list[list[float]]()
+    with torch.no_grad():
+        while len(measured) < turns + WARM_UP:
+            one = []
+            for in_place, run in runs:
+                with in_place():
+                    one.append(_seconds(run, device, 1))
+            measured.append(one)
+            if len(measured) >= 3 + WARM_UP and time.perf_counter() - start > max_seconds:
+                break
+    times = np.array(measured[WARM_UP:])
+    low, median, high = np.quantile(times, (0.25, 0.5, 0.75), axis=0).tolist()
+    speed = Speed(
+        shape=tuple(shape),
+        device=device.type,
+        threads=torch.get_num_threads(),
+        turns=len(times),
+        seconds=tuple(median),
+        quartiles=tuple(zip(low, high, strict=True)),
+    )
+    if len(runs) < 2:
+        return speed
+    low, middle, high = np.quantile(times[:, 1] / times[:, 0], (0.25, 0.5, 0.75)).tolist()
+    return replace(speed, ratio=middle, ratio_quartiles=(low, high))
 
 
 def latency_sizes(

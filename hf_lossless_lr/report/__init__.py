@@ -17,6 +17,7 @@ from .records import (
     finite,
 )
 from .sentence import certificate_sentence, verdict_sentence
+from .speed import Speed, layer_table, speed_table, write_speed_figure
 from .tables import comparison_table, report_rows, score_table
 from .text import plain
 
@@ -29,15 +30,19 @@ __all__ = [
     "LayerReport",
     "Measurement",
     "SkippedWeight",
+    "Speed",
     "TrialRecord",
     "certificate_sentence",
     "comparison_table",
     "finite",
     "is_unedited",
+    "layer_table",
     "model_card",
     "plain",
     "report_rows",
     "score_table",
+    "speed_table",
     "verdict_sentence",
     "write_figures",
+    "write_speed_figure",
 ]

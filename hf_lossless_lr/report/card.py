@@ -69,6 +69,11 @@ def _comparison(report: CompressionReport) -> list[str]:
     ]
     if dense.accuracy is not None and compressed.accuracy is not None:
         rows.append(("accuracy", _percent(dense.accuracy), _percent(compressed.accuracy)))
+    if report.speed is not None:
+        times = [f"{1000 * seconds:.1f}" for seconds in report.speed.seconds]
+        rows.append(
+            (f"batch of {report.speed.setting} (ms)", times[0], f"{times[1]} (× {report.speed.ratio or 1:.2f})")
+        )
     if certificate is not None and certificate.calibration_error is not None:
         rows.append(("expected calibration error", *(f"{error:.4f}" for error in certificate.calibration_error)))
     if certificate is not None and certificate.temperatures is not None:
@@ -103,7 +108,7 @@ def _comparison(report: CompressionReport) -> list[str]:
     notes = [f"Note: {markdown(reason)}." for reason in certificate.reasons]
     limits = (
         "This says nothing about data of another kind than the held-out examples, about single groups among them, or "
-        "about speed, which depends on the layer widths and the hardware."
+        "about speed elsewhere, which depends on the layer widths and the hardware."
     )
     return [*sections, _table(header, differences), about, *notes, limits]
 

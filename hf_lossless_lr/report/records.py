@@ -13,6 +13,7 @@ from ..errors import CheckpointError
 from ..files import write_atomically
 from ..renamed import Renamed, with_present_names
 from .reading import contradiction, impossible, typed
+from .speed import Speed
 
 REPORT_NAME = "compression_report.json"
 
@@ -202,6 +203,7 @@ class CompressionReport(Renamed):
         compressed_fingerprint: SHA-256 of the compressed model's state dict, which is what all figures are about; None
             in a report of before.
         notes: what a reader has to know about the figures.
+        speed: how long both models take for a batch of the calibration data, on the device of the compression.
     """
 
     model: str
@@ -223,6 +225,7 @@ class CompressionReport(Renamed):
     seconds: dict[str, float]
     compressed_fingerprint: str | None = None
     notes: tuple[str, ...] = ()
+    speed: Speed | None = None
 
     @property
     def keep_ratio(self) -> float:

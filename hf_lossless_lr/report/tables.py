@@ -34,13 +34,16 @@ def _number(value: float | None) -> str:
 
 
 def report_rows(report: CompressionReport) -> dict[str, Row]:
-    """Return the rows of a report: sizes in both scopes, loss and accuracy on the held-out data."""
-    layers = report.layers.values()
+    """Return the rows of a report: sizes in both scopes, loss and accuracy on the held-out data, time of a batch."""
+    layers, speed = report.layers.values(), report.speed
+    dense_time, compressed_time = (None, None) if speed is None else (1000 * seconds for seconds in speed.seconds)
+    latency = {} if speed is None else {f"batch of {speed.shape[0]} (ms)": (dense_time, compressed_time)}
     return {
         "targeted parameters": (sum(x.dense_parameters for x in layers), sum(x.parameters for x in layers)),
         "parameters": (report.dense.parameters, report.compressed.parameters),
         "loss (nats)": (report.dense.loss, report.compressed.loss),
         "accuracy": (report.dense.accuracy, report.compressed.accuracy),
+        **latency,
     }
 
 

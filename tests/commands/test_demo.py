@@ -28,8 +28,8 @@ ROWS = [
     "parameters",
     "loss (nats)",
     "accuracy",
+    f"batch of {BATCH} (ms)",
     "file size (bytes)",
-    f"latency, {BATCH} digits (ms)",
 ]
 
 
@@ -111,7 +111,7 @@ class TestDemo:
         data = tuple(batches[:2] for batches in load_digits())
         asked = []
         monkeypatch.setattr(demo, "load_digits", lambda: data)
-        monkeypatch.setattr(demo, "train_swin", lambda batches: models[0])
+        monkeypatch.setattr(demo, "train_vit", lambda batches: models[0])
         monkeypatch.setattr(demo, "reload_in_new_process", lambda *arguments: bool(asked.append(arguments)))
         with pytest.raises(DataError, match="the reloaded model does not answer as the model in memory did"):
             run_demo(tmp_path)

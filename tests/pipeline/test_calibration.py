@@ -56,7 +56,7 @@ def check_same_model(model, other):
 
 def facts(report):
     """All but what depends on the ratios before: the certificate (see test_reporting.py)."""
-    return report.to_dict() | dict.fromkeys(("seconds", "certificate", "uncertified", "verdict"))
+    return report.to_dict() | dict.fromkeys(("seconds", "speed", "certificate", "uncertified", "verdict"))
 
 
 class TestManyRatios:

@@ -1,0 +1,110 @@
+"""`hf-lossless-lr benchmark`: how long a model takes, or a dense and a compressed one in turns."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from transformers.utils import logging
+
+from ..errors import ConfigurationError
+from ..evaluation import measure_speed, random_batch
+from ..files import write_atomically
+from ..report import Speed, layer_table, speed_table, write_speed_figure
+from .loading import load_auto, load_model
+
+
+@dataclass(kw_only=True)
+class BenchmarkArguments:
+    """The settings to measure; each combination of them."""
+
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 8, 32], metadata={"help": "examples in a batch"})
+    sizes: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "tokens of a text, pixels of a side of a picture, samples of a sound; default 128, what the model "
+            "was made for, 16,000"
+        },
+    )
+    threads: list[int] | None = field(default=None, metadata={"help": "threads of the processor; default as set"})
+    device: str = field(default="cpu", metadata={"help": "device to run on"})
+    dtype: str = field(
+        default="float32", metadata={"help": "dtype to run in", "choices": ["float32", "float16", "bfloat16"]}
+    )
+    turns: int = field(default=15, metadata={"help": "how often each model is measured"})
+    memory: bool = field(default=False, metadata={"help": "measure the peak memory of a pass, too"})
+    layers: bool = field(default=False, metadata={"help": "measure the layers one by one, too"})
+    json: str | None = field(default=None, metadata={"help": "also write the figures to this file"})
+    plot: str | None = field(default=None, metadata={"help": "also draw them into this PNG file"})
+
+
+def add_parser(commands: Any) -> None:
+    """Add the parser of this command."""
+    parser = commands.add_parser(
+        "benchmark",
+        help="measure how long a model takes, or a dense and a compressed one in turns",
+        description="Measure end-to-end latency on random inputs: median and quartiles; two models in turns, with the "
+        "ratio of their times.",
+        dataclass_types=[BenchmarkArguments],
+    )
+    parser.add_argument("model", help="hub id or local folder of a model")
+    parser.add_argument("other", nargs="?", help="a second model, usually the compressed one")
+
+
+def benchmark(arguments: Any) -> int:
+    """Run `hf-lossless-lr benchmark`.
+
+    Args:
+        arguments: the parsed arguments.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        ConfigurationError: if a number is below 1, or the models take other inputs.
+    """
+    for name in ("batch_sizes", "sizes", "threads"):
+        if any(value < 1 for value in getattr(arguments, name) or ()):
+            raise ConfigurationError(f"--{name}: must be at least 1.")
+    if arguments.turns < 3:
+        raise ConfigurationError(f"--turns: must be at least 3, got {arguments.turns}.")
+    models = [_loaded(name, arguments.dtype, arguments.device) for name in (arguments.model, arguments.other) if name]
+    if len({model.main_input_name for model in models}) > 1:
+        raise ConfigurationError("the two models take other kinds of input, so their times cannot be compared.")
+    speeds: list[Speed] = []
+    settings = [
+        (threads, examples, size)
+        for threads in arguments.threads or [None]
+        for size in arguments.sizes or [None]
+        for examples in arguments.batch_sizes
+    ]
+    for threads, examples, size in logging.tqdm(settings, desc="Measuring"):
+        batch = random_batch(models[0], examples, size)
+        speeds.append(measure_speed(models, batch, arguments.turns, threads, arguments.memory, arguments.layers))
+    print(speed_table(speeds))
+    if arguments.layers:
+        print(f"\n{speeds[-1].setting}, by layer\n{layer_table(speeds[-1])}")
+    if arguments.json:
+        write_atomically(arguments.json, json.dumps([asdict(speed) for speed in speeds], indent=2) + "\n")
+    if arguments.plot:
+        write_speed_figure(speeds, arguments.plot)
+    return 0
+
+
+def _loaded(name: str, dtype: str, device: str) -> Any:
+    """Load a model as the class that its checkpoint names."""
+    config = load_auto("AutoConfig", name)
+    if not config.architectures:
+        raise ConfigurationError(f"{name}: its config.json does not say which class of Transformers it is of.")
+    if not hasattr(transformers, config.architectures[0]):
+        raise ConfigurationError(
+            f"{name}: its class {config.architectures[0]!r} is none of Transformers; load the models yourself and use "
+            "hf_lossless_lr.evaluation.measure_speed."
+        )
+    try:
+        return load_model(config.architectures[0], name, dtype).to(torch.device(device)).eval()
+    except RuntimeError as error:
+        raise ConfigurationError(f"--device: {device!r} cannot be used: {error}") from error

@@ -1,0 +1,190 @@
+"""How long models take from end to end, dense against compressed, measured in turns in one run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from ..errors import DataError
+from ..layers import evaluating
+from ..ranks import speed_in_turns
+from ..report import Speed
+
+TEXT_LENGTH, SOUND_LENGTH = 128, 16000  # tokens, samples
+FIRST_TOKEN = 5  # lower ids are often special ones
+LAYER_TURNS = 5
+CHOICES = 2  # of each example of a multiple-choice model
+
+Batch = Mapping[str, torch.Tensor]
+
+
+def measure_speed(
+    models: Sequence[PreTrainedModel],
+    batch: Batch,
+    turns: int = 15,
+    threads: int | None = None,
+    memory: bool = False,
+    layers: bool = False,
+) -> Speed:
+    """Measure how long one or two models take for a batch, in turns.
+
+    Times differ from machine to machine and from minute to minute: what holds is the ratio of one run.
+
+    Args:
+        models: the dense model, and the compressed one; on one device. Left as they were.
+        batch: keyword arguments of their forward, on that device.
+        turns: how often each is measured, after two turns that do not count.
+        threads: threads of the processor; default as they are.
+        memory: whether to measure the peak memory of a pass, too.
+        layers: whether to measure the layers one by one, too, which takes longer.
+
+    Returns:
+        The record; FLOPs are those of matrix products, convolutions and attention.
+
+    Raises:
+        DataError: if the batch is empty.
+    """
+    tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
+    if not tensors or not tensors[0].numel():
+        raise DataError("the batch to measure with is empty.")
+    main = batch.get(models[0].main_input_name, tensors[0])
+    device = next(models[0].parameters()).device
+    with _threads(threads), _all_evaluating(models), torch.no_grad():
+        speed = speed_in_turns([(nullcontext, partial(model, **batch)) for model in models], main.shape, device, turns)
+        speed = replace(speed, flops=tuple(_flops(model, batch) for model in models))
+        if memory:
+            speed = replace(speed, peak_bytes=tuple(_peak_bytes(model, batch, device) for model in models))
+        if layers:
+            speed = replace(speed, layers=tuple(_layer_seconds(model, batch, device) for model in models))
+    return speed
+
+
+def random_batch(model: PreTrainedModel, examples: int, size: int | None = None) -> dict[str, torch.Tensor]:
+    """Return a batch of random words, pictures or sounds that a model takes, on its device and in its dtype.
+
+    Args:
+        model: the model.
+        examples: number of examples.
+        size: tokens of a text, pixels of a side of a picture, samples of a sound; default 128, what the model was
+            made for, or 16,000.
+
+    Returns:
+        Keyword arguments of its forward, without labels.
+
+    Raises:
+        DataError: if the model takes something else, or the size is longer than it can take.
+    """
+    config, name, device = model.config.get_text_config(), model.main_input_name, model.device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if name == "input_ids":
+            length = size or TEXT_LENGTH
+            most = getattr(config, "max_position_embeddings", None)
+            if isinstance(most, int) and 0 < most < length:
+                raise DataError(f"{type(model).__name__} takes at most {most} tokens, not {length}.")
+            words = torch.randint(min(FIRST_TOKEN, config.vocab_size - 1), config.vocab_size, (examples, length))
+            if type(model).__name__.endswith("ForMultipleChoice"):
+                words = words[:, None].repeat(1, CHOICES, 1)
+            words = words.to(device)
+            batch = {"input_ids": words, "attention_mask": torch.ones_like(words)}
+            return batch | ({"decoder_input_ids": words} if model.config.is_encoder_decoder else {})
+        if name == "pixel_values":
+            vision = getattr(model.config, "vision_config", model.config)
+            side = size or getattr(vision, "image_size", None) or 224
+            height, width = (side, side) if isinstance(side, int) else side
+            shape = (examples, getattr(vision, "num_channels", 3), height, width)
+            return {name: torch.randn(shape).to(device, model.dtype)}
+        if name == "input_values":
+            return {name: torch.randn(examples, size or SOUND_LENGTH).to(device, model.dtype)}
+    raise DataError(
+        f"{type(model).__name__} takes {name!r}, for which there is no random input; give a batch of yours."
+    )
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(before if count is None else count)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _all_evaluating(models: Sequence[PreTrainedModel]) -> Iterator[None]:
+    with evaluating(models[0]), evaluating(models[-1]):
+        yield
+
+
+def _flops(model: PreTrainedModel, batch: Batch) -> int:
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(**batch)
+    return int(counter.get_total_flops())
+
+
+def _peak_bytes(model: PreTrainedModel, batch: Batch, device: torch.device) -> int:
+    """Return the most that a pass has allocated at once."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        model(**batch)
+        return int(torch.cuda.max_memory_allocated(device) - before)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        model(**batch)
+    results: Any = recorded.profiler
+    changes = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    held, peak = 0, 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def _layer_seconds(model: PreTrainedModel, batch: Batch, device: torch.device) -> dict[str, float]:
+    """Return the median seconds of each layer that has a weight, in the order of the model."""
+    times: dict[str, list[float]] = {}
+    begun: dict[str, float] = {}
+
+    def now() -> float:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return time.perf_counter()
+
+    def begin(name: str) -> Any:
+        return lambda *_: begun.__setitem__(name, now())
+
+    def end(name: str) -> Any:
+        return lambda *_: times.setdefault(name, []).append(now() - begun[name])
+
+    hooks = []
+    for name, module in _layers(model):
+        hooks += [module.register_forward_pre_hook(begin(name)), module.register_forward_hook(end(name))]
+    try:
+        for _ in range(LAYER_TURNS + 1):
+            model(**batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: median(found) * max(1, len(found) // (LAYER_TURNS + 1)) for name, found in times.items()}
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the outermost modules with a weight of their own: a factorized layer rather than its factors."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name and isinstance(getattr(module, "weight", None), torch.Tensor) and not name.startswith(inside or "\0"):
+            inside = (*inside, f"{name}.")
+            yield name, module

@@ -1,0 +1,57 @@
+"""How long the dense and the compressed model take for a batch of the data at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, send_to_device
+from torch import nn
+from transformers.utils import logging
+
+from ..data import batch_examples, run_batch
+from ..layers import evaluating, in_place
+from ..ranks import Run, speed_in_turns
+from ..report import Speed
+from .calibration import Calibration
+
+logger = logging.get_logger(__name__)
+
+MAX_SECONDS = 3.0  # for all turns; three of them are made in any case
+
+
+def measured_speed(calibration: Calibration, layers: Mapping[str, nn.Module]) -> Speed | None:
+    """Measure both models in turns on the first calibration batch, and say so where the compressed one is slower.
+
+    Args:
+        calibration: the calibration of a model, which is dense and on the accelerator's device.
+        layers: the layers that compress it, by name.
+
+    Returns:
+        The record, measured on the main process; None where nothing is compressed.
+    """
+    if not layers:
+        return None
+    model, accelerator = calibration.dense.model, calibration.accelerator
+    measured: list[Any] = [None]
+    if accelerator.is_main_process:
+        batch = send_to_device(dict(next(iter(calibration.parts.calibration))), accelerator.device)
+        main = batch.get(model.main_input_name)
+        shape = main.shape if isinstance(main, torch.Tensor) else (batch_examples(batch),)
+        run = partial(run_batch, model, batch)
+        with evaluating(model):
+            runs: list[Run] = [(nullcontext, run), (partial(in_place, model, layers), run)]
+            measured = [speed_in_turns(runs, shape, accelerator.device, max_seconds=MAX_SECONDS)]
+    broadcast_object_list(measured)
+    speed: Speed = measured[0]
+    if speed.is_slower and speed.ratio is not None:
+        logger.warning(
+            "the compressed model takes %.2f times as long as the dense one for a batch of %s. Narrow layers and few "
+            "rows do not pay: use size='latency', which leaves those dense, storage='two-factor' or rank_multiple=8.",
+            speed.ratio,
+            speed.setting,
+        )
+    return speed

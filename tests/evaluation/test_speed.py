@@ -1,0 +1,103 @@
+"""Speed: models measured in turns. The tests are about what is measured, not about times."""
+
+import time
+
+import pytest
+import torch
+from support.tiny_models import TINY_MODELS, llama, t5, vit
+
+from hf_lossless_lr import DataError
+from hf_lossless_lr.evaluation import measure_speed, random_batch
+from hf_lossless_lr.layers.factorized import is_factorized
+from hf_lossless_lr.layers.layout import layout_of
+from hf_lossless_lr.layers.replacement import replace_modules
+
+
+class Slow(torch.nn.Linear):
+    """A layer that takes its time."""
+
+    def forward(self, x):
+        time.sleep(0.02)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_random_batches_are_what_the_model_takes(name):
+    model, _ = TINY_MODELS[name]()
+    size = 12 if model.main_input_name == "input_ids" else None
+    batch = random_batch(model, 3, size)
+    assert all(len(value) == 3 for value in batch.values())
+    with torch.no_grad():
+        assert len(model(**batch)[0]) == 3
+    again = random_batch(model, 3, size)
+    assert all(torch.equal(batch[key], again[key]) for key in batch)
+
+
+def test_a_text_that_is_too_long_is_refused():
+    with pytest.raises(DataError, match="takes at most 40 tokens, not 41"):
+        random_batch(llama()[0], 1, 41)
+
+
+def test_the_second_model_is_compared_to_the_first():
+    fast, slow = (vit()[0] for _ in range(2))
+    layer = Slow(32, 4)
+    replace_modules(slow, {"classifier": layer})
+    speed = measure_speed([fast, slow], random_batch(fast, 2), turns=5)
+    assert speed.ratio > 1
+    assert speed.is_slower
+    assert speed.seconds[1] >= 0.02
+    assert speed.quartiles[1][0] <= speed.seconds[1] <= speed.quartiles[1][1]
+    assert not measure_speed([slow, fast], random_batch(fast, 2), turns=5).is_slower
+
+
+def test_one_model_has_no_ratio():
+    model, _ = llama()
+    speed = measure_speed([model], random_batch(model, 2, 7), turns=3)
+    assert (speed.ratio, speed.ratio_quartiles, speed.is_slower) == (None, None, False)
+    assert (speed.shape, speed.device, speed.turns) == ((2, 7), "cpu", 3)
+
+
+def test_operations_are_counted():
+    model, _ = vit()
+    one, two = (measure_speed([model], random_batch(model, n), turns=3).flops[0] for n in (1, 2))
+    assert two == 2 * one > 0
+
+
+def test_memory_is_measured_where_it_is_asked_for():
+    model, _ = llama()
+    small, large = (measure_speed([model], random_batch(model, n, 16), 3, memory=True).peak_bytes[0] for n in (2, 8))
+    assert 2 * small < large
+    assert measure_speed([model], random_batch(model, 2, 16), 3).peak_bytes is None
+
+
+def test_threads_are_set_and_put_back():
+    model, _ = llama()
+    before = torch.get_num_threads()
+    assert measure_speed([model], random_batch(model, 1, 4), 3, threads=before + 1).threads == before + 1
+    assert torch.get_num_threads() == before
+
+
+def test_layers_are_measured_one_by_one_and_a_factorized_one_as_a_whole():
+    dense, other = (t5()[0] for _ in range(2))
+    name = "encoder.block.0.layer.0.SelfAttention.q"
+    module = other.get_submodule(name)
+    replace_modules(other, {name: layout_of(module).factorized(module, 3, "two-factor")})
+    found = measure_speed([dense, other], random_batch(dense, 2, 5), 3, layers=True).layers
+    assert found[0].keys() == found[1].keys()
+    assert name in found[1]
+    assert all(seconds > 0 for layers in found for seconds in layers.values())
+
+
+def test_models_are_left_as_they_were():
+    model, _ = llama()
+    model.train()
+    measure_speed([model], random_batch(model, 1, 4), 3, layers=True, memory=True)
+    assert model.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any(is_factorized(module) for module in model.modules())
+
+
+def test_an_empty_batch_is_refused():
+    model, _ = llama()
+    with pytest.raises(DataError, match="empty"):
+        measure_speed([model], {})
