@@ -82,13 +82,15 @@ class ModelState:
     """What a model is made of at one moment, for when work on it is stopped half-way: all but the numbers themselves.
 
     Its modules and their attributes (modes, hooks), its parameters with their gradients, what requires them and where
-    they lie, and its configuration.
+    they lie, and its configuration. With it whether gradients are recorded at all: an interrupt on the way out of
+    `torch.no_grad` would leave that off for the whole process.
 
     Args:
         model: the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._grad_enabled = torch.is_grad_enabled()
         modules = list(model.modules())
         configs = {id(config): config for m in modules if (config := getattr(m, "config", None)) is not None}
         owners = [*modules, *(config for config in configs.values() if hasattr(config, "to_dict"))]
@@ -100,7 +102,8 @@ class ModelState:
         """Make the model what it was, whatever interrupts that; see `finish`."""
         steps = [partial(_reset, vars(owner), *copied) for owner, copied in self._attributes]
         steps += [partial(_reset_parameter, *parameter) for parameter in self._parameters]
-        finish([*steps, *(partial(_reset_device, *buffer) for buffer in self._buffers)])
+        steps += [partial(_reset_device, *buffer) for buffer in self._buffers]
+        finish([*steps, partial(torch.set_grad_enabled, self._grad_enabled)])
 
 
 def _copied(attributes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[Any, Any]]]:

@@ -64,6 +64,7 @@ def reset(model):
     model.config.problem_type = "mine"
     model.config.mine = "mine"
     model.extra = 3
+    torch.set_grad_enabled(False)
     return twice(before.restore)
 
 
@@ -85,6 +86,7 @@ class TestEveryStep:
                 break
             finally:
                 before.check(model)
+                assert torch.is_grad_enabled()
             step += 1
         assert taken <= step
         assert raised > 50
@@ -142,6 +144,7 @@ def test_a_compression_can_be_interrupted_at_any_moment(case):
         if not done:
             hit += 1
             before.check(model)
+            assert torch.is_grad_enabled()
             if hit == tries:
                 break
         else:  # it was done before; other work on this machine may have made the one before slow
