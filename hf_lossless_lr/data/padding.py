@@ -17,6 +17,8 @@ from .labels import batch_examples
 
 FROM_ENCODER = ("encoder_hidden_states", "key_value_states")  # by these names decoders get what an encoder returns
 
+OF_SEQUENCES = ("attention_mask", "decoder_attention_mask")
+
 Current = Callable[[], "PaddingMasks | None"]
 
 
@@ -27,13 +29,15 @@ class PaddingMasks:
     and to what the decoder reads from the encoder's output; the decoder's own mask (by default, where labels are not
     -100) applies elsewhere. Where a layer's rows are not the tokens of these masks (frames of speech, words and then
     patches, windows that are filled up), the attention mask counts that the model itself hands to the modules around
-    the layer.
+    the layer. No mask applies to layers of which is known that their rows are no tokens.
 
     Args:
         model: the model whose batches these are.
 
     Attributes:
         unmatched: ids of the layers whose rows belong to no known mask, though there is padding.
+        steady: ids of the layers whose rows are no tokens, as far as that was learned for padded `inputs` and padded
+            `targets`; None where the model takes no examples without their padding.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -43,17 +47,16 @@ class PaddingMasks:
         self.in_tokens_first = {id(inner) for module in tokens_first for inner in module.modules()}
         self.around = _around(model)
         self.unmatched: set[int] = set()
+        self.steady: dict[str, set[int] | None] = {}
         self.start({})
 
     def start(self, batch: Mapping[str, Any]) -> None:
         """Take the masks of a batch, before its forward pass."""
         given = [value for name, value in batch.items() if _is_mask(name) or name == "pixel_mask"]
-        self.padded = any(isinstance(mask, torch.Tensor) and not bool(mask.all()) for mask in given)
+        self.padded = any(map(_leaves_out, given))
         self.handed: dict[int, list[torch.Tensor]] = {}  # masks that modules were called with, at their last call
         self.noted: dict[int, torch.Tensor] = {}  # all of them, by their ids
-        self.encoded: dict[
-            int, torch.Tensor
-        ] = {}  # what the encoder returns, and what of it the decoder's modules get
+        self.encoded: dict[int, torch.Tensor] = {}  # what the encoder returns, and what decoders are called with
         attention_mask = batch.get("attention_mask")
         self.main, self.decoder = _boolean_mask(attention_mask), None
         self.sequences = batch_examples(batch) if self.main is None else len(self.main)
@@ -61,7 +64,22 @@ class PaddingMasks:
             labels = batch.get("labels")
             default = labels != -100 if isinstance(labels, torch.Tensor) and labels.ndim == 2 else attention_mask
             self.decoder = _boolean_mask(batch.get("decoder_attention_mask", default))
-            self.padded |= self.decoder is not None and not bool(self.decoder.all())
+            self.padded |= _leaves_out(self.decoder)
+        self.padded_sides = self._padded_sides(batch)
+        self.take({})
+
+    def take(self, steady: Mapping[str, set[int] | None]) -> None:
+        """Take what was learned of layers whose rows are no tokens."""
+        self.steady |= steady
+        known = [layers for side in self.padded_sides if (layers := self.steady.get(side)) is not None]
+        self.separable = bool(known) and len(known) == len(self.padded_sides)
+        self.whole: set[int] = set.intersection(*known) if self.separable else set()
+
+    def _padded_sides(self, batch: Mapping[str, Any]) -> set[str]:
+        """Return what is padded: `inputs`, `targets`, or what else has a mask."""
+        sides = {"inputs": self.main, "targets": self.decoder if self.decoder is not self.main else None}
+        others = {k: v for k, v in batch.items() if k.endswith("mask") and k not in OF_SEQUENCES}
+        return {side for side, mask in (sides | others).items() if _leaves_out(mask)}
 
     def note(self, module: nn.Module, called: Mapping[str, Any]) -> None:
         """Take the masks that a module is called with, and note whether they leave out what the batch does not."""
@@ -87,7 +105,7 @@ class PaddingMasks:
     def _mask_of(
         self, module: int, shape: torch.Size, own: torch.Tensor | None, nearest: list[torch.Tensor]
     ) -> torch.Tensor | None:
-        if not self.padded:
+        if not self.padded or module in self.whole:
             return None
         turned = module in self.in_tokens_first
         own = None if own is None else _spread(own, shape, turned)
@@ -145,6 +163,10 @@ def watching_masks(model: PreTrainedModel, encoder: nn.Module | None, current: C
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _leaves_out(mask: Any) -> bool:
+    return isinstance(mask, torch.Tensor) and not bool(mask.all())
 
 
 def _is_mask(name: str) -> bool:
