@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..layers import called_with
 from .cutting import comes_apart, part_of, sequence_masks, unpadded
 from .forward import run_batch
+from .kinds import REFUSALS
 from .padding import PaddingMasks, watching_masks
 
 Calls = list[tuple[torch.Size, bool]]  # the shape of each input, and whether a mask leaves out some of its rows
@@ -63,7 +64,7 @@ def _steady(
     trial.steady, trial.unmatched = {}, set()
     try:
         padded, short = (_calls(trial, model, layers, batch) for batch in (example, without))
-    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):
+    except REFUSALS:
         return None
     shapes = {place: [shape for shape, _ in calls] for place, calls in padded.items()}
     return {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -125,7 +126,8 @@ def find_targets(
 
 
 def _is_layer(module: nn.Module) -> bool:
-    return type(module) in LAYOUTS or _is_quantized(module)
+    """A layer of a known type whose weight is its own parameter, not computed from others (by a weight norm)."""
+    return _is_quantized(module) or (type(module) in LAYOUTS and "weight" in _own_parameters(module))
 
 
 def _is_quantized(module: nn.Module) -> bool:
@@ -154,15 +156,12 @@ def _default_skips(model: PreTrainedModel) -> dict[str, str]:
     """Return the reason for each module that the defaults leave alone."""
     reasons: dict[str, str] = {}
     outside = _outside_of_bases(model)
-    owners: dict[int, str] = {}
+    places = Counter(id(parameter) for module in model.modules() for parameter in _own_parameters(module).values())
     tied_keys = getattr(model, "all_tied_weights_keys", None) or {}
     tied_keys = set(tied_keys) | set(tied_keys.values())
     output = model.get_output_embeddings()
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter) and id(weight) in owners:
-            reasons[name] = reasons[owners[id(weight)]] = "tied"
-        elif f"{name}.weight" in tied_keys:
+        if places[id(_own_parameters(module).get("weight"))] > 1 or f"{name}.weight" in tied_keys:
             reasons[name] = "tied"
         elif module is output:
             reasons[name] = "output embeddings"
@@ -170,9 +169,11 @@ def _default_skips(model: PreTrainedModel) -> dict[str, str]:
             reasons[name] = "pooler"
         elif id(module) in outside:
             reasons[name] = "task head"
-        if isinstance(weight, nn.Parameter):
-            owners.setdefault(id(weight), name)
     return reasons
+
+
+def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(module.named_parameters(recurse=False, remove_duplicate=False))
 
 
 def _outside_of_bases(model: PreTrainedModel) -> set[int]:
