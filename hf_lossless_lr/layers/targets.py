@@ -100,7 +100,7 @@ def find_targets(
     reasons = dict.fromkeys(heads, "task head") | _default_skips(model)
     targets: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
-    candidates = {name: module for name, module in model.named_modules() if _is_layer(module)}
+    candidates = _candidates(model)
     for name, module in candidates.items():
         wanted = _best(target_modules or (), name, module)
         unwanted = _best(ignore or (), name, module)
@@ -123,6 +123,14 @@ def find_targets(
     for name, module in targets.items():
         _check_layer(name, module)
     return Targets(targets, skipped)
+
+
+def _candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that could be targets; an encoder layer of torch reads its layers' weights and skips them."""
+    modules = dict(model.named_modules())
+    readers = (module for module in modules.values() if isinstance(module, nn.TransformerEncoderLayer))
+    read = {id(child) for module in readers for child in module.children()}
+    return {name: module for name, module in modules.items() if _is_layer(module) and id(module) not in read}
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -238,6 +238,14 @@ class TestRefusal:
         with pytest.raises(TargetError, match="matches no layer"):
             find_targets(model, [name])
 
+    def test_of_layers_whose_weights_are_read_instead_of_calling_them(self):
+        """An encoder layer of torch does so without gradients, and would read a guard."""
+        model, _ = bert_sequence_classification()
+        model.bert.more = nn.TransformerEncoderLayer(32, 4, 48)
+        chosen = find_targets(model).chosen
+        assert "bert.encoder.layer.0.output.dense" in chosen
+        assert not any(name.startswith("bert.more") for name in chosen)
+
     def test_of_a_weight_shared_without_a_declaration(self):
         model, _ = bert_sequence_classification()
         model.bert.encoder.layer[1].output.dense.weight = model.bert.encoder.layer[0].output.dense.weight
