@@ -26,12 +26,12 @@ def part_of(batch: Batch, part: slice) -> dict[str, Any]:
     return {name: value[part] if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
-def sequence_masks(model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
-    """Return which entries of a batch's sequences count: of its inputs and of a decoder's targets, if any.
+def sequence_masks(batch: Batch, decodes: bool) -> dict[str, torch.Tensor]:
+    """Return which entries of a batch's sequences count: of its inputs, and of targets with a sequence of their own.
 
     Args:
-        model: the model.
         batch: the batch.
+        decodes: whether the model is an encoder-decoder, whose targets are a sequence of their own at any length.
 
     Returns:
         Masks of `inputs` and `targets`, as far as they are known.
@@ -40,8 +40,10 @@ def sequence_masks(model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tens
     masks = {}
     if isinstance(mask, torch.Tensor) and mask.ndim in (2, 3):
         masks["inputs"] = mask.bool()
-    if model.config.is_encoder_decoder and isinstance(labels, torch.Tensor) and labels.ndim == 2:
-        masks["targets"] = batch.get("decoder_attention_mask", labels != IGNORE_INDEX).bool()
+    if isinstance(labels, torch.Tensor) and labels.ndim == 2:
+        own = isinstance(mask, torch.Tensor) and labels.shape != mask.shape and not labels.is_floating_point()
+        if decodes or own:
+            masks["targets"] = batch.get("decoder_attention_mask", labels != IGNORE_INDEX).bool()
     return masks
 
 
@@ -56,7 +58,7 @@ def unpadded(model: PreTrainedModel, example: Batch, front: bool = False) -> dic
     Returns:
         The example.
     """
-    masks = sequence_masks(model, example)
+    masks = sequence_masks(example, model.config.is_encoder_decoder)
     own = set(OWN) if "targets" in masks else set()
     targets = {name: value for name, value in example.items() if name in own}
     inputs = {name: value for name, value in example.items() if name not in own}

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .architectures import TOKENS_FIRST
+from .cutting import sequence_masks
 from .labels import batch_examples
 
 FROM_ENCODER = ("encoder_hidden_states", "key_value_states")  # by these names decoders get what an encoder returns
@@ -38,6 +39,7 @@ class PaddingMasks:
         unmatched: ids of the layers whose rows belong to no known mask, though there is padding.
         steady: ids of the layers whose rows are no tokens, as far as that was learned for padded `inputs` and padded
             `targets`; None where the model takes no examples without their padding.
+        mixed: whether the batch has something beside its tokens, such as pictures, whose rows may be as many.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -67,6 +69,9 @@ class PaddingMasks:
             self.padded |= _leaves_out(self.decoder)
         self.padded_sides = self._padded_sides(batch)
         self.take({})
+        tensors = [v for v in batch.values() if isinstance(v, torch.Tensor) and v.is_floating_point() and v.ndim > 2]
+        sequences = attention_mask.shape[:2] if isinstance(attention_mask, torch.Tensor) else None
+        self.mixed = sequences is not None and any(value.shape[:2] != sequences for value in tensors)
 
     def take(self, steady: Mapping[str, set[int] | None]) -> None:
         """Take what was learned of layers whose rows are no tokens."""
@@ -77,7 +82,7 @@ class PaddingMasks:
 
     def _padded_sides(self, batch: Mapping[str, Any]) -> set[str]:
         """Return what is padded: `inputs`, `targets`, or what else has a mask."""
-        sides = {"inputs": self.main, "targets": self.decoder if self.decoder is not self.main else None}
+        sides = sequence_masks(batch, self.encoder is not None)
         others = {k: v for k, v in batch.items() if k.endswith("mask") and k not in OF_SEQUENCES}
         return {side for side, mask in (sides | others).items() if _leaves_out(mask)}
 

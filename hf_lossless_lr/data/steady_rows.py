@@ -38,7 +38,7 @@ def learn_steady_rows(
         What the masks do not know yet, as they take it.
     """
     learned = {}
-    for side, mask in sequence_masks(model, batch).items():
+    for side, mask in sequence_masks(batch, model.config.is_encoder_decoder).items():
         if side in masks.steady or bool(mask.all()) or not comes_apart(batch):
             continue
         most = int(mask.flatten(1).sum(1).argmin())

@@ -153,7 +153,7 @@ class _Collector:
     def _hides_padding(self, batch: Mapping[str, Any]) -> bool:
         """Return whether rows that belong to no mask may be padding, and examples may go without."""
         names = self._unmatched()
-        if names:
+        if names or self.masks.mixed:
             with self._aside(batch):
                 steady = learn_steady_rows(self.masks, self.model, self.targets.values(), batch)
             self.masks.take(steady)
