@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..data import PaddingMasks, batch_examples, forward_loss, learn_steady_rows, watching_masks
+from ..data import PaddingMasks, batch_examples, comes_apart, forward_loss, learn_steady_rows, watching_masks
 from ..errors import DataError, NumericalError, TargetError
 from ..fingerprint import tensors_fingerprint
 from ..layers import Layout, called_with, differentiating_only, layout_of, weight_matrices
@@ -124,7 +124,7 @@ class _Collector:
         Returns:
             Units times loss, units, and examples, in float64.
         """
-        if self.one_by_one:
+        if self.one_by_one and comes_apart(batch):
             return torch.stack([self._add(example, index) for example in one_by_one(self.model, batch)]).sum(0)
         totals = self._add(batch, index)
         return totals if totals is not None else self.add_batch(batch, index)

@@ -78,12 +78,13 @@ def test_the_rows_are_those_of_unpadded_examples(pair):
     assert {name: layer.tokens for name, layer in pair.got.layers.items()} == pair.oracle.tokens
 
 
-def test_a_layer_whose_rows_belong_to_no_mask_is_named(caplog, monkeypatch):
+@pytest.mark.parametrize("after_one_that_does", [False, True])
+def test_a_layer_whose_rows_belong_to_no_mask_is_named(caplog, monkeypatch, after_one_that_does):
     """A user's own model may shorten its sequence as it likes and tell no layer; this batch does not come apart."""
     model, batch = wav2vec2()
     model.__class__ = WithTable
     monkeypatch.setattr(model.wav2vec2, "_get_feature_vector_attention_mask", lambda *args, **kwargs: None)
-    collect(model, [batch | {"table": torch.zeros(1)}])
+    collect(model, [batch] * after_one_that_does + [batch | {"table": torch.zeros(1)}])
     assert "wav2vec2.encoder.layers.0.attention.k_proj" in caplog.text
     assert "belong to no attention mask" in caplog.text
 
