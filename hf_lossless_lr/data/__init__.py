@@ -3,12 +3,14 @@
 Also what a batch's labels and loss mean, and which rows are padding.
 """
 
+from .cutting import comes_apart, part_of, unpadded
 from .forward import forward_loss, mean_loss, run_batch
 from .heads import answering_layers
 from .labels import IGNORE_INDEX, Question, Reading, batch_examples, correct_predictions
 from .loaders import dataset_size, make_dataloader, subset
 from .padding import PaddingMasks, watching_masks
 from .splits import DataSplits, combined_digest, examine, split_data
+from .steady_rows import learn_steady_rows
 
 __all__ = [
     "IGNORE_INDEX",
@@ -19,14 +21,18 @@ __all__ = [
     "answering_layers",
     "batch_examples",
     "combined_digest",
+    "comes_apart",
     "correct_predictions",
     "dataset_size",
     "examine",
     "forward_loss",
+    "learn_steady_rows",
     "make_dataloader",
     "mean_loss",
+    "part_of",
     "run_batch",
     "split_data",
     "subset",
+    "unpadded",
     "watching_masks",
 ]

@@ -16,7 +16,7 @@ from ..layers import evaluating
 from .forward import forward_loss
 from .labels import label_names
 
-_REFUSALS = (
+REFUSALS = (
     LosslessLowRankError,
     RuntimeError,
     ValueError,
@@ -24,7 +24,9 @@ _REFUSALS = (
     LookupError,
     AttributeError,
     NotImplementedError,
+    AssertionError,  # attention of torch, for one
 )
+"""What a model raises at a batch that it does not take."""
 
 
 def are_examples(
@@ -58,7 +60,7 @@ def _takes(model: PreTrainedModel, make: Callable[[], Any]) -> bool:
         with evaluating(model), torch.no_grad():
             batch = make()
             forward_loss(model, send_to_device(taken_by(model, batch), model.device), 0)
-    except _REFUSALS:
+    except REFUSALS:
         return False
     finally:
         vars(model.config).clear()

@@ -13,7 +13,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .architectures import TOKENS_FIRST
+from .cutting import sequence_masks
 from .labels import batch_examples
+
+FROM_ENCODER = ("encoder_hidden_states", "key_value_states")  # by these names decoders get what an encoder returns
+
+OF_SEQUENCES = ("attention_mask", "decoder_attention_mask")
 
 Current = Callable[[], "PaddingMasks | None"]
 
@@ -25,13 +30,16 @@ class PaddingMasks:
     and to what the decoder reads from the encoder's output; the decoder's own mask (by default, where labels are not
     -100) applies elsewhere. Where a layer's rows are not the tokens of these masks (frames of speech, words and then
     patches, windows that are filled up), the attention mask counts that the model itself hands to the modules around
-    the layer.
+    the layer. No mask applies to layers of which is known that their rows are no tokens.
 
     Args:
         model: the model whose batches these are.
 
     Attributes:
         unmatched: ids of the layers whose rows belong to no known mask, though there is padding.
+        steady: ids of the layers whose rows are no tokens, as far as that was learned for padded `inputs` and padded
+            `targets`; None where the model takes no examples without their padding.
+        mixed: whether the batch has something beside its tokens, such as pictures, whose rows may be as many.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -41,14 +49,16 @@ class PaddingMasks:
         self.in_tokens_first = {id(inner) for module in tokens_first for inner in module.modules()}
         self.around = _around(model)
         self.unmatched: set[int] = set()
+        self.steady: dict[str, set[int] | None] = {}
         self.start({})
 
     def start(self, batch: Mapping[str, Any]) -> None:
         """Take the masks of a batch, before its forward pass."""
         given = [value for name, value in batch.items() if _is_mask(name) or name == "pixel_mask"]
-        self.padded = any(isinstance(mask, torch.Tensor) and not bool(mask.all()) for mask in given)
-        self.handed: dict[int, list[torch.Tensor]] = {}  # masks that modules were called with
-        self.encoder_output: torch.Tensor | None = None
+        self.padded = any(map(_leaves_out, given))
+        self.handed: dict[int, list[torch.Tensor]] = {}  # masks that modules were called with, at their last call
+        self.noted: dict[int, torch.Tensor] = {}  # all of them, by their ids
+        self.encoded: dict[int, torch.Tensor] = {}  # what the encoder returns, and what decoders are called with
         attention_mask = batch.get("attention_mask")
         self.main, self.decoder = _boolean_mask(attention_mask), None
         self.sequences = batch_examples(batch) if self.main is None else len(self.main)
@@ -56,7 +66,35 @@ class PaddingMasks:
             labels = batch.get("labels")
             default = labels != -100 if isinstance(labels, torch.Tensor) and labels.ndim == 2 else attention_mask
             self.decoder = _boolean_mask(batch.get("decoder_attention_mask", default))
-            self.padded |= self.decoder is not None and not bool(self.decoder.all())
+            self.padded |= _leaves_out(self.decoder)
+        self.padded_sides = self._padded_sides(batch)
+        self.take({})
+        tensors = [v for v in batch.values() if isinstance(v, torch.Tensor) and v.is_floating_point() and v.ndim > 2]
+        sequences = attention_mask.shape[:2] if isinstance(attention_mask, torch.Tensor) else None
+        self.mixed = sequences is not None and any(value.shape[:2] != sequences for value in tensors)
+
+    def take(self, steady: Mapping[str, set[int] | None]) -> None:
+        """Take what was learned of layers whose rows are no tokens."""
+        self.steady |= steady
+        known = [layers for side in self.padded_sides if (layers := self.steady.get(side)) is not None]
+        self.separable = bool(known) and len(known) == len(self.padded_sides)
+        self.whole: set[int] = set.intersection(*known) if self.separable else set()
+
+    def _padded_sides(self, batch: Mapping[str, Any]) -> set[str]:
+        """Return what is padded: `inputs`, `targets`, or what else has a mask."""
+        sides = sequence_masks(batch, self.encoder is not None)
+        others = {k: v for k, v in batch.items() if k.endswith("mask") and k not in OF_SEQUENCES}
+        return {side for side, mask in (sides | others).items() if _leaves_out(mask)}
+
+    def note(self, module: nn.Module, called: Mapping[str, Any]) -> None:
+        """Take the masks that a module is called with, and note whether they leave out what the batch does not."""
+        tensors = {name: value for name, value in called.items() if isinstance(value, torch.Tensor)}
+        self.handed[id(module)] = [mask for name, mask in tensors.items() if _is_mask(name)]
+        for mask in self.handed[id(module)]:
+            if id(mask) not in self.noted:
+                self.noted[id(mask)] = mask
+                self.padded = self.padded or _fills_up(mask, self.sequences)
+        self.encoded |= {id(value): value for name, value in tensors.items() if name.endswith(FROM_ENCODER)}
 
     def of(self, module: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor | None]:
         """Return what gives the mask of the flattened rows of a module's input, or None where all rows count.
@@ -64,31 +102,33 @@ class PaddingMasks:
         Asked once the batch went through the whole model, it knows all masks; before, some may not be made yet.
         """
         own, shape = self.main, x.shape[:-1]
-        if self.encoder is not None and id(module) not in self.in_encoder and x is not self.encoder_output:
+        if self.encoder is not None and id(module) not in self.in_encoder and id(x) not in self.encoded:
             own = self.decoder
-        return partial(self._mask_of, id(module), shape, own)
+        nearest = [mask for place in self.around.get(id(module), ()) for mask in self.handed.get(place, ())]
+        return partial(self._mask_of, id(module), shape, own, nearest)
 
-    def _mask_of(self, module: int, shape: torch.Size, own: torch.Tensor | None) -> torch.Tensor | None:
-        if not self.padded:
+    def _mask_of(
+        self, module: int, shape: torch.Size, own: torch.Tensor | None, nearest: list[torch.Tensor]
+    ) -> torch.Tensor | None:
+        if not self.padded or module in self.whole:
             return None
-        own = None if own is None else _spread(own, shape, module in self.in_tokens_first)
+        turned = module in self.in_tokens_first
+        own = None if own is None else _spread(own, shape, turned)
         if own is not None:
             return own
-        handed = self._handed_around(module, shape)
+        handed = self._handed_around(nearest, shape, turned)
         if handed is None and shape.numel() != self.sequences:  # else one row an example
             self.unmatched.add(module)
         return handed
 
-    def _handed_around(self, module: int, shape: torch.Size) -> torch.Tensor | None:
+    def _handed_around(self, nearest: list[torch.Tensor], shape: torch.Size, turned: bool) -> torch.Tensor | None:
         """Return the mask of these rows that the nearest module around got, or else that all others agree on."""
-        turned = module in self.in_tokens_first
-        for place in self.around.get(module, ()):
-            for mask in self.handed.get(place, ()):
-                rows = _spread(_keys_seen(mask, self.sequences), shape, turned)
-                if rows is not None:
-                    return rows
-        masks = (mask for handed in self.handed.values() for mask in handed)
-        others = [_spread(_keys_seen(mask, self.sequences), shape, turned) for mask in masks]
+        zero_is_seen = next((kind for kind in map(_zero_is_seen, nearest) if kind is not None), True)
+        for mask in nearest:
+            rows = _spread(_keys_seen(mask, self.sequences, zero_is_seen), shape, turned)
+            if rows is not None:
+                return rows
+        others = [_spread(_keys_seen(mask, self.sequences, True), shape, turned) for mask in self.noted.values()]
         found = [rows for rows in others if rows is not None]
         return found[0] if found and all(torch.equal(rows, found[0]) for rows in found) else None
 
@@ -106,17 +146,15 @@ def watching_masks(model: PreTrainedModel, encoder: nn.Module | None, current: C
     def note_masks(names: list[str]) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             masks = current()
-            if masks is not None and masks.padded:
-                called = dict(zip(names, args, strict=False)) | dict(kwargs)
-                handed = [v for name, v in called.items() if _is_mask(name) and isinstance(v, torch.Tensor)]
-                masks.handed.setdefault(id(module), []).extend(handed)
+            if masks is not None:
+                masks.note(module, dict(zip(names, args, strict=False)) | dict(kwargs))
 
         return hook
 
     def note_output(module: nn.Module, args: Any, output: Any) -> None:
         masks = current()
         if masks is not None:
-            masks.encoder_output = output[0]
+            masks.encoded[id(output[0])] = output[0]
 
     handles = []
     for module in model.modules():
@@ -130,6 +168,10 @@ def watching_masks(model: PreTrainedModel, encoder: nn.Module | None, current: C
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _leaves_out(mask: Any) -> bool:
+    return isinstance(mask, torch.Tensor) and not bool(mask.all())
 
 
 def _is_mask(name: str) -> bool:
@@ -173,23 +215,31 @@ def _spread(mask: torch.Tensor | None, shape: torch.Size, tokens_first: bool) ->
     return None
 
 
-def _keys_seen(mask: torch.Tensor, sequences: int) -> torch.Tensor | None:
+def _keys_seen(mask: torch.Tensor, sequences: int, zero_is_seen: bool) -> torch.Tensor | None:
     """Return which keys anything attends to.  # shape: (sequences, keys).
 
     Args:
         mask: true, 1 or, where it is added to scores, 0 for what is seen.  # shape: (sequences or 1, …, keys)
         sequences: number of sequences.
+        zero_is_seen: what a mask of zeros alone means.
     """
     if not 2 <= mask.ndim <= 4 or mask.shape[0] not in (1, sequences):
         return None
-    seen = _seen(mask)
+    own = _zero_is_seen(mask)
+    seen = mask > -1 if (zero_is_seen if own is None else own) else mask > 0
     if mask.ndim > 2:
         seen = seen.flatten(1, -2).any(1)
     return seen.expand(sequences, -1)
 
 
-def _seen(mask: torch.Tensor) -> torch.Tensor:
+def _fills_up(mask: torch.Tensor, sequences: int) -> bool:
+    """Return whether a mask leaves keys out; one of booleans for pairs of tokens may mean the opposite."""
+    seen = _keys_seen(mask, sequences, True) if mask.ndim == 2 or mask.is_floating_point() else None
+    return seen is not None and not bool(seen.all())
+
+
+def _zero_is_seen(mask: torch.Tensor) -> bool | None:
+    """Return whether a mask is added to scores rather than multiplied; None if it is all zeros and tells nothing."""
     if not mask.is_floating_point():
-        return mask != 0
-    added = bool((mask < 0).any() or (mask > 1).any() or not mask.any())
-    return mask > -1 if added else mask > 0
+        return False
+    return bool((mask < 0).any() or (mask > 1).any()) if bool(mask.any()) else None

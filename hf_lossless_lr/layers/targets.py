@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -99,7 +100,7 @@ def find_targets(
     reasons = dict.fromkeys(heads, "task head") | _default_skips(model)
     targets: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
-    candidates = {name: module for name, module in model.named_modules() if _is_layer(module)}
+    candidates = _candidates(model)
     for name, module in candidates.items():
         wanted = _best(target_modules or (), name, module)
         unwanted = _best(ignore or (), name, module)
@@ -124,8 +125,17 @@ def find_targets(
     return Targets(targets, skipped)
 
 
+def _candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that could be targets; an encoder layer of torch reads its layers' weights and skips them."""
+    modules = dict(model.named_modules())
+    readers = (module for module in modules.values() if isinstance(module, nn.TransformerEncoderLayer))
+    read = {id(child) for module in readers for child in module.children()}
+    return {name: module for name, module in modules.items() if _is_layer(module) and id(module) not in read}
+
+
 def _is_layer(module: nn.Module) -> bool:
-    return type(module) in LAYOUTS or _is_quantized(module)
+    """A layer of a known type whose weight is its own parameter, not computed from others (by a weight norm)."""
+    return _is_quantized(module) or (type(module) in LAYOUTS and "weight" in _own_parameters(module))
 
 
 def _is_quantized(module: nn.Module) -> bool:
@@ -154,15 +164,12 @@ def _default_skips(model: PreTrainedModel) -> dict[str, str]:
     """Return the reason for each module that the defaults leave alone."""
     reasons: dict[str, str] = {}
     outside = _outside_of_bases(model)
-    owners: dict[int, str] = {}
+    places = Counter(id(parameter) for module in model.modules() for parameter in _own_parameters(module).values())
     tied_keys = getattr(model, "all_tied_weights_keys", None) or {}
     tied_keys = set(tied_keys) | set(tied_keys.values())
     output = model.get_output_embeddings()
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter) and id(weight) in owners:
-            reasons[name] = reasons[owners[id(weight)]] = "tied"
-        elif f"{name}.weight" in tied_keys:
+        if places[id(_own_parameters(module).get("weight"))] > 1 or f"{name}.weight" in tied_keys:
             reasons[name] = "tied"
         elif module is output:
             reasons[name] = "output embeddings"
@@ -170,9 +177,11 @@ def _default_skips(model: PreTrainedModel) -> dict[str, str]:
             reasons[name] = "pooler"
         elif id(module) in outside:
             reasons[name] = "task head"
-        if isinstance(weight, nn.Parameter):
-            owners.setdefault(id(weight), name)
     return reasons
+
+
+def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(module.named_parameters(recurse=False, remove_duplicate=False))
 
 
 def _outside_of_bases(model: PreTrainedModel) -> set[int]:

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +28,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..data import PaddingMasks, batch_examples, forward_loss, watching_masks
+from ..data import PaddingMasks, batch_examples, comes_apart, forward_loss, learn_steady_rows, watching_masks
 from ..errors import DataError, NumericalError, TargetError
 from ..fingerprint import tensors_fingerprint
 from ..layers import Layout, called_with, differentiating_only, layout_of, weight_matrices
@@ -122,7 +124,7 @@ class _Collector:
         Returns:
             Units times loss, units, and examples, in float64.
         """
-        if self.one_by_one:
+        if self.one_by_one and comes_apart(batch):
             return torch.stack([self._add(example, index) for example in one_by_one(self.model, batch)]).sum(0)
         totals = self._add(batch, index)
         return totals if totals is not None else self.add_batch(batch, index)
@@ -133,7 +135,7 @@ class _Collector:
         self.recording = True
         loss, outputs, units, asked, _ = forward_loss(self.model, batch, index)
         self.recording = False
-        if index == 0 and not self.one_by_one and self._shares_rows(batch):
+        if not self.one_by_one and (self._hides_padding(batch) or (index == 0 and self._shares_rows(batch))):
             self.one_by_one = True
             self.inputs.clear()
             return None
@@ -148,14 +150,45 @@ class _Collector:
             loss.device
         )
 
+    def _hides_padding(self, batch: Mapping[str, Any]) -> bool:
+        """Return whether rows that belong to no mask may be padding, and examples may go without."""
+        names = self._unmatched()
+        if names or self.masks.mixed:
+            with self._aside(batch):
+                steady = learn_steady_rows(self.masks, self.model, self.targets.values(), batch)
+            self.masks.take(steady)
+            names = self._unmatched()
+        if names and self.masks.separable:
+            logger.info("examples go one by one, for the rows of %s belong to no attention mask", names[0])
+        return bool(names) and self.masks.separable
+
+    def _unmatched(self) -> list[str]:
+        """Return the layers of the finished forward pass whose rows belong to no mask."""
+        before, self.masks.unmatched = self.masks.unmatched, set()
+        for entry in self.inputs.values():
+            entry.mask()
+        found, self.masks.unmatched = self.masks.unmatched, before
+        return [name for name, module in self.targets.items() if id(module) in found]
+
     def _shares_rows(self, batch: Mapping[str, Any]) -> bool:
         """Return whether a layer works once for the whole batch; inputs that begin with its sequences are its own."""
         doubtful = (e for e in self.inputs.values() if e.tensor.shape[:1] != (self.masks.sequences,))
         names = {name for entry in doubtful for name in entry.names}
-        shared = layers_with_shared_rows(self.model, {name: self.targets[name] for name in names}, batch)
+        with self._aside(batch):
+            shared = layers_with_shared_rows(self.model, {name: self.targets[name] for name in names}, batch)
         if shared:
             logger.info("examples go one by one, for %s works once for a whole batch", shared[0])
         return bool(shared)
+
+    @contextmanager
+    def _aside(self, batch: Mapping[str, Any]) -> Iterator[None]:
+        """Keep what other forward passes hand around apart from the masks of the batch."""
+        masks, self.masks = self.masks, copy(self.masks)
+        self.masks.start(batch)
+        try:
+            yield
+        finally:
+            self.masks = masks
 
     def add_weight_grads(self, index: int) -> None:
         for name, module in self.targets.items():
@@ -171,8 +204,8 @@ class _Collector:
         names = [name for name, module in self.targets.items() if id(module) in self.masks.unmatched]
         if names:
             logger.warning(
-                "the rows of %d layers belong to no attention mask, so that padding counts in their statistics: %s%s. "
-                "Batches without padding (batch_size=1) avoid that.",
+                "the rows of %d layers belong to no attention mask, so that padding among them counts in their "
+                "statistics: %s%s. Batches without padding (batch_size=1) avoid that.",
                 len(names),
                 ", ".join(names[:5]),
                 ", …" * (len(names) > 5),

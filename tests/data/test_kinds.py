@@ -3,7 +3,10 @@
 import pytest
 import torch
 from support.tiny_models import TINY_MODELS, build, split_batch
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import BertConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
 from hf_lossless_lr.data.forward import forward_loss
@@ -51,7 +54,30 @@ class TestEveryModel:
         assert all(module.training for module in model.modules())
 
 
+class WithAttentionOfTorch(PreTrainedModel):
+    """Its attention asserts that there are no more than three dimensions."""
+
+    config_class = BertConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.words = nn.Embedding(config.vocab_size, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.last = nn.Linear(8, 3)
+        self.post_init()
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
+        x = self.words(input_ids)
+        logits = self.last(self.attention(x, x, x)[0][:, 0])
+        return SequenceClassifierOutput(nn.functional.cross_entropy(logits, labels), logits)
+
+
 class TestBatches:
+    def test_are_told_from_examples_by_an_assertion_too(self):
+        _, batch = TINY_MODELS["bert-sequence-classification"](COUNT)
+        loader = make_dataloader(split_batch(batch, 4), WithAttentionOfTorch(BertConfig()), batch_size=5)
+        assert numbers(loader) == [4, 4, 4]
+
     def test_may_hold_scalars_and_strings(self):
         model, batch = TINY_MODELS["bert-sequence-classification"](COUNT)
         more = {"return_dict": True, "file": "part-1", "rows": ["a", "b", "c", "d"], "temperature": torch.tensor(2.0)}

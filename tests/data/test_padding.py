@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.processes import accelerator, loader_of
 from support.tiny_models import VOCABULARY, build, class_labels, split_batch, text_inputs
+from transformers import BertConfig, BertLMHeadModel, BertModel, EncoderDecoderModel
 
 from hf_lossless_lr.layers.targets import find_targets
 from hf_lossless_lr.statistics.collector import collect_statistics
@@ -36,3 +37,72 @@ def test_a_batch_as_large_as_its_examples_are_long_is_no_other_than_smaller_ones
             expected = getattr(other[target], field)
             scale = float(expected.abs().max())
             torch.testing.assert_close(getattr(square[target], field), expected, rtol=0, atol=1e-5 * scale)
+
+
+def words_and_classes(longest):
+    return text_inputs(COUNT, longest) | class_labels(COUNT, 3)
+
+
+def alone(batch):
+    """Each example on its own, without padding and without a mask."""
+    for example in split_batch(batch, 1):
+        real = example.pop("attention_mask")[0].bool()
+        yield example | {"input_ids": example["input_ids"][:, real]}
+
+
+def check_agrees_with_examples_alone(model, batch, examples):
+    targets = find_targets(model).chosen
+    got, expected = (
+        collect_statistics(model, targets, loader_of(batches), accelerator()).layers
+        for batches in (split_batch(batch, 4), examples)
+    )
+    for name in expected:
+        assert got[name].tokens == expected[name].tokens, name
+        for field in ("input_covariance", "grad_covariance"):
+            value = getattr(expected[name], field)
+            torch.testing.assert_close(getattr(got[name], field), value, rtol=0, atol=1e-4 * float(value.abs().max()))
+    return got
+
+
+def test_rows_that_a_model_fills_up_do_not_count_either():
+    """Longformer fills examples up to whole windows, also those that came without padding."""
+    options = {"vocab_size": VOCABULARY, "num_labels": 3, "initializer_range": 0.2, **TOKENS_FIRST["Longformer"]}
+    model = build("LongformerForSequenceClassification", "LongformerConfig", **options)
+    batch = words_and_classes(11)
+    got = check_agrees_with_examples_alone(model, batch, alone(batch))
+    assert got["longformer.encoder.layer.0.attention.self.key"].tokens == int(batch["attention_mask"].sum())
+
+
+def test_each_window_of_attention_has_a_mask_of_its_own():
+    """CANINE calls a layer for one window after the other."""
+    model = build(
+        "CanineForSequenceClassification",
+        "CanineConfig",
+        hidden_size=32,
+        num_hash_buckets=50,
+        downsampling_rate=2,
+        local_transformer_stride=4,
+        num_labels=3,
+        **_LAYERS,
+    )
+    batch = words_and_classes(16)
+    targets = find_targets(model).chosen
+    layers = collect_statistics(model, targets, loader_of(split_batch(batch, 4)), accelerator()).layers
+    name = "canine.initial_char_encoder.layer.0.attention.self.query"
+    assert layers[name].tokens == int(batch["attention_mask"].sum())
+
+
+@pytest.mark.filterwarnings("ignore:Version v4.12.0 introduces")  # of encoder-decoder models, whenever they get labels
+def test_what_a_decoder_gets_of_the_encoder_has_the_encoders_mask():
+    """Also where it was projected in between, and both sides are equally long."""
+    sizes = {"num_attention_heads": 4, "num_hidden_layers": 1, "vocab_size": VOCABULARY, "initializer_range": 0.2}
+    decoder = BertConfig(**sizes, hidden_size=24, is_decoder=True, add_cross_attention=True, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    encoder = BertModel(BertConfig(**sizes, hidden_size=32))
+    model = EncoderDecoderModel(encoder=encoder, decoder=BertLMHeadModel(decoder)).eval()
+    model.config.pad_token_id, model.config.decoder_start_token_id = 0, 1
+    batch = text_inputs(COUNT, LENGTH)
+    targets = text_inputs(COUNT, LENGTH, seed=1)
+    batch["labels"] = torch.where(targets["attention_mask"].bool(), targets["input_ids"], -100)
+    examples = [e | {"labels": e["labels"][:, e["labels"][0] != -100]} for e in alone(batch)]
+    check_agrees_with_examples_alone(model, batch, examples)

@@ -85,3 +85,21 @@ def test_weights_of_known_architectures_are_listed(model, config, options, name)
     sizes = {} if "XLNet" in model else _SIZES
     others = check_accounts_for_everything(build(model, config, **(sizes | options)))
     assert others[name][0].startswith("not supported: ")
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_what_a_weight_is_computed_from_is_listed():
+    model = TINY_MODELS["bert-sequence-classification"]()[0]
+    nn.utils.weight_norm(model.bert.encoder.layer[0].output.dense)
+    others = check_accounts_for_everything(model)
+    assert others["bert.encoder.layer.0.output.dense.weight_v"] == ("not supported: 2-D weight of Linear", 32 * 48)
+
+
+def test_a_shared_weight_counts_once():
+    model = TINY_MODELS["bert-sequence-classification"]()[0]
+    model.register_parameter("prototypes", model.bert.encoder.layer[0].output.dense.weight)
+    others = check_accounts_for_everything(model)
+    assert sorted([others["prototypes"], others["bert.encoder.layer.0.output.dense"]]) == [
+        ("not supported: 2-D weight of BertForSequenceClassification", 32 * 48),
+        ("tied", 0),
+    ]

@@ -221,6 +221,31 @@ class TestRefusal:
         with pytest.raises(TargetError, match="'lm_head' shares its weight"):
             find_targets(model, ["lm_head"])
 
+    def test_of_a_weight_that_is_another_modules_parameter_under_another_name(self):
+        """The model goes on to use it there."""
+        model, _ = bert_sequence_classification()
+        model.register_parameter("prototypes", model.bert.encoder.layer[0].output.dense.weight)
+        assert find_targets(model).skipped["bert.encoder.layer.0.output.dense"] == "tied"
+        with pytest.raises(TargetError, match="shares its weight"):
+            find_targets(model, ["bert.encoder.layer.0.output.dense"])
+
+    @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+    def test_of_a_weight_that_is_computed_from_others(self):
+        model, _ = bert_sequence_classification()
+        name = "bert.encoder.layer.0.output.dense"
+        nn.utils.weight_norm(model.get_submodule(name))
+        assert name not in find_targets(model).chosen
+        with pytest.raises(TargetError, match="matches no layer"):
+            find_targets(model, [name])
+
+    def test_of_layers_whose_weights_are_read_instead_of_calling_them(self):
+        """An encoder layer of torch does so without gradients, and would read a guard."""
+        model, _ = bert_sequence_classification()
+        model.bert.more = nn.TransformerEncoderLayer(32, 4, 48)
+        chosen = find_targets(model).chosen
+        assert "bert.encoder.layer.0.output.dense" in chosen
+        assert not any(name.startswith("bert.more") for name in chosen)
+
     def test_of_a_weight_shared_without_a_declaration(self):
         model, _ = bert_sequence_classification()
         model.bert.encoder.layer[1].output.dense.weight = model.bert.encoder.layer[0].output.dense.weight

@@ -44,6 +44,36 @@ class HeadBesideTheBody(PreTrainedModel):
         return SequenceClassifierOutput(nn.functional.cross_entropy(logits, labels), logits)
 
 
+class HeadOfAnyKind(HeadBesideTheBody):
+    """Something becomes of the head's output before it is the model's answer."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
+        seen = self.body(input_ids, attention_mask).last_hidden_state
+        logits = self.become(self.last(seen), attention_mask[..., None])
+        return {"loss": logits.mean(), self.name: logits}
+
+
+BECOMES = {
+    "mean over tokens": lambda y, mask: y.mean(1),
+    "mean over real tokens": lambda y, mask: (y * mask).sum(1) / mask.sum(1),
+    "maximum over tokens": lambda y, mask: y.amax(1),
+    "scaled": lambda y, mask: 0.5 * y[:, 0],
+    "capped": lambda y, mask: 5 * torch.tanh(y[:, 0] / 5),
+    "with another bias": lambda y, mask: y[:, 0] + 1,
+    "log probabilities": lambda y, mask: y[:, 0].log_softmax(-1),
+    "two tokens": lambda y, mask: y[:, 0] + y[:, 1],
+    "classes first": lambda y, mask: y.transpose(1, 2),
+    "in place": lambda y, mask: y.mul_(2)[:, 0],
+}
+
+
+def head_of_any_kind(become, name="logits"):
+    torch.manual_seed(0)
+    model = HeadOfAnyKind(BertConfig(**_TEXT, num_labels=3)).eval()
+    model.become, model.name = become, name
+    return model, text_inputs(COUNT) | class_labels(COUNT, 3)
+
+
 def beside_the_body():
     torch.manual_seed(0)
     model = HeadBesideTheBody(BertConfig(**_TEXT, num_labels=3)).eval()
@@ -114,6 +144,46 @@ def test_what_answers_is_found_by_what_it_returns(name, heads):
     model, batch = TINY_MODELS[name]()
     layers = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert answering_layers(model, layers, batch) == heads
+
+
+@pytest.mark.parametrize("become", BECOMES.values(), ids=BECOMES)
+def test_what_answers_is_found_whatever_becomes_of_its_output(become):
+    model, batch = head_of_any_kind(become)
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert answering_layers(model, layers, batch) == ["last"]
+
+
+@pytest.mark.parametrize("name", ["intent", "logits_of_intents"])
+def test_what_answers_is_found_whatever_the_answer_is_called(name):
+    model, batch = head_of_any_kind(BECOMES["mean over tokens"], name)
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert answering_layers(model, layers, batch) == ["last"]
+
+
+def test_answers_in_a_dictionary_of_their_own_are_found():
+    model, batch = head_of_any_kind(BECOMES["scaled"])
+    forward = model.forward
+
+    def nested(**inputs):
+        out = forward(**inputs)
+        return {"loss": out["loss"], "logits": {"intent": out["logits"]}}
+
+    model.forward = nested
+    assert answering_layers(model, {"last": model.last}, batch) == ["last"]
+
+
+def test_looking_for_answers_leaves_the_model_as_it_was():
+    model, batch = head_of_any_kind(BECOMES["scaled"])
+    model.train()
+    model.last.weight.requires_grad_(False)
+    before = model.last.weight.grad = torch.ones_like(model.last.weight)
+    answering_layers(model, {"last": model.last}, batch)
+    assert model.training
+    assert model.body.training
+    assert not model.last.weight.requires_grad
+    assert model.body.embeddings.word_embeddings.weight.requires_grad
+    assert model.last.weight.grad is before
+    assert not model.last._forward_hooks
 
 
 def test_the_examples_are_found_in_plain_data_too():

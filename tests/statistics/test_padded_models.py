@@ -4,11 +4,22 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from support.padded_models import PADDED_MODELS, deberta_v2, vilt, wav2vec2
+from support.padded_models import (
+    PADDED_MODELS,
+    captions,
+    deberta_v2,
+    experts,
+    funnel,
+    perceiver,
+    vilt,
+    wav2vec2,
+    whisper,
+)
 from support.processes import accelerator, loader_of
 from support.statistics_oracle import Oracle, double_rows, slow_statistics, unpadded_examples
 from support.tiny_models import TINY_MODELS, split_batch
 from support.tolerances import PARTLY_FLOAT32, ROUNDING
+from transformers import Wav2Vec2ForSequenceClassification
 
 from hf_lossless_lr.data.padding import PaddingMasks
 from hf_lossless_lr.layers.targets import find_targets
@@ -33,6 +44,11 @@ def collect(model, batches) -> CalibrationStatistics:
     return collect_statistics(model, find_targets(model).chosen, loader_of(batches), accelerator())
 
 
+class WithTable(Wav2Vec2ForSequenceClassification):
+    def forward(self, labels=None, table=None, **inputs):
+        return super().forward(labels=labels, **inputs)
+
+
 class Pair(NamedTuple):
     got: CalibrationStatistics
     oracle: Oracle
@@ -47,7 +63,7 @@ def pair(request):
         patch.setattr("hf_lossless_lr.statistics.collector.real_rows", double_rows)
         got = collect(model, split_batch(batch, 3))
     oracle = slow_statistics(model, list(got.layers), unpadded_examples(model, batch))
-    in_float32 = ("deberta", "deberta-v2")  # masked scores, or positions, in float32
+    in_float32 = ("deberta", "deberta-v2", "experts")  # masked scores, positions or routers in float32
     return Pair(got, oracle, PARTLY_FLOAT32 if request.param in in_float32 else ROUNDING)
 
 
@@ -62,16 +78,39 @@ def test_the_rows_are_those_of_unpadded_examples(pair):
     assert {name: layer.tokens for name, layer in pair.got.layers.items()} == pair.oracle.tokens
 
 
-def test_a_layer_whose_rows_belong_to_no_mask_is_named(caplog, monkeypatch):
-    """A user's own model may shorten its sequence as it likes and tell no layer."""
+@pytest.mark.parametrize("after_one_that_does", [False, True])
+def test_a_layer_whose_rows_belong_to_no_mask_is_named(caplog, monkeypatch, after_one_that_does):
+    """A user's own model may shorten its sequence as it likes and tell no layer; this batch does not come apart."""
     model, batch = wav2vec2()
+    model.__class__ = WithTable
     monkeypatch.setattr(model.wav2vec2, "_get_feature_vector_attention_mask", lambda *args, **kwargs: None)
-    collect(model, [batch])
+    collect(model, [batch] * after_one_that_does + [batch | {"table": torch.zeros(1)}])
     assert "wav2vec2.encoder.layers.0.attention.k_proj" in caplog.text
     assert "belong to no attention mask" in caplog.text
 
 
-@pytest.mark.parametrize("build", [wav2vec2, vilt])
+def test_a_model_that_takes_no_shorter_examples_keeps_its_padding(caplog, monkeypatch):
+    model, batch = funnel()
+    forward = model.forward
+
+    def of_full_length(input_ids, **inputs):
+        if input_ids.shape[1] != batch["input_ids"].shape[1]:
+            raise RuntimeError("shorter than ever before")
+        return forward(input_ids, **inputs)
+
+    monkeypatch.setattr(model, "forward", of_full_length)
+    collect(model, [batch])
+    assert "funnel.encoder.blocks.1.0.ffn.linear_1" in caplog.text
+
+
+def test_pictures_with_as_many_patches_as_a_text_has_words_have_no_mask():
+    """Ten rows for each picture, as many as the longest text has words."""
+    model, batch = captions(longest=10)
+    vision = collect(model, [batch]).layers["vision_model.encoder.layers.0.mlp.fc1"]
+    assert vision.tokens == 10 * len(batch["labels"])
+
+
+@pytest.mark.parametrize("build", [wav2vec2, vilt, funnel, perceiver, experts, captions, whisper])
 def test_nothing_is_named_where_masks_are_found(caplog, build):
     model, batch = build()
     collect(model, [batch])

@@ -15,6 +15,7 @@ from support.tiny_models import (
     class_labels,
     generator,
     lengths,
+    pixels,
     text_inputs,
 )
 
@@ -137,6 +138,49 @@ def conformer(count: int = EXAMPLES, seed: int = 0) -> tuple[PreTrainedModel, Ba
     return _speech("Wav2Vec2Conformer", count, seed, **options)
 
 
+def funnel(count: int = EXAMPLES, seed: int = 0) -> tuple[PreTrainedModel, Batch]:
+    """Every second token is pooled away, and so is the mask, where nothing shows it."""
+    sizes = {"d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 48, "block_sizes": [1, 1], "initializer_range": 0.2}
+    model = build("FunnelForSequenceClassification", "FunnelConfig", vocab_size=VOCABULARY, num_labels=3, **sizes)
+    return model, text_inputs(count, seed=seed) | class_labels(count, 3, seed)
+
+
+def experts(count: int = EXAMPLES, seed: int = 0) -> tuple[PreTrainedModel, Batch]:
+    """Each expert gets the tokens that a router sends it, padding among them."""
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+    routing = {"num_experts": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "expert_capacity": 99}
+    model = build(
+        "SwitchTransformersForConditionalGeneration",
+        "SwitchTransformersConfig",
+        vocab_size=VOCABULARY,
+        num_decoder_layers=2,
+        router_z_loss_coef=0.0,
+        router_aux_loss_coef=0.0,
+        **sizes,
+        **routing,
+    )
+    batch = text_inputs(count, seed=seed)
+    targets = text_inputs(count, 7, seed=seed + 500)
+    return model, batch | {"labels": torch.where(targets["attention_mask"].bool(), targets["input_ids"], IGNORED)}
+
+
+def perceiver(count: int = EXAMPLES, seed: int = 0) -> tuple[PreTrainedModel, Batch]:
+    """As many latents for a short text as for a long one."""
+    sizes = {"num_latents": 4, "d_latents": 32, "d_model": 16, "num_blocks": 1, "num_self_attends_per_block": 1}
+    model = build(
+        "PerceiverForSequenceClassification",
+        "PerceiverConfig",
+        vocab_size=VOCABULARY,
+        max_position_embeddings=40,
+        num_self_attention_heads=2,
+        num_cross_attention_heads=2,
+        num_labels=3,
+        initializer_range=0.2,
+        **sizes,
+    )
+    return model, text_inputs(count, seed=seed) | class_labels(count, 3, seed)
+
+
 PADDED_MODELS: dict[str, Callable[..., tuple[PreTrainedModel, Batch]]] = {
     "wav2vec2": wav2vec2,
     "wavlm": wavlm,
@@ -146,4 +190,43 @@ PADDED_MODELS: dict[str, Callable[..., tuple[PreTrainedModel, Batch]]] = {
     "deberta": deberta,
     "deberta-v2": deberta_v2,
     "conformer": conformer,
+    "funnel": funnel,
+    "experts": experts,
+    "perceiver": perceiver,
 }
+
+
+def captions(count: int = EXAMPLES, longest: int = 9, seed: int = 0) -> tuple[PreTrainedModel, Batch]:
+    """Pictures of nine patches, and one row more, with texts of several lengths."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    text = {**sizes, "vocab_size": VOCABULARY, "encoder_hidden_size": 32, "bos_token_id": 1, "sep_token_id": 2}
+    vision = {**sizes, "image_size": 12, "patch_size": 4}
+    model = build("BlipForConditionalGeneration", "BlipConfig", text_config=text, vision_config=vision)
+    batch = text_inputs(count, longest, seed=seed)
+    batch["labels"] = torch.where(batch["attention_mask"].bool(), batch["input_ids"], IGNORED)
+    return model, batch | pixels(count, 3, 12, seed)
+
+
+def whisper(count: int = EXAMPLES, seed: int = 0) -> tuple[PreTrainedModel, Batch]:
+    """Sounds that are all equally long, with texts that are not."""
+    model = build(
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        vocab_size=VOCABULARY,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        num_mel_bins=8,
+        max_source_positions=8,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+    )
+    targets = text_inputs(count, seed=seed)
+    labels = torch.where(targets["attention_mask"].bool(), targets["input_ids"], IGNORED)
+    return model, {"input_features": torch.randn(count, 8, 16, generator=generator(seed)), "labels": labels}

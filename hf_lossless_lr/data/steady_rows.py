@@ -1,0 +1,98 @@
+"""Layers whose rows are no tokens: there are as many with padding as without (patches of pictures, boxes, latents)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from copy import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..layers import called_with
+from .cutting import comes_apart, part_of, sequence_masks, unpadded
+from .forward import run_batch
+from .kinds import REFUSALS
+from .padding import PaddingMasks, watching_masks
+
+Calls = list[tuple[torch.Size, bool]]  # the shape of each input, and whether a mask leaves out some of its rows
+
+
+@torch.no_grad()
+def learn_steady_rows(
+    masks: PaddingMasks, model: PreTrainedModel, layers: Iterable[nn.Module], batch: Mapping[str, Any]
+) -> dict[str, set[int] | None]:
+    """Learn, once for each kind of padding, which layers' rows it does not touch, whatever their number.
+
+    The example with the most padding goes through the model as it is, and without. Nothing is learned from a batch
+    that does not come apart.
+
+    Args:
+        masks: the masks of the model.
+        model: the model, in evaluation mode.
+        layers: layers to look at.
+        batch: a batch.
+
+    Returns:
+        What the masks do not know yet, as they take it.
+    """
+    learned = {}
+    for side, mask in sequence_masks(batch, model.config.is_encoder_decoder).items():
+        if side in masks.steady or bool(mask.all()) or not comes_apart(batch):
+            continue
+        most = int(mask.flatten(1).sum(1).argmin())
+        example = part_of(batch, slice(most, most + 1))
+        without = unpadded(model, example, front=True)
+        if any(value.shape != example[name].shape for name, value in without.items() if hasattr(value, "shape")):
+            learned[side] = _steady(masks, model, list(layers), example, without)
+    return learned
+
+
+def _steady(
+    masks: PaddingMasks,
+    model: PreTrainedModel,
+    layers: list[nn.Module],
+    example: Mapping[str, Any],
+    without: Mapping[str, Any],
+) -> set[int] | None:
+    """Return the ids of the layers with as many rows for an example with and without its padding, none of them hidden.
+
+    None where the model takes the example in one form only.
+    """
+    trial = copy(masks)
+    trial.steady, trial.unmatched = {}, set()
+    try:
+        padded, short = (_calls(trial, model, layers, batch) for batch in (example, without))
+    except REFUSALS:
+        return None
+    shapes = {place: [shape for shape, _ in calls] for place, calls in padded.items()}
+    return {
+        place
+        for place, calls in short.items()
+        if [shape for shape, _ in calls] == shapes.get(place) and not any(hidden for _, hidden in calls)
+    }
+
+
+def _calls(
+    masks: PaddingMasks, model: PreTrainedModel, layers: list[nn.Module], batch: Mapping[str, Any]
+) -> dict[int, Calls]:
+    noted: dict[int, list[tuple[torch.Size, Any]]] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+        x = called_with(args, kwargs)
+        noted.setdefault(id(module), []).append((x.shape, masks.of(module, x)))
+
+    masks.start(batch)
+    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    try:
+        with watching_masks(model, masks.encoder, lambda: masks):
+            run_batch(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {place: [(shape, _hides(mask())) for shape, mask in calls] for place, calls in noted.items()}
+
+
+def _hides(mask: torch.Tensor | None) -> bool:
+    return mask is not None and not bool(mask.all())
