@@ -5,10 +5,11 @@ Also what hangs on a compressed model. Sees no data, statistics or verdict.
 
 from .attached import attach_card, dequantize, mark_compressed, unmark_compressed
 from .config import LosslessLowRankConfig
-from .options import MEASURED_OBJECTIVES, CompressionOptions
+from .options import FEWEST_JUDGES, MEASURED_OBJECTIVES, CompressionOptions
 from .quantizer import LosslessLowRankQuantizer
 
 __all__ = [
+    "FEWEST_JUDGES",
     "MEASURED_OBJECTIVES",
     "CompressionOptions",
     "LosslessLowRankConfig",

@@ -17,6 +17,8 @@ from ..renamed import Renamed, refuse_old_names
 SIZES = ("parameters", "flops", "latency")
 SCOPES = ("targeted", "model")
 DEFAULT_KEEP_RATIO = 0.5
+DEFAULT_SELECTION = 1 / 16  # for judging a refit, where that is enough examples to judge it
+FEWEST_JUDGES = 16  # examples of a selection split that may judge a refit; below, one outlier decides
 MEASURED_OBJECTIVES = tuple(name for name, objective in OBJECTIVES.items() if objective.search is not None)
 
 
@@ -48,7 +50,7 @@ class CompressionOptions(Renamed):
             the metric `kronecker`, except for the paper's objectives; no other metric has it.
         selection_fraction: share of the calibration examples kept apart, to measure whether the refit helps and which
             model to choose. Default: 1/2 for `lossless` and `compact`, which choose by measurement, 1/16 for other
-            objectives with a refit, else none.
+            objectives with a refit where that is 16 examples or more, else none.
         max_examples: examples to take from `calib_dataset`, from the start, and from an `eval_dataset` that is a
             stream; None for all. A stream without an end needs it.
         seed: seed of the splits.
@@ -133,6 +135,11 @@ class CompressionOptions(Renamed):
         self.target_modules = _patterns("target_modules", self.target_modules)
         self.ignore = _patterns("ignore", self.ignore)
 
+    @property
+    def fewest_selected(self) -> int:
+        """Examples that a selection split is made for at least: where it is there by default, to judge a refit."""
+        return FEWEST_JUDGES if self.selection_fraction == DEFAULT_SELECTION else 1
+
     def _resolve_refit(self, paper: bool) -> None:
         if self.refit is not None and not isinstance(self.refit, bool):
             raise ConfigurationError(f"refit: must be True, False or None, got {self.refit!r}.")
@@ -146,7 +153,7 @@ class CompressionOptions(Renamed):
             )
         measured = self.objective in MEASURED_OBJECTIVES
         if self.selection_fraction is None:
-            self.selection_fraction = 0.5 if measured else 0.0625 if self.refit else 0.0
+            self.selection_fraction = 0.5 if measured else DEFAULT_SELECTION if self.refit else 0.0
         _number("selection_fraction", self.selection_fraction, 0, 1, "[0, 1)", exclude_high=True)
         if measured and not self.selection_fraction:
             raise ConfigurationError(

@@ -235,6 +235,7 @@ def split_data(
     seed: int,
     selection_fraction: float,
     selection_needed: bool = False,
+    fewest_selected: int = 1,
     max_examples: int | None = None,
     data_collator: Any = None,
     processing_class: Any = None,
@@ -249,6 +250,8 @@ def split_data(
         seed: seed of the splits.
         selection_fraction: share of the calibration examples kept apart for choosing by measurement; 0 for none.
         selection_needed: whether the choice cannot do without them.
+        fewest_selected: examples that a selection split is worth having with; unless it is needed, one that would have
+            fewer is not made, and all examples calibrate.
         max_examples: examples to take from `calib_dataset`, and from an `eval_dataset` that is a stream; None for all.
         data_collator: collator for examples.
         processing_class: tokenizer or processor.
@@ -274,8 +277,8 @@ def split_data(
         labelled = [flag for flag, item in zip(labelled, digests, strict=True) if not item & seen]
         calibration, digests = without(calibration, digests, held_out_digests)
     fingerprints["held_out"] = combined_digest(held_out_digests)
-    selection = None
-    if selection_fraction:
+    selection, most = None, selection_fraction * sum(map(len, digests))
+    if selection_fraction and (selection_needed or most >= fewest_selected):
         shortage = "choosing by measurement; pass more (and smaller) items"
         if not selection_needed:
             shortage += ", or selection_fraction=0"

@@ -148,6 +148,7 @@ class LowRankCompressor:
             seed=config.seed,
             selection_fraction=config.selection_fraction or 0.0,
             selection_needed=config.objective in MEASURED_OBJECTIVES,
+            fewest_selected=config.fewest_selected,
             max_examples=config.max_examples,
             data_collator=data_collator,
             processing_class=processing_class,

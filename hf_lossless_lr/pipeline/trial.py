@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers.utils import logging
 
-from ..checkpoint import LosslessLowRankConfig
+from ..checkpoint import FEWEST_JUDGES, LosslessLowRankConfig
 from ..data import dataset_size, subset
 from ..factors import RefitTarget, refit, refit_groups
 from ..layers import choose_storage, layout_of
@@ -24,7 +24,6 @@ from .calibration import Calibration, Factors
 
 logger = logging.get_logger(__name__)
 
-FEWEST_JUDGES = 16  # examples of a selection split that may judge a refit; below, one outlier decides
 FEWEST_FITTED = 256  # examples that may judge the refit that was fitted to them, where there is no selection split
 FOLDS = 4  # of the cross-validation where there are fewer
 

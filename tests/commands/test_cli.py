@@ -97,7 +97,7 @@ class TestCompress:
         assert factorized_layers(model)
         assert model.num_parameters() == report.compressed.parameters
         assert report.keep_ratio <= 0.5
-        assert report.calibration["examples"] == COUNT - COUNT // 16  # the rest measures whether the refit helps
+        assert report.calibration["examples"] == COUNT
         tokenizer = AutoTokenizer.from_pretrained(out)
         rows = text_rows(9, 100)
         encoded = tokenizer([row["sentence"] for row in rows], padding=True, return_tensors="pt")
@@ -158,7 +158,7 @@ class TestCompress:
     def test_holds_out_a_fifth_without_evaluation_data(self, command, tmp_path, capsys):
         assert main(changed(command, eval_data_files=None)) == 0
         report = CompressionReport.from_json((tmp_path / "out" / "compression_report.json").read_text())
-        assert (report.calibration["examples"], report.held_out["examples"]) == (15, 4)  # and 1 to select on
+        assert (report.calibration["examples"], report.held_out["examples"]) == (16, 4)
         assert "measured on 4 held-out examples" in capsys.readouterr().out
 
     def test_reads_the_splits_of_a_folder(self, place, tmp_path):
@@ -170,7 +170,7 @@ class TestCompress:
         arguments += ["--eval_split", "test", "--eval_examples", "10", "--calibration_examples", "11"]
         assert main([*arguments, "--output", str(tmp_path / "deep" / "out")]) == 0
         report = CompressionReport.from_json((tmp_path / "deep" / "out" / "compression_report.json").read_text())
-        assert (report.calibration["examples"], report.held_out["examples"]) == (10, 10)  # and 1 to select on
+        assert (report.calibration["examples"], report.held_out["examples"]) == (11, 10)
 
     def test_writes_the_report_to_a_second_place(self, command, tmp_path):
         assert main([*command, "--json", str(tmp_path / "report.json")]) == 0
@@ -297,7 +297,7 @@ class TestTasks:
         report = CompressionReport.from_json((tmp_path / "out" / "compression_report.json").read_text())
         rest = examples - examples // 5
         assert report.held_out["examples"] == examples // 5
-        assert report.calibration["examples"] == rest - max(rest // 16, 1)  # and a sixteenth to select on
+        assert report.calibration["examples"] == rest
         assert report.keep_ratio <= 0.5
         again = getattr(transformers, TASKS[task].auto_model).from_pretrained(tmp_path / "out")
         assert factorized_layers(again).keys() == {name for name, layer in report.layers.items() if layer.rank}

@@ -195,7 +195,7 @@ class TestStatisticsFile:
 
     def test_of_another_split_is_refused(self, path):
         with pytest.raises(CheckpointError, match="these statistics belong to other calibration data"):
-            calibrated(path, refit=False)
+            calibrated(path, selection_fraction=0.3)
 
     def test_of_fewer_layers_is_refused(self, tmp_path):
         calibrated(tmp_path / "few", target_modules=["query"], ignore=[LAYER])
@@ -254,6 +254,21 @@ class TestSplits:
         assert tuple(len(part or []) for part in parts) == sizes
         assert sorted(number for part in parts for number in part or []) == list(range(40))
         assert (parts[1] is None) == (sizes[1] == 0)
+
+    @pytest.mark.parametrize(("fewest", "sizes"), [(2, (30, 2, 8)), (3, (32, 0, 8))])
+    def test_keep_none_apart_where_they_would_be_too_few_to_judge(self, fewest, sizes):
+        examples = as_examples(TINY_MODELS[NAME](40)[1])
+        model = TINY_MODELS[NAME]()[0]
+        options = {"batch_size": 8, "seed": 0, "selection_fraction": 1 / 16}
+        data = split_data(model, examples, None, **options, fewest_selected=fewest)
+        loaders = (data.calibration, data.selection, data.held_out)
+        assert tuple(0 if loader is None else len(loader.dataset) for loader in loaders) == sizes
+        needed = split_data(model, examples, None, **options, fewest_selected=99, selection_needed=True)
+        assert len(needed.selection.dataset) == 2
+
+    def test_keep_a_share_that_was_asked_for_whatever_its_size(self):
+        assert LosslessLowRankConfig().fewest_selected == 16
+        assert LosslessLowRankConfig(selection_fraction=0.1).fewest_selected == 1
 
     def test_take_the_selection_from_the_calibration_alone(self):
         evaluation, batch = (TINY_MODELS[NAME](count, seed=seed)[1] for count, seed in ((9, 1), (40, 0)))

@@ -643,7 +643,7 @@ class TestFailure:
     def test_leaves_the_model_exactly_as_it_was(self, used, stage, monkeypatch):
         model, batch = used
         before = Snapshot(model)
-        compressor = LowRankCompressor()
+        compressor = LowRankCompressor(LosslessLowRankConfig(selection_fraction=0.3))
         target, call, error = STAGES[stage]
         with monkeypatch.context() as patch:
             calls = fail_in(patch, target, call, error("broken on purpose"))
@@ -845,7 +845,7 @@ class TestRefusal:
         model, batch = bert()
         text = rf"too few to hold some out for choosing by measurement; pass more \(and smaller\) items{way_out}\.$"
         with pytest.raises(DataError, match=text):
-            LowRankCompressor(LosslessLowRankConfig(objective=objective)).compress(
+            LowRankCompressor(LosslessLowRankConfig(objective=objective, selection_fraction=0.3)).compress(
                 model, [batch], eval_dataset=[other_inputs(batch)]
             )
 
