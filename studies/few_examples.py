@@ -14,7 +14,7 @@ from records import Record, append_records, read_records
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
 
-SIZES, SEEDS, KEEP_RATIOS = (12, 24, 48, 96, 192), range(4), (0.7, 0.5)
+SIZES, SEEDS, KEEP_RATIOS = (12, 24, 48), range(4), (0.7, 0.5)
 
 
 def measure(task: Task, examples: int, seed: int, refit: bool, held_out: int) -> list[Record]:
