@@ -13,12 +13,13 @@ from transformers.utils import logging
 from ..errors import ConfigurationError
 from ..evaluation import measure_speed, random_batch
 from ..files import write_atomically
+from ..ranks import FEWEST_TURNS, TURNS
 from ..report import Speed, layer_table, speed_table, write_speed_figure
-from .loading import load_auto, load_model
+from .loading import PrecisionArguments, load_auto, load_model
 
 
 @dataclass(kw_only=True)
-class BenchmarkArguments:
+class BenchmarkArguments(PrecisionArguments):
     """The settings to measure; each combination of them."""
 
     batch_sizes: list[int] = field(default_factory=lambda: [1, 8, 32], metadata={"help": "examples in a batch"})
@@ -31,10 +32,7 @@ class BenchmarkArguments:
     )
     threads: list[int] | None = field(default=None, metadata={"help": "threads of the processor; default as set"})
     device: str = field(default="cpu", metadata={"help": "device to run on"})
-    dtype: str = field(
-        default="float32", metadata={"help": "dtype to run in", "choices": ["float32", "float16", "bfloat16"]}
-    )
-    turns: int = field(default=15, metadata={"help": "how often each model is measured"})
+    turns: int = field(default=TURNS, metadata={"help": "how often each model is measured"})
     memory: bool = field(default=False, metadata={"help": "measure the peak memory of a pass, too"})
     layers: bool = field(default=False, metadata={"help": "measure the layers one by one, too"})
     json: str | None = field(default=None, metadata={"help": "also write the figures to this file"})
@@ -69,8 +67,8 @@ def benchmark(arguments: Any) -> int:
     for name in ("batch_sizes", "sizes", "threads"):
         if any(value < 1 for value in getattr(arguments, name) or ()):
             raise ConfigurationError(f"--{name}: must be at least 1.")
-    if arguments.turns < 3:
-        raise ConfigurationError(f"--turns: must be at least 3, got {arguments.turns}.")
+    if arguments.turns < FEWEST_TURNS:
+        raise ConfigurationError(f"--turns: must be at least {FEWEST_TURNS}, got {arguments.turns}.")
     models = [_loaded(name, arguments.dtype, arguments.device) for name in (arguments.model, arguments.other) if name]
     if len({model.main_input_name for model in models}) > 1:
         raise ConfigurationError("the two models take other kinds of input, so their times cannot be compared.")

@@ -16,6 +16,7 @@ from ..files import check_writable
 from ..renamed import RENAMED
 from ..report import Certificate
 from ..verdict import CERTIFIED
+from .loading import PrecisionArguments
 
 NOTHING_COMPRESSED, NOT_AS_REQUIRED = 3, 4  # exit codes
 
@@ -37,7 +38,7 @@ def published_task(arguments: Any) -> EvaluationTask:
 
 
 @dataclass(kw_only=True)
-class SourceArguments:
+class SourceArguments(PrecisionArguments):
     """Where the data come from, and the precision to work in."""
 
     dataset: str | None = field(
@@ -48,9 +49,6 @@ class SourceArguments:
     data_files: list[str] | None = field(default=None, metadata={"help": "files, for a format"})
     shots_files: list[str] | None = field(
         default=None, metadata={"help": "files of MMLU's solved examples, for a format"}
-    )
-    dtype: str = field(
-        default="float32", metadata={"help": "dtype to work in", "choices": ["float32", "bfloat16", "float16"]}
     )
 
 

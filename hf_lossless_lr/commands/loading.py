@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import transformers
@@ -17,6 +18,15 @@ _HEADS = (  # heads that may have tensors of the same names, and answer other qu
     *("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice", "ImageClassification"),
     *("NextSentencePrediction", "MaskedLM", "PreTraining"),
 )
+
+
+@dataclass(kw_only=True)
+class PrecisionArguments:
+    """The precision of what is loaded."""
+
+    dtype: str = field(
+        default="float32", metadata={"help": "dtype to work in", "choices": ["float32", "bfloat16", "float16"]}
+    )
 
 
 def load_auto(auto_class: str, name: str, **options: Any) -> Any:

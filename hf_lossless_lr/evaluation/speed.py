@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from ..errors import DataError
 from ..layers import evaluating
-from ..ranks import speed_in_turns
+from ..ranks import TURNS, forward_flops, speed_in_turns
 from ..report import Speed
 
 TEXT_LENGTH, SOUND_LENGTH = 128, 16000  # tokens, samples
@@ -32,7 +31,7 @@ Batch = Mapping[str, torch.Tensor]
 def measure_speed(
     models: Sequence[PreTrainedModel],
     batch: Batch,
-    turns: int = 15,
+    turns: int = TURNS,
     threads: int | None = None,
     memory: bool = False,
     layers: bool = False,
@@ -60,9 +59,10 @@ def measure_speed(
         raise DataError("the batch to measure with is empty.")
     main = batch.get(models[0].main_input_name, tensors[0])
     device = next(models[0].parameters()).device
-    with _threads(threads), _all_evaluating(models), torch.no_grad():
+    with _threads(threads), evaluating(models[0]), evaluating(models[-1]), torch.no_grad():
         speed = speed_in_turns([(nullcontext, partial(model, **batch)) for model in models], main.shape, device, turns)
-        speed = replace(speed, flops=tuple(_flops(model, batch) for model in models))
+        flops = tuple(round(forward_flops(model, {}, batch, examples=1).fixed) for model in models)
+        speed = replace(speed, flops=flops)
         if memory:
             speed = replace(speed, peak_bytes=tuple(_peak_bytes(model, batch, device) for model in models))
         if layers:
@@ -120,19 +120,6 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _all_evaluating(models: Sequence[PreTrainedModel]) -> Iterator[None]:
-    with evaluating(models[0]), evaluating(models[-1]):
-        yield
-
-
-def _flops(model: PreTrainedModel, batch: Batch) -> int:
-    counter = FlopCounterMode(display=False)
-    with counter:
-        model(**batch)
-    return int(counter.get_total_flops())
 
 
 def _peak_bytes(model: PreTrainedModel, batch: Batch, device: torch.device) -> int:

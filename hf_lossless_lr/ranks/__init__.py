@@ -4,7 +4,7 @@
 """
 
 from .flops import flop_sizes, forward_flops, unreached_size
-from .latency import Run, forward_seconds, latency_sizes, speed_in_turns
+from .latency import FEWEST_TURNS, TURNS, Run, forward_seconds, latency_sizes, speed_in_turns
 from .objectives import OBJECTIVES, Limits, Search
 from .paper import find_epsilon, select_paper
 from .path import Ranks, compression_path, second_order_cost
@@ -13,7 +13,9 @@ from .select import kept_share, select_budget, select_uniform
 from .sizes import Budget, LayerSize, parameter_size, parameter_sizes
 
 __all__ = [
+    "FEWEST_TURNS",
     "OBJECTIVES",
+    "TURNS",
     "Budget",
     "LayerSize",
     "Limits",

@@ -25,7 +25,7 @@ REPEATS = 7
 RUN_SECONDS = 2e-3  # a run calls a fast layer repeatedly, for about this long
 MAX_CALLS = 100
 
-TURNS, WARM_UP = 15, 2  # of models that are compared
+TURNS, FEWEST_TURNS, WARM_UP = 15, 3, 2  # of models that are compared
 
 Run = tuple[Callable[[], AbstractContextManager[Any]], Callable[[], Any]]
 Timer = Callable[[nn.Module, torch.Tensor, int], float]
@@ -92,7 +92,7 @@ def speed_in_turns(
                 with in_place():
                     one.append(_seconds(run, device, 1))
             measured.append(one)
-            if len(measured) >= 3 + WARM_UP and time.perf_counter() - start > max_seconds:
+            if len(measured) >= FEWEST_TURNS + WARM_UP and time.perf_counter() - start > max_seconds:
                 break
     times = np.array(measured[WARM_UP:])
     low, median, high = np.quantile(times, (0.25, 0.5, 0.75), axis=0).tolist()

@@ -5,6 +5,8 @@ import time
 import pytest
 import torch
 from support.tiny_models import TINY_MODELS, llama, t5, vit
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_lossless_lr import DataError
 from hf_lossless_lr.evaluation import measure_speed, random_batch
@@ -55,6 +57,15 @@ def test_one_model_has_no_ratio():
     speed = measure_speed([model], random_batch(model, 2, 7), turns=3)
     assert (speed.ratio, speed.ratio_quartiles, speed.is_slower) == (None, None, False)
     assert (speed.shape, speed.device, speed.turns) == ((2, 7), "cpu", 3)
+
+
+def test_operations_of_attention_are_counted_too():
+    model, _ = TINY_MODELS["bert-sequence-classification"]()
+    batch = random_batch(model, 2, 8)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(**batch)
+    assert measure_speed([model], batch, turns=3).flops == (counter.get_total_flops(),)
 
 
 def test_operations_are_counted():
