@@ -4,7 +4,7 @@ Also what a batch's labels and loss mean, and which rows are padding.
 """
 
 from .cutting import comes_apart, part_of, unpadded
-from .forward import forward_loss, mean_loss, run_batch
+from .forward import forward_loss, mean_loss, run_batch, run_watching
 from .heads import answering_layers
 from .labels import IGNORE_INDEX, Question, Reading, batch_examples, correct_predictions
 from .loaders import dataset_size, make_dataloader, subset
@@ -31,6 +31,7 @@ __all__ = [
     "mean_loss",
     "part_of",
     "run_batch",
+    "run_watching",
     "split_data",
     "subset",
     "unpadded",

@@ -43,7 +43,8 @@ def sequence_masks(batch: Batch, decodes: bool) -> dict[str, torch.Tensor]:
     if isinstance(labels, torch.Tensor) and labels.ndim == 2:
         own = isinstance(mask, torch.Tensor) and labels.shape != mask.shape and not labels.is_floating_point()
         if decodes or own:
-            masks["targets"] = batch.get("decoder_attention_mask", labels != IGNORE_INDEX).bool()
+            given = batch.get("decoder_attention_mask")
+            masks["targets"] = (labels != IGNORE_INDEX if given is None else given).bool()
     return masks
 
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import DataError, NumericalError
-from ..layers import evaluating
+from ..layers import called_with, evaluating
 from .labels import Question, check_labels, read_labels
 
 logger = logging.get_logger(__name__)
+
+K = TypeVar("K")
 
 
 class ForwardPass(NamedTuple):
@@ -99,6 +102,35 @@ def run_batch(model: PreTrainedModel, batch: Mapping[str, Any], index: int = 0) 
             "Let its forward return a ModelOutput of Transformers, or a dictionary with loss and logits."
         )
     return outputs
+
+
+def run_watching(
+    model: PreTrainedModel,
+    layers: Mapping[K, nn.Module],
+    batch: Mapping[str, Any],
+    note: Callable[[K, nn.Module, torch.Tensor], object],
+) -> None:
+    """Run a batch and note the input of each call of some layers.
+
+    Args:
+        model: the model.
+        layers: the layers, by any key.
+        batch: keyword arguments of its forward.
+        note: called before each of their calls, with the key, the layer and its input.
+    """
+
+    def hook_of(key: K) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            note(key, module, called_with(args, kwargs))
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(hook_of(key), with_kwargs=True) for key, layer in layers.items()]
+    try:
+        run_batch(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _outside_inference(value: Any) -> Any:

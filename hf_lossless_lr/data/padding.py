@@ -55,19 +55,19 @@ class PaddingMasks:
     def start(self, batch: Mapping[str, Any]) -> None:
         """Take the masks of a batch, before its forward pass."""
         given = [value for name, value in batch.items() if _is_mask(name) or name == "pixel_mask"]
-        self.padded = any(map(_leaves_out, given))
+        self.padded = any(map(leaves_out, given))
         self.handed: dict[int, list[torch.Tensor]] = {}  # masks that modules were called with, at their last call
         self.noted: dict[int, torch.Tensor] = {}  # all of them, by their ids
         self.encoded: dict[int, torch.Tensor] = {}  # what the encoder returns, and what decoders are called with
-        attention_mask = batch.get("attention_mask")
+        attention_mask, sides = batch.get("attention_mask"), sequence_masks(batch, self.encoder is not None)
         self.main, self.decoder = _boolean_mask(attention_mask), None
         self.sequences = batch_examples(batch) if self.main is None else len(self.main)
         if self.encoder is not None:
-            labels = batch.get("labels")
-            default = labels != -100 if isinstance(labels, torch.Tensor) and labels.ndim == 2 else attention_mask
-            self.decoder = _boolean_mask(batch.get("decoder_attention_mask", default))
-            self.padded |= _leaves_out(self.decoder)
-        self.padded_sides = self._padded_sides(batch)
+            targets = sides.get("targets", batch.get("decoder_attention_mask", attention_mask))
+            self.decoder = _boolean_mask(targets)
+            self.padded |= leaves_out(self.decoder)
+        others = {k: v for k, v in batch.items() if k.endswith("mask") and k not in OF_SEQUENCES}
+        self.padded_sides = {side for side, mask in (sides | others).items() if leaves_out(mask)}
         self.take({})
         tensors = [v for v in batch.values() if isinstance(v, torch.Tensor) and v.is_floating_point() and v.ndim > 2]
         sequences = attention_mask.shape[:2] if isinstance(attention_mask, torch.Tensor) else None
@@ -79,12 +79,6 @@ class PaddingMasks:
         known = [layers for side in self.padded_sides if (layers := self.steady.get(side)) is not None]
         self.separable = bool(known) and len(known) == len(self.padded_sides)
         self.whole: set[int] = set.intersection(*known) if self.separable else set()
-
-    def _padded_sides(self, batch: Mapping[str, Any]) -> set[str]:
-        """Return what is padded: `inputs`, `targets`, or what else has a mask."""
-        sides = sequence_masks(batch, self.encoder is not None)
-        others = {k: v for k, v in batch.items() if k.endswith("mask") and k not in OF_SEQUENCES}
-        return {side for side, mask in (sides | others).items() if _leaves_out(mask)}
 
     def note(self, module: nn.Module, called: Mapping[str, Any]) -> None:
         """Take the masks that a module is called with, and note whether they leave out what the batch does not."""
@@ -170,7 +164,8 @@ def watching_masks(model: PreTrainedModel, encoder: nn.Module | None, current: C
             handle.remove()
 
 
-def _leaves_out(mask: Any) -> bool:
+def leaves_out(mask: Any) -> bool:
+    """Return whether a value is a mask that is not true everywhere."""
     return isinstance(mask, torch.Tensor) and not bool(mask.all())
 
 

@@ -10,11 +10,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..layers import called_with
 from .cutting import comes_apart, part_of, sequence_masks, unpadded
-from .forward import run_batch
+from .forward import run_watching
 from .kinds import REFUSALS
-from .padding import PaddingMasks, watching_masks
+from .padding import PaddingMasks, leaves_out, watching_masks
 
 Calls = list[tuple[torch.Size, bool]]  # the shape of each input, and whether a mask leaves out some of its rows
 
@@ -79,20 +78,10 @@ def _calls(
 ) -> dict[int, Calls]:
     noted: dict[int, list[tuple[torch.Size, Any]]] = {}
 
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
-        x = called_with(args, kwargs)
-        noted.setdefault(id(module), []).append((x.shape, masks.of(module, x)))
+    def note(place: int, layer: nn.Module, x: torch.Tensor) -> None:
+        noted.setdefault(place, []).append((x.shape, masks.of(layer, x)))
 
     masks.start(batch)
-    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
-    try:
-        with watching_masks(model, masks.encoder, lambda: masks):
-            run_batch(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {place: [(shape, _hides(mask())) for shape, mask in calls] for place, calls in noted.items()}
-
-
-def _hides(mask: torch.Tensor | None) -> bool:
-    return mask is not None and not bool(mask.all())
+    with watching_masks(model, masks.encoder, lambda: masks):
+        run_watching(model, {id(layer): layer for layer in layers}, batch, note)
+    return {place: [(shape, leaves_out(mask())) for shape, mask in calls] for place, calls in noted.items()}

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..data import batch_examples, comes_apart, part_of, run_batch, unpadded
-from ..layers import called_with
+from ..data import batch_examples, comes_apart, part_of, run_watching, unpadded
 
 Batch = Mapping[str, Any]
 
@@ -52,19 +51,7 @@ def one_by_one(model: PreTrainedModel, batch: Batch) -> list[dict[str, Any]]:
 
 def _inputs(model: PreTrainedModel, targets: Mapping[str, nn.Module], batch: Batch) -> dict[str, list[torch.Tensor]]:
     seen: dict[str, list[torch.Tensor]] = {}
-
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
-            seen.setdefault(name, []).append(called_with(args, kwargs))
-
-        return hook
-
-    hooks = [module.register_forward_pre_hook(note(name), with_kwargs=True) for name, module in targets.items()]
-    try:
-        run_batch(model, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    run_watching(model, targets, batch, lambda name, _, x: seen.setdefault(name, []).append(x))
     return seen
 
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from support.processes import accelerator, loader_of
-from support.tiny_models import VOCABULARY, build, class_labels, split_batch, text_inputs
+from support.tiny_models import IGNORED, VOCABULARY, build, class_labels, split_batch, t5, text_inputs
 from transformers import BertConfig, BertLMHeadModel, BertModel, EncoderDecoderModel
 
+from hf_lossless_lr.data.padding import PaddingMasks
 from hf_lossless_lr.layers.targets import find_targets
 from hf_lossless_lr.statistics.collector import collect_statistics
 
@@ -106,3 +107,15 @@ def test_what_a_decoder_gets_of_the_encoder_has_the_encoders_mask():
     batch["labels"] = torch.where(targets["attention_mask"].bool(), targets["input_ids"], -100)
     examples = [e | {"labels": e["labels"][:, e["labels"][0] != -100]} for e in alone(batch)]
     check_agrees_with_examples_alone(model, batch, examples)
+
+
+def test_a_decoder_mask_that_is_none_is_none_at_all():
+    model, batch = t5()
+    layer = model.decoder.block[0].layer[0].SelfAttention.q
+    found = []
+    for given in ({}, {"decoder_attention_mask": None}):
+        masks = PaddingMasks(model)
+        masks.start(batch | given)
+        found.append(masks.of(layer, torch.zeros(*batch["labels"].shape, 32))())
+    assert torch.equal(found[0], (batch["labels"] != IGNORED).flatten())
+    assert torch.equal(found[1], found[0])

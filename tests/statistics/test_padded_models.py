@@ -117,6 +117,20 @@ def test_nothing_is_named_where_masks_are_found(caplog, build):
     assert "attention mask" not in caplog.text
 
 
+@pytest.mark.parametrize("name", ["deberta", "deberta-v2", "conformer"])
+def test_a_layer_that_works_once_for_a_batch_does_not_depend_on_the_batches(name):
+    """Also where there is no padding, so that nothing hides among its rows."""
+    model, batch = in_double(PADDED_MODELS[name])
+    batch["attention_mask"][:] = 1
+    together, alone = (collect(model, split_batch(batch, size)) for size in (COUNT, 1))
+    for layer, expected in alone.layers.items():
+        got = together.layers[layer]
+        assert got.tokens == expected.tokens, layer
+        for field in ("weight_grad", "input_covariance", "grad_covariance"):
+            mine, other = getattr(got, field), getattr(expected, field)
+            assert (mine - other).abs().max() <= PARTLY_FLOAT32 * float(other.abs().max()), (layer, field)
+
+
 def test_only_layers_that_work_once_for_a_batch_have_shared_rows():
     for name in TINY_MODELS.keys() - {"resnet"}:
         model, batch = TINY_MODELS[name]()
