@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from accelerate.utils import broadcast_object_list, send_to_device
+from accelerate.utils import broadcast_object_list
 
 from ..data import batch_examples
 from ..ranks import Budget, flop_sizes, forward_flops, forward_seconds, latency_sizes, parameter_sizes, unreached_size
@@ -32,7 +32,7 @@ def budget_of(calibration: Calibration, size: str, scope: str, rank_multiple: in
     if size == "parameters":
         targeted = sum(curve.dense_parameters for curve in curves.values())
         return Budget(parameter_sizes(curves), float(dense.parameters - targeted) if whole else 0.0)
-    batch = send_to_device(dict(next(iter(calibration.parts.calibration))), accelerator.device)
+    batch = calibration.first_batch()
     examples = batch_examples(batch)
     flops = forward_flops(dense.model, targets, batch, examples)
     if size == "flops":

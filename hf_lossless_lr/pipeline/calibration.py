@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, gather_object
+from accelerate.utils import DataLoaderConfiguration, gather_object, send_to_device
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -83,6 +84,10 @@ class Calibration:
     factors: Factors
     accelerator: Accelerator
     seconds: Mapping[str, float]
+
+    def first_batch(self) -> dict[str, Any]:
+        """Return the first calibration batch, on the accelerator's device: what sizes and times are those of."""
+        return dict(send_to_device(dict(next(iter(self.parts.calibration))), self.accelerator.device))
 
 
 def calibrate(

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, send_to_device
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers.utils import logging
 
@@ -38,7 +38,7 @@ def measured_speed(calibration: Calibration, layers: Mapping[str, nn.Module]) ->
     model, accelerator = calibration.dense.model, calibration.accelerator
     measured: list[Any] = [None]
     if accelerator.is_main_process:
-        batch = send_to_device(dict(next(iter(calibration.parts.calibration))), accelerator.device)
+        batch = calibration.first_batch()
         main = batch.get(model.main_input_name)
         shape = main.shape if isinstance(main, torch.Tensor) else (batch_examples(batch),)
         run = partial(run_batch, model, batch)

@@ -19,7 +19,14 @@ from ..layers import choose_storage, layout_of
 from ..ranks import Ranks
 from ..report import Difference
 from ..timing import Clock
-from ..verdict import PairedOutcomes, accuracy_difference, loss_difference, mean_upper_bound, paired_outcomes
+from ..verdict import (
+    KeptAnswers,
+    PairedOutcomes,
+    accuracy_difference,
+    loss_difference,
+    mean_upper_bound,
+    paired_outcomes,
+)
 from .calibration import Calibration, Factors
 
 logger = logging.get_logger(__name__)
@@ -97,13 +104,14 @@ def run_trial(calibration: Calibration, ranks: Ranks, config: LosslessLowRankCon
     if config.refit and layers and measured is not None:
         plain = {name: deepcopy(layer.state_dict()) for name, layer in layers.items()}
         enough = _enough_to_judge(calibration, measured)
-        if enough or _helps_unseen_examples(calibration, layers, config, clock):
+        if enough or _helps_unseen_examples(calibration, layers, plain, config, clock):
             _refit(calibration, layers, calibration.parts.calibration, config.damping, clock)
             after = _outcomes(calibration, layers, clock)
             refitted = not enough or _distance(after) < _distance(measured)
-            measured = after if refitted else measured
-        if not refitted:
-            _load(layers, plain)
+            if refitted:
+                measured = after
+            else:
+                _load(layers, plain)
     if calibration.parts.selection is None or measured is None:
         return Trial(dict(ranks), layers, refitted, None, None)
     loss = loss_difference(measured.loss_increase, measured.units, config.confidence, bootstrap=False)
@@ -122,31 +130,33 @@ def _enough_to_judge(calibration: Calibration, measured: PairedOutcomes) -> bool
 
 
 def _helps_unseen_examples(
-    calibration: Calibration, layers: Mapping[str, Any], config: LosslessLowRankConfig, clock: Clock
+    calibration: Calibration,
+    layers: Mapping[str, Any],
+    plain: Mapping[str, Any],
+    config: LosslessLowRankConfig,
+    clock: Clock,
 ) -> bool:
     """Return whether refits on parts of the calibration data bring predictions on the rest closer to the dense ones.
 
     Each example is judged once, by a refit that did not see it; the mean gain must be above 0 with the configured
-    confidence. The layers are left in any state.
+    confidence. The layers, whose states are `plain`, are left as they were.
     """
     loader, dense, accelerator = calibration.parts.calibration, calibration.dense.model, calibration.accelerator
-    size, plain = dataset_size(loader), {name: deepcopy(layer.state_dict()) for name, layer in layers.items()}
+    size = dataset_size(loader)
     folds = min(FOLDS, size)
     if folds < 2:
         logger.warning("the factors are not refitted: one item of calibration data cannot show whether that helps.")
         return False
     worse, units = [], []
     for fold in range(folds):
-        unseen = subset(loader, range(fold, size, folds))
+        unseen, answers = subset(loader, range(fold, size, folds)), KeptAnswers()
+        seen = subset(loader, [item for item in range(size) if item % folds != fold])
+        before = paired_outcomes(dense, layers, unseen, accelerator, dense_answers=answers)
+        _refit(calibration, layers, seen, config.damping, clock)
+        after = paired_outcomes(dense, layers, unseen, accelerator, dense_answers=answers)
         _load(layers, plain)
-        before = paired_outcomes(dense, layers, unseen, accelerator)
-        _refit(
-            calibration, layers, subset(loader, [i for i in range(size) if i % folds != fold]), config.damping, clock
-        )
-        after = paired_outcomes(dense, layers, unseen, accelerator)
         worse.append(_distances(after) - _distances(before))
         units.append(before.units)
-    _load(layers, plain)
     bound = mean_upper_bound(np.concatenate(worse), np.concatenate(units), config.confidence)
     if bound >= 0:
         logger.warning(

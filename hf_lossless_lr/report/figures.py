@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigurationError
-from ..files import replacing
+from .drawing import BAD, DENSE, FULL, KEPT, refuse_links, require_matplotlib, save_figure
 from .records import CompressionReport, LayerReport, TrialRecord
 from .text import label as harmless
 
@@ -21,9 +19,7 @@ if TYPE_CHECKING:
 
 Layers = dict[str, LayerReport]
 
-KEPT, DENSE, BAD, FULL = "#2a6f97", "#b0b0b0", "#c8553d", "#e4e9ed"  # colours
 LABEL_WIDTH = 64  # characters that fit below a panel
-RESOLUTION = 150  # dots per inch
 
 
 def write_figures(report: CompressionReport, directory: str | os.PathLike[str]) -> list[Path]:
@@ -40,14 +36,10 @@ def write_figures(report: CompressionReport, directory: str | os.PathLike[str]) 
         ConfigurationError: if matplotlib is not installed, or a link is in the place of a file.
     """
     drawn = {Path(directory) / f"{name}.png": figure for name, figure in figures(report).items()}
-    links = [path for path in drawn if path.is_symlink()]
-    if links:  # what it leads to may be anything
-        raise ConfigurationError(f"{links[0]} is a link, which figures are not written through; remove it.")
+    refuse_links(drawn)
     Path(directory).mkdir(parents=True, exist_ok=True)
     for path, figure in drawn.items():
-        with replacing(path) as temporary, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # names may be in any script
-            figure.savefig(temporary, dpi=RESOLUTION, format="png")
+        save_figure(figure, path)
     return list(drawn)
 
 
@@ -69,10 +61,7 @@ def figures(report: CompressionReport) -> dict[str, Figure]:
     Raises:
         ConfigurationError: if matplotlib is not installed.
     """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise ConfigurationError("figures need matplotlib: pip install hf-lossless-lr[plots].") from error
+    require_matplotlib()
     draw: dict[str, Callable[[CompressionReport], Figure | None]] = {
         "rank_per_layer": _rank_per_layer,
         "kept_per_layer_type": _kept_per_layer_type,

@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from ..errors import ConfigurationError
-from ..files import replacing
+from .drawing import DENSE, KEPT, refuse_links, require_matplotlib, save_figure
 from .text import plain
 
-COLOURS = ("#b0b0b0", "#2a6f97")  # dense, compressed
+COLOURS = (DENSE, KEPT)
 
 
 @dataclass(frozen=True)
@@ -107,12 +105,10 @@ def write_speed_figure(speeds: Sequence[Speed], path: str | os.PathLike[str]) ->
     Raises:
         ConfigurationError: if matplotlib is not installed, or a link is in the place of the file.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigurationError("figures need matplotlib: pip install hf-lossless-lr[plots].") from error
-    if Path(path).is_symlink():
-        raise ConfigurationError(f"{path} is a link, which figures are not written through; remove it.")
+    require_matplotlib()
+    refuse_links([path])
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 1.2 + 0.6 * len(speeds)), layout="constrained")
     axes = figure.subplots()
     names = ("dense", "compressed") if len(speeds[0].seconds) > 1 else ("model",)
@@ -128,8 +124,7 @@ def write_speed_figure(speeds: Sequence[Speed], path: str | os.PathLike[str]) ->
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds for a batch: median and quartiles")
     axes.legend()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+    save_figure(figure, path)
 
 
 def _milliseconds(median: float, quartiles: tuple[float, float]) -> str:

@@ -36,8 +36,9 @@ def _number(value: float | None) -> str:
 def report_rows(report: CompressionReport) -> dict[str, Row]:
     """Return the rows of a report: sizes in both scopes, loss and accuracy on the held-out data, time of a batch."""
     layers, speed = report.layers.values(), report.speed
-    dense_time, compressed_time = (None, None) if speed is None else (1000 * seconds for seconds in speed.seconds)
-    latency = {} if speed is None else {f"batch of {speed.shape[0]} (ms)": (dense_time, compressed_time)}
+    latency: dict[str, Row] = {}
+    if speed is not None:
+        latency[f"batch of {speed.shape[0]} (ms)"] = 1000 * speed.seconds[0], 1000 * speed.seconds[1]
     return {
         "targeted parameters": (sum(x.dense_parameters for x in layers), sum(x.parameters for x in layers)),
         "parameters": (report.dense.parameters, report.compressed.parameters),
