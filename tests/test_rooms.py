@@ -21,14 +21,22 @@ GROUND = (
 )  # imported by any room; import errors at most
 FRONT = ("__init__", "lm_eval")  # stand before the rooms: they may import from any door
 ROOMS = (
-    *("report", "layers", "data", "statistics", "factors", "ranks", "verdict"),
+    *("report", "formats", "layers", "data", "statistics", "factors", "ranks", "verdict"),
     *("checkpoint", "pipeline", "evaluation", "commands"),
 )
 """The rooms; each imports from earlier ones only."""
 
 OUTSIDE = {"report": ("torch", "transformers")}  # packages that a room does not import
 UNSEEN = {"checkpoint": ("data", "statistics", "verdict")}  # rooms that a room does not see although they come earlier
-STAGES = ("layers", "data", "statistics", "factors", "ranks", "verdict")  # take plain values, not a configuration
+STAGES = (
+    "formats",
+    "layers",
+    "data",
+    "statistics",
+    "factors",
+    "ranks",
+    "verdict",
+)  # take plain values, not a configuration
 HEAVY = ("datasets", "evaluate", "matplotlib", "sklearn", "peft")  # not loaded by `import hf_lossless_lr`
 CATCH_ALLS = ("utils.py", "helpers.py", "common.py")
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 320, 60

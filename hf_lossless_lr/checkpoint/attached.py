@@ -22,16 +22,17 @@ from transformers.utils import logging
 from ..errors import TargetError
 from ..files import replacing, write_atomically
 from ..fingerprint import tensors_fingerprint
-from ..layers import is_factorized, replace_modules, to_dense
+from ..layers import grids_in, is_factorized, replace_modules, restore_grids, to_dense
 from ..report import CARD_NAME, CompressionReport, is_unedited, model_card
 from .config import LosslessLowRankConfig
+from .encoding import dequantize_stored, encoded_state
 from .options import CompressionOptions
 
 logger = logging.get_logger(__name__)
 
 
 ATTACHED = ("dequantize", "save_pretrained", "_upload_modified_files")
-"""Attributes of a compressed model; `mark_compressed` sets the first, `attach_card` the others."""
+"""Attributes of a compressed model; `mark_compressed` sets the first and, for rounded weights, the second."""
 
 
 def mark_compressed(model: PreTrainedModel, config: LosslessLowRankConfig) -> None:
@@ -42,7 +43,32 @@ def mark_compressed(model: PreTrainedModel, config: LosslessLowRankConfig) -> No
         config: the configuration with their manifest.
     """
     model.config.quantization_config = config
-    model.__dict__["dequantize"] = partial(dequantize, model)  # a bound method would not survive pickling
+    vars(model)["dequantize"] = partial(dequantize, model)  # a bound method would not survive pickling
+    if grids_in(model):
+        _attach_save(model, partial(_save_encoded, model))
+
+
+def _attach_save(model: PreTrainedModel, save: partial[None]) -> None:
+    vars(model).pop("save_pretrained", None)
+    vars(save).update(
+        __signature__=inspect.signature(model.save_pretrained), __doc__=type(model).save_pretrained.__doc__
+    )
+    vars(model)["save_pretrained"] = save
+
+
+def _save_encoded(
+    model: PreTrainedModel,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    state_dict: dict[str, Any] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Save a model as Transformers does, with rounded weights as their codes."""
+    if not getattr(model, "_hf_peft_config_loaded", False):  # else it saves the adapter alone
+        state_dict = model.state_dict() if state_dict is None else state_dict
+        state_dict = encoded_state(model, state_dict) if grids_in(model) else state_dict
+    type(model).save_pretrained(model, save_directory, is_main_process, state_dict, *args, **kwargs)
 
 
 def mark_loaded(model: PreTrainedModel, config: LosslessLowRankConfig) -> None:
@@ -52,6 +78,7 @@ def mark_loaded(model: PreTrainedModel, config: LosslessLowRankConfig) -> None:
         model: a model with factorized layers, as `from_pretrained` leaves it.
         config: the configuration with their manifest.
     """
+    config.compute = "dequantized"  # a choice for one load
     for name in ("is_quantized", "hf_quantizer", "quantization_method"):
         model.__dict__.pop(name, None)
     for module in model.modules():
@@ -68,7 +95,7 @@ def unmark_compressed(model: PreTrainedModel) -> None:
 
 
 def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Turn a compressed model back into a plain dense one, with the approximated weights.
+    """Turn a compressed model back into a plain dense one, with the approximated and the rounded weights.
 
     Args:
         model: a compressed model, changed in place.
@@ -80,10 +107,15 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
     Raises:
         TargetError: if the model is not compressed.
     """
+    dequantize_stored(model)
     factorized = {name: module for name, module in model.named_modules() if is_factorized(module)}
-    if not factorized:
-        raise TargetError(f"this {type(model).__name__} has no factorized layers; there is nothing to dequantize.")
-    replace_modules(model, {name: to_dense(module) for name, module in factorized.items()})
+    if not factorized and not grids_in(model):
+        raise TargetError(
+            f"this {type(model).__name__} has no factorized or rounded layers; there is nothing to dequantize."
+        )
+    if factorized:
+        replace_modules(model, {name: to_dense(module) for name, module in factorized.items()})
+    restore_grids(model, {})
     unmark_compressed(model)
     if dtype is not None:
         nn.Module.to(model, dtype)
@@ -110,11 +142,8 @@ def attach_card(model: PreTrainedModel, report: CompressionReport) -> None:
         model: a compressed model.
         report: its report.
     """
-    signature = inspect.signature(model.save_pretrained)
     weights = report.compressed_fingerprint or tensors_fingerprint(model.state_dict())
-    save = partial(_save_pretrained, model, report, _hub_name(model), weights)
-    vars(save).update(__signature__=signature, __doc__=type(model).save_pretrained.__doc__)
-    vars(model)["save_pretrained"] = save
+    _attach_save(model, partial(_save_pretrained, model, report, _hub_name(model), weights))
 
 
 def _hub_name(model: PreTrainedModel) -> str | None:
@@ -139,7 +168,7 @@ def _save_pretrained(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    save = partial(type(model).save_pretrained, model, save_directory, is_main_process, state_dict, *args, **kwargs)
+    save = partial(_save_encoded, model, save_directory, is_main_process, state_dict, *args, **kwargs)
     writes = getattr(model, "should_save_on_this_rank", bool)(is_main_process)
     if not writes or os.path.isfile(save_directory) or getattr(model, "_hf_peft_config_loaded", False):
         save()

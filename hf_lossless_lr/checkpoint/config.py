@@ -13,19 +13,32 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError, ConfigurationError
-from ..layers import METHOD, STORAGES
+from ..formats import FLOAT, FORMATS
+from ..layers import METHOD, STORAGES, format_of, grid_of, is_factorized, storage_in
 from ..renamed import refuse_old_names, with_present_names
 from .options import CompressionOptions
 
-FORMAT_VERSION = 2  # 1 had other names of some options
+FORMAT_VERSION = 3  # 1 had other names of some options, 2 no number formats
+COMPUTES = ("dequantized", "stored")
 
 
 @dataclass
 class ModuleRecord:
-    """How one module is stored: its rank and the storage of its factors."""
+    """How one module is stored: its rank and the storage of its factors, both None where it is dense, and the format.
 
-    rank: int
-    storage: str
+    Attributes:
+        rank: rank of the factors.
+        storage: `pivoted` or `two-factor`.
+        format: number format of the weight or of the factors; `float` is not written.
+    """
+
+    rank: int | None
+    storage: str | None
+    format: str = FLOAT
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what the manifest has of the module."""
+        return {name: value for name, value in vars(self).items() if (name, value) != ("format", FLOAT)}
 
 
 @dataclass(repr=False)
@@ -35,7 +48,10 @@ class LosslessLowRankConfig(CompressionOptions, QuantizationConfigMixin):
     See `CompressionOptions` for the choices. Two more fields are filled in by the compressor:
 
     Attributes:
-        modules: the manifest, module name to `{"rank": int, "storage": str}`. Empty until a model is compressed.
+        modules: the manifest, module name to `{"rank": int, "storage": str}`, with `"format": str` where numbers are
+            rounded; rank and storage are None where the module is dense. Empty until a model is compressed.
+        compute: what the weights in memory are: `dequantized` when the model is loaded to the floating-point numbers
+            that they stand for, or, for `int8`, as they are `stored`.
         format_version: version of the checkpoint format.
 
     Raises:
@@ -44,6 +60,7 @@ class LosslessLowRankConfig(CompressionOptions, QuantizationConfigMixin):
     """
 
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)
+    compute: str = COMPUTES[0]
     format_version: int = FORMAT_VERSION
     __repr__ = QuantizationConfigMixin.__repr__
     quant_method: str = METHOD  # type: ignore[assignment]  # Transformers types it as its own closed enum
@@ -58,6 +75,8 @@ class LosslessLowRankConfig(CompressionOptions, QuantizationConfigMixin):
                 f"the checkpoint has format version {self.format_version!r}; this package reads versions up to "
                 f"{FORMAT_VERSION}. Upgrade with `pip install -U hf-lossless-lr`."
             )
+        if self.compute not in COMPUTES:
+            raise ConfigurationError(f"compute: must be one of {', '.join(COMPUTES)}, got {self.compute!r}.")
         if not isinstance(self.modules, Mapping):
             raise CheckpointError(f"modules: the manifest must map names to records, got {self.modules!r}.")
         self.modules = {name: _checked_record(name, record) for name, record in self.modules.items()}
@@ -93,18 +112,38 @@ class LosslessLowRankConfig(CompressionOptions, QuantizationConfigMixin):
         unused = {name: value for name, value in kwargs.items() if name not in known}
         return (config, unused) if return_unused_kwargs else config
 
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """Return what the configuration given to `from_pretrained` says of a checkpoint that has its own."""
+        return {"compute": self.compute}
+
     def record(self, name: str) -> ModuleRecord:
         """Return the manifest's record of a module."""
         return ModuleRecord(**self.modules[name])
 
 
+def record_of(layer: Any) -> ModuleRecord | None:
+    """Return the manifest's record of a layer; None where it is neither factorized nor rounded."""
+    if is_factorized(layer):
+        return ModuleRecord(layer.rank, layer.storage, format_of(layer.down))
+    return None if grid_of(layer) is None else ModuleRecord(None, None, format_of(layer))
+
+
 def _checked_record(name: str, record: Any) -> dict[str, Any]:
     expected = {f.name for f in fields(ModuleRecord)}
-    if not isinstance(record, Mapping) or set(record) != expected:
-        raise CheckpointError(f"modules[{name!r}]: expected the keys {sorted(expected)}, got {record!r}.")
-    rank, storage = record["rank"], record["storage"]
+    if not isinstance(record, Mapping) or {"format", *record} != expected:
+        raise CheckpointError(
+            f"modules[{name!r}]: expected the keys ['rank', 'storage'], and perhaps 'format', got {record!r}."
+        )
+    rank, storage, number_format = record["rank"], record["storage"], record.get("format", FLOAT)
+    if number_format not in (FLOAT, *FORMATS):
+        known = ", ".join((FLOAT, *FORMATS))
+        raise CheckpointError(f"modules[{name!r}]: format must be one of {known}, got {number_format!r}.")
+    if rank is None and storage is None and number_format != FLOAT:
+        return ModuleRecord(None, None, number_format).to_dict()
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise CheckpointError(f"modules[{name!r}]: rank must be a positive integer, got {rank!r}.")
     if storage not in STORAGES:
         raise CheckpointError(f"modules[{name!r}]: storage must be one of {', '.join(STORAGES)}, got {storage!r}.")
-    return {"rank": rank, "storage": storage}
+    if storage_in(number_format, storage) != storage:
+        raise CheckpointError(f"modules[{name!r}]: {storage} storage does not go with the format {number_format!r}.")
+    return ModuleRecord(rank, storage, number_format).to_dict()

@@ -11,17 +11,19 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..errors import CheckpointError
-from ..layers import Factorized, is_factorized, layers_in
+from ..layers import Factorized, Stored, is_complete, is_factorized, layers_in
+
+INTEGERS = {torch.int8: "I8", torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32"}  # as safetensors call them
 
 
-def check_files(modules: Mapping[str, Factorized], files: list[str] | None, unused: int) -> None:
-    """Refuse files whose tensors are not those of the factorized modules; stock loading would fill gaps at random.
+def check_files(modules: Mapping[str, Factorized | Stored], files: list[str] | None, unused: int) -> None:
+    """Refuse files whose tensors are not those of the compressed modules; stock loading would fill gaps at random.
 
     Transformers renames modules of some architectures when it saves them, so a module without a namesake in the files
     is matched by the shapes of its tensors.
 
     Args:
-        modules: manifest name to the empty factorized module.
+        modules: manifest name to the empty module, factorized or with a rounded weight.
         files: the checkpoint's files.
         unused: number of records whose module this class does not have (a head).
 
@@ -32,7 +34,7 @@ def check_files(modules: Mapping[str, Factorized], files: list[str] | None, unus
     if not files or any(not str(file).endswith(".safetensors") for file in files):
         return
     stored = _stored_layers(files)
-    _check_kinds(modules, [n for n, shapes in stored.items() if Factorized.is_complete(shapes)], files)
+    _check_kinds(modules, [n for n, shapes in stored.items() if is_complete(shapes)], files)
     expected = {name: module.tensor_shapes() for name, module in modules.items()}
     strangers = {name: shapes for name, shapes in stored.items() if name not in expected}
     for name, shapes in expected.items():
@@ -46,13 +48,13 @@ def check_files(modules: Mapping[str, Factorized], files: list[str] | None, unus
                 "incomplete, or one of the two was edited."
             )
         del strangers[namesake]
-    unlisted = [name for name, shapes in strangers.items() if Factorized.is_complete(shapes)]
+    unlisted = [name for name, shapes in strangers.items() if is_complete(shapes)]
     if len(unlisted) > unused:
         raise CheckpointError(f"the checkpoint has factors of {unlisted[0]!r}, which its manifest does not list.")
 
 
 def _stored_layers(files: Sequence[str]) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Return the factorized layers in safetensors files: name to the shapes of the tensors below it."""
+    """Return the compressed layers in safetensors files: name to the shapes of the tensors below it."""
     return layers_in({key: tuple(tensors.get_slice(key).get_shape()) for _, tensors, key in _stored(files)})
 
 
@@ -67,19 +69,23 @@ def _stored(files: Sequence[str]) -> Iterator[tuple[str, Any, str]]:
             raise CheckpointError(f"{file} is cut off, damaged or no safetensors file: {error}") from error
 
 
-def _check_kinds(modules: Mapping[str, Factorized], names: Collection[str], files: Sequence[str]) -> None:
-    """Refuse factors that are no floating-point numbers, and orders that are none; these are small enough to read."""
-    kinds = {key: tensor for module in modules.values() for key, tensor in module.state_dict().items()}
+def _check_kinds(modules: Mapping[str, Factorized | Stored], names: Collection[str], files: Sequence[str]) -> None:
+    """Refuse numbers of other kinds than they must be, and orders that are none; these are small enough to read."""
+    kinds: dict[str, set[torch.dtype]] = {}
+    for module in modules.values():
+        for key, tensor in module.state_dict().items():
+            kinds.setdefault(key, set()).add(tensor.dtype)
     for file, tensors, key in _stored(files):
         below = next((key[len(name) + 1 :] for name in names if key.startswith(f"{name}.")), None)
         if below == "permutation":
             _check_permutation(tensors.get_tensor(key), key, file)
-        elif below in kinds and kinds[below].is_floating_point():
+        elif below in kinds:
             dtype = tensors.get_slice(key).get_dtype()
-            if not dtype.startswith(("F", "BF")):
+            integers = [INTEGERS[kind] for kind in kinds[below] if not kind.is_floating_point]
+            if dtype not in integers if integers else not dtype.startswith(("F", "BF")):
                 raise CheckpointError(
-                    f"the tensor {key!r} in {file} has the dtype {dtype}; it must be in floating point. The file was "
-                    "edited or damaged."
+                    f"the tensor {key!r} in {file} has the dtype {dtype}; it must be in "
+                    f"{' or '.join(integers) or 'floating point'}. The file was edited or damaged."
                 )
 
 

@@ -10,15 +10,18 @@ from typing import Any
 
 from ..errors import ConfigurationError
 from ..factors import METRICS
+from ..formats import FLOAT, FORMATS
 from ..layers import STORAGES
 from ..ranks import OBJECTIVES
 from ..renamed import Renamed, refuse_old_names
 
-SIZES = ("parameters", "flops", "latency")
+SIZES = ("parameters", "bytes", "flops", "latency")
+AUTO = "auto"
 SCOPES = ("targeted", "model")
 DEFAULT_KEEP_RATIO = 0.5
 DEFAULT_SELECTION = 1 / 16  # for judging a refit, where that is enough examples to judge it
 FEWEST_JUDGES = 16  # examples of a selection split that may judge a refit; below, one outlier decides
+NUMBER_FORMATS = (FLOAT, *FORMATS)
 MEASURED_OBJECTIVES = tuple(name for name, objective in OBJECTIVES.items() if objective.search is not None)
 
 
@@ -36,15 +39,21 @@ class CompressionOptions(Renamed):
             measured loss and accuracy are not inferior, by upper confidence bounds within `loss_margin` and
             `accuracy_margin`. `paper-lossless`, `paper-compact`: Algorithms 1 and 2 of arXiv 2412.06867.
         keep_ratio: size kept divided by original size, in (0, 1]; for `budget` and `uniform` only (default 0.5 there).
-        size: what `keep_ratio` counts: `parameters`, `flops` of a calibration batch, or its `latency`, measured on the
-            model's device.
+        size: what `keep_ratio` counts: `parameters`, `bytes` in a checkpoint relative to those of the model as it was
+            given, `flops` of a calibration batch, or its `latency`, measured on the model's device. Default: `bytes`
+            with number formats other than `float`, else `parameters`.
         scope: whether the size is that of the `targeted` weights or of the whole `model`.
         metric: metric of the factorization (default `kronecker`, and `identity` for the paper's objectives).
         target_modules: patterns of layers to factorize; None means every attention and MLP projection. A pattern is an
             exact name (or the end of one), `re:` and a regular expression, a glob, or a layer type such as `Linear`.
         ignore: patterns of layers to leave dense.
         damping: relative damping of the second moments, at least 0.
-        storage: `pivoted`, `two-factor`, or `auto` (the smaller, unless what it saves is negligible).
+        storage: `pivoted`, `two-factor`, or `auto` (the smaller, unless what it saves is negligible). Factors in
+            `int4` and `int3` are always two.
+        formats: number formats that a layer, dense or factorized, may be stored in: `float` (as it was given), `int8`
+            (one scale for each row), `int4` and `int3` (a scale and a zero for each group of 64 in a row), or `auto`
+            for all of them. The weights in memory are what the stored numbers stand for.
+        embeddings: number format of the embeddings, and of what shares their weights.
         rank_multiple: ranks are rounded down to a multiple of this.
         refit: whether to fit each layer's factors to the inputs that it gets in the compressed model. Default: with
             the metric `kronecker`, except for the paper's objectives; no other metric has it.
@@ -67,7 +76,9 @@ class CompressionOptions(Renamed):
         None,
         f"share of the size to keep, in (0, 1]; default {DEFAULT_KEEP_RATIO} for budget and uniform",
     )
-    size: str = _option("parameters", "what keep_ratio counts", choices=SIZES)
+    size: str | None = _option(
+        None, "what keep_ratio counts; default bytes with --formats, else parameters", choices=SIZES
+    )
     scope: str = _option("targeted", "what keep_ratio is a share of: targeted weights or whole model", choices=SCOPES)
     metric: str | None = _option(None, "metric of the factorization; default kronecker", choices=tuple(METRICS))
     target_modules: list[str] | None = _option(
@@ -76,6 +87,10 @@ class CompressionOptions(Renamed):
     ignore: list[str] | None = _option(None, "layers to leave dense, same patterns")
     damping: float = _option(0.03, "relative damping of the second moments")
     storage: str = _option("auto", "how factors are stored", choices=("auto", *STORAGES))
+    formats: list[str] | None = _option(
+        None, "number formats that layers may be stored in; default float", choices=(*NUMBER_FORMATS, AUTO)
+    )
+    embeddings: str = _option(FLOAT, "number format of the embeddings", choices=NUMBER_FORMATS)
     rank_multiple: int = _option(1, "round ranks down to a multiple of this")
     refit: bool | None = _option(None, "fit factors to the inputs of the compressed model; default with kronecker")
     selection_fraction: float | None = _option(
@@ -107,6 +122,7 @@ class CompressionOptions(Renamed):
         if self.metric is None:
             self.metric = objective.default_metric
         _choice("metric", self.metric, METRICS)
+        self._resolve_formats(paper)
         _choice("size", self.size, SIZES)
         _choice("scope", self.scope, SCOPES)
         _choice("storage", self.storage, ("auto", *STORAGES))
@@ -139,6 +155,34 @@ class CompressionOptions(Renamed):
     def fewest_selected(self) -> int:
         """Examples that a selection split is made for at least: where it is there by default, to judge a refit."""
         return FEWEST_JUDGES if self.selection_fraction == DEFAULT_SELECTION else 1
+
+    def _resolve_formats(self, paper: bool) -> None:
+        names = [FLOAT] if self.formats is None else _patterns("formats", self.formats) or []
+        names = list(NUMBER_FORMATS) if names == [AUTO] else names
+        for name in names:
+            _choice("formats", name, NUMBER_FORMATS)
+        self.formats = [name for name in NUMBER_FORMATS if name in names]  # finest first
+        _choice("embeddings", self.embeddings, NUMBER_FORMATS)
+        rounds = self.formats != [FLOAT]
+        self.size = ("bytes" if rounds else "parameters") if self.size is None else self.size
+        if not rounds:
+            return
+        if paper:
+            raise ConfigurationError(
+                f"formats={self.formats!r} contradicts objective={self.objective!r}: the paper's algorithms choose "
+                "ranks alone."
+            )
+        if self.size != "bytes":
+            raise ConfigurationError(
+                f"size={self.size!r} contradicts formats={self.formats!r}: number formats make a difference in bytes "
+                "only; use size='bytes'."
+            )
+        without_pivots = [name for name in self.formats if name != FLOAT and not FORMATS[name].pivots]
+        if self.storage == "pivoted" and without_pivots:
+            raise ConfigurationError(
+                f"storage='pivoted' contradicts the format {without_pivots[0]!r}: with so few bits, the errors of "
+                "pivots pass into all other outputs. Use storage='auto' or 'two-factor'."
+            )
 
     def _resolve_refit(self, paper: bool) -> None:
         if self.refit is not None and not isinstance(self.refit, bool):

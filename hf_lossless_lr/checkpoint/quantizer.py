@@ -12,15 +12,20 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers import auto as quantizer_registry
 
 from ..errors import CheckpointError, ConfigurationError, TargetError
-from ..layers import METHOD, Factorized, FactorizedLinear, layout_of, replace_modules
+from ..formats import FLOAT
+from ..layers import METHOD, Factorized, FactorizedLinear, Stored, layout_of, replace_modules
 from .attached import dequantize, mark_loaded
-from .config import LosslessLowRankConfig
+from .config import LosslessLowRankConfig, ModuleRecord
 from .contents import check_files, check_loaded
+from .encoding import dequantize_stored
+
+KEPT = ("int8",)  # stay as they are stored with `compute="stored"`; unpacking fewer bits in every call does not pay
 
 
 class LosslessLowRankQuantizer(HfQuantizer):
@@ -40,21 +45,25 @@ class LosslessLowRankQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = cast(LosslessLowRankConfig, self.quantization_config)
         path_of = _paths_in(model, config.modules)
-        built: dict[str, Factorized] = {}
+        built: dict[str, Factorized | Stored] = {}
         for name, path in path_of.items():
             record, module = config.record(name), model.get_submodule(path)
             try:
-                built[name] = layout_of(module).factorized(module, record.rank, record.storage)
+                built[name] = _empty(module, record)
             except (ConfigurationError, TargetError) as error:
                 raise CheckpointError(f"the manifest's record of {name!r} does not fit the model: {error}") from error
         self._files = kwargs.get("checkpoint_files")
         check_files(built, self._files, unused=len(config.modules) - len(built))
         replace_modules(model, {path_of[name]: module for name, module in built.items()})
+        vars(model)["_adjust_bias"] = _leave_bias  # until the weight that an output layer is tied to is no guard
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        vars(model).pop("_adjust_bias", None)
+        config = cast(LosslessLowRankConfig, self.quantization_config)
+        dequantize_stored(model, keep=KEPT if config.compute == "stored" else ())
         check_loaded(model, self._files)
-        mark_loaded(model, cast(LosslessLowRankConfig, self.quantization_config))
+        mark_loaded(model, config)
         return model
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
@@ -92,6 +101,23 @@ class LosslessLowRankQuantizer(HfQuantizer):
         return True
 
 
+def _leave_bias(output_embeddings: Any, input_embeddings: Any) -> None:
+    """Stand in for what cuts or pads the bias of an output layer to as many entries as its tied weight has rows."""
+
+
+def _empty(module: Any, record: ModuleRecord) -> Factorized | Stored:
+    """Return what takes the place of a module, without its numbers."""
+    if record.rank is None or record.storage is None:
+        if type(module) is not nn.Embedding:
+            layout_of(module)  # refuses what is no layer of a known type
+        return Stored(module, record.format)
+    layer = layout_of(module).factorized(module, record.rank, record.storage)
+    if record.format != FLOAT:
+        layer.down = Stored(layer.down, record.format, guarded=False)
+        layer.up = Stored(layer.up, record.format, guarded=False)
+    return layer
+
+
 def _paths_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     """Map the manifest's names to modules of this class, which may have a head more or less than the saved one."""
     modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
@@ -109,7 +135,7 @@ def _paths_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
             )
     if not paths:
         raise CheckpointError(
-            f"none of the factorized modules of this checkpoint exists in {type(model).__name__}: "
+            f"none of the compressed modules of this checkpoint exists in {type(model).__name__}: "
             f"{', '.join(list(names)[:3]) or 'the manifest is empty'}."
         )
     return paths
@@ -118,3 +144,6 @@ def _paths_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
 # Set directly, not with the decorators: those refuse a second import (a reload, a notebook).
 quantizer_registry.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = LosslessLowRankConfig
 quantizer_registry.AUTO_QUANTIZER_MAPPING[METHOD] = LosslessLowRankQuantizer
+_registry: Any = quantizer_registry
+if LosslessLowRankConfig not in _registry.LOADING_ATTRIBUTES_CONFIG_TYPES:  # those whose loading attributes are heeded
+    _registry.LOADING_ATTRIBUTES_CONFIG_TYPES += (LosslessLowRankConfig,)

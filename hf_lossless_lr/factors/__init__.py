@@ -3,10 +3,13 @@
 `linalg` knows tensors only.
 """
 
-from .curves import LossCurve
+from .curves import LossCurve, RoundingCost
 from .factorize import Factorization, factorize, loss_curve
+from .filling import fill
+from .linalg import damped
 from .metrics import METRICS
 from .refit import RefitTarget, refit, refit_groups
+from .rounding import RoundedFactors, round_dense, round_factors, rounding_cost
 from .signal import silent_layers
 
 __all__ = [
@@ -14,9 +17,16 @@ __all__ = [
     "Factorization",
     "LossCurve",
     "RefitTarget",
+    "RoundedFactors",
+    "RoundingCost",
+    "damped",
     "factorize",
+    "fill",
     "loss_curve",
     "refit",
     "refit_groups",
+    "round_dense",
+    "round_factors",
+    "rounding_cost",
     "silent_layers",
 ]

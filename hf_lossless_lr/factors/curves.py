@@ -5,11 +5,30 @@ Arrays are numpy float64, indexed by the rank `k = 0 … m` with `m = min(out, i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..layers import break_even_rank, factorized_parameters
+from ..formats import FLOAT
+from ..layers import break_even_rank, factorized_parameters, storage_in
+
+
+@dataclass(frozen=True)
+class RoundingCost:
+    """What it is predicted to cost that the stored numbers of one layer are rounded to a format.
+
+    Attributes:
+        by_rank: cost for the factors of every rank, in nats.  # shape: (m + 1,)
+        dense: cost for the dense weight, in nats.
+    """
+
+    by_rank: np.ndarray
+    dense: float
+
+    def at(self, rank: int | None) -> float:
+        """Return the cost at `rank`, or for the dense weight for None."""
+        return self.dense if rank is None else float(self.by_rank[rank])
 
 
 @dataclass(frozen=True)
@@ -24,6 +43,8 @@ class LossCurve:
         second_order: `½ tr(B D A Dᵀ)` in nats, at least 0.  # shape: (m + 1,)
         max_noise: `max |Ŵ_k − W|` elementwise, only where a rule needs it.  # shape: (m + 1,)
         groups: number of matrices, all of one shape and rank.
+        pivots_inputs: whether pivots, where there are any, are inputs of the layer rather than outputs.
+        rounding: what each number format costs that the layer may be stored in, finest first; None where nothing.
     """
 
     out_features: int
@@ -33,6 +54,8 @@ class LossCurve:
     second_order: np.ndarray
     max_noise: np.ndarray | None = None
     groups: int = 1
+    pivots_inputs: bool = False
+    rounding: Mapping[str, RoundingCost | None] = field(default_factory=lambda: {FLOAT: None})
 
     @property
     def dense_parameters(self) -> int:
@@ -42,10 +65,21 @@ class LossCurve:
     @property
     def break_even_rank(self) -> int:
         """Largest rank that compresses this layer in its storage."""
-        return break_even_rank(self.out_features, self.in_features, self.storage)
+        return self.break_even_rank_in(FLOAT)
 
-    def parameters(self, rank: int | None) -> int:
-        """Return the parameters of the weight at `rank`, or of the dense weight for None."""
+    def break_even_rank_in(self, number_format: str) -> int:
+        """Return the largest rank that stores fewer numbers than the dense weight, in a number format."""
+        return break_even_rank(self.out_features, self.in_features, storage_in(number_format, self.storage))
+
+    def predicted_loss(self, rank: int | None, number_format: str = FLOAT) -> float:
+        """Return the second-order term and the cost of the rounding at `rank`, or of the dense weight, in nats."""
+        truncation = 0.0 if rank is None else float(self.second_order[rank])
+        rounding = self.rounding[number_format]
+        return truncation + (0.0 if rounding is None else rounding.at(rank))
+
+    def parameters(self, rank: int | None, number_format: str = FLOAT) -> int:
+        """Return the numbers stored of the weight at `rank`, or of the dense weight for None."""
         if rank is None:
             return self.dense_parameters
-        return self.groups * factorized_parameters(self.out_features, self.in_features, rank, self.storage)
+        storage = storage_in(number_format, self.storage)
+        return self.groups * factorized_parameters(self.out_features, self.in_features, rank, storage)

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import greenlet
@@ -31,10 +32,12 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..data import PaddingMasks
-from ..layers import evaluating, in_place, weight_matrices
+from ..formats import FLOAT
+from ..layers import evaluating, in_place, is_factorized, weight_matrices
 from ..statistics import CalibrationStatistics, Group, Pause, Stream, gram, pausing
 from ..timing import Clock
 from .factorize import Factorization
+from .filling import fill
 from .linalg import damped, metric_svd, shifted_weight
 
 CHUNK = 4096  # rows that small batches are joined to, for their products
@@ -47,13 +50,15 @@ class RefitTarget:
 
     Attributes:
         dense: the dense layer.
-        factorized: the layer that replaces it, with factors loaded; changed in place.
+        layer: the layer that replaces it, factorized or rounded, with its numbers loaded; changed in place.
         grad_covariance: B of the layer.  # shape: (groups, out, out)
+        number_format: the format that its numbers are rounded to.
     """
 
     dense: nn.Module
-    factorized: Any
+    layer: Any
     grad_covariance: torch.Tensor
+    number_format: str = FLOAT
 
 
 def refit_groups(statistics: CalibrationStatistics, targets: Mapping[str, RefitTarget]) -> list[Group]:
@@ -74,24 +79,26 @@ def refit(
     accelerator: Accelerator,
     damping: float,
     clock: Clock,
+    others: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> list[str]:
-    """Refit the factorized layers to their shifted inputs, in the order of the forward pass.
+    """Refit the layers to their shifted inputs, in the order of the forward pass.
 
     Args:
         model: the dense model; it is dense again afterwards.
-        targets: layers, by name; the factors in `factorized` are replaced.
+        targets: layers, by name; the numbers in `layer` are replaced.
         groups: from `refit_groups`.
         loader: calibration data.
         accelerator: made with `even_batches=False`.
         damping: relative damping of the metric.
         clock: the times of the forward passes, of the products of their inputs and of the solves are added here.
+        others: what else is in the compressed model, by name; left as it is.
 
     Returns:
         The layers that were left as they are: in no group, not reached by the data, or behind a router that sends them
         other rows in the compressed model than in the dense one.
     """
     left = set(targets)
-    factorized = {name: target.factorized for name, target in targets.items()}
+    layers = {**others, **{name: target.layer for name, target in targets.items()}}
     masks = PaddingMasks(model)  # what it knows of the model serves all streams
     with evaluating(model), pausing(model, masks.encoder, _pauses(targets, groups)):
         batches = list(accelerator.prepare(loader))
@@ -102,7 +109,7 @@ def refit(
             for group in logging.tqdm(groups, desc="Refitting", disable=not accelerator.is_main_process):
                 with clock.timed("refit_forward"):
                     arrived = [stream.advance(group, finished) for stream in dense]
-                    with in_place(model, factorized):
+                    with in_place(model, layers):
                         arrived = [s.advance(group, finished) and a for s, a in zip(compressed, arrived, strict=True)]
                 pairs = [(d, c) for d, c, a in zip(dense, compressed, arrived, strict=True) if a]
                 with clock.timed("refit_products"):
@@ -120,14 +127,14 @@ def refit(
 
 
 def _pauses(targets: Mapping[str, RefitTarget], groups: Sequence[Group]) -> list[Pause]:
-    """Return where streams wait: at each layer of a group, dense and factorized."""
+    """Return where streams wait: at each layer of a group, in both models."""
     pauses = []
     for group in groups:
         behind = _compares_outputs([targets[name] for name in group])
         for name in group:
             target = targets[name]
             pauses.append(Pause(group, target.dense, target.dense, behind))
-            pauses.append(Pause(group, target.factorized, target.dense, behind=False))
+            pauses.append(Pause(group, target.layer, target.dense, behind=False))
     return pauses
 
 
@@ -194,6 +201,7 @@ def _chunks(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tupl
 
 def _solve(target: RefitTarget, output_cross: torch.Tensor, input_gram: torch.Tensor, damping: float) -> None:
     weight = shifted_weight(weight_matrices(target.dense), output_cross, input_gram, RIDGE)
-    factors = metric_svd(weight, damped(input_gram, damping), damped(target.grad_covariance, damping))
-    layer = target.factorized
-    layer.load_factors(*Factorization(factors).truncate(layer.rank, layer.storage, layer.pivots_inputs))
+    inputs, factorization = damped(input_gram, damping), None
+    if is_factorized(target.layer):
+        factorization = Factorization(metric_svd(weight, inputs, damped(target.grad_covariance, damping)))
+    fill(target.layer, weight, factorization, inputs, target.number_format)

@@ -11,7 +11,20 @@ from .layout import Layout, layout_of, to_dense, weight_matrices
 from .linear import FactorizedLinear
 from .model_state import ModelState, differentiating_only, evaluating, on_device, own_config
 from .replacement import finish, in_place, replace_modules
-from .storage import STORAGES, break_even_rank, choose_storage, factorized_parameters
+from .rounded import (
+    as_matrix,
+    checkpoint_bytes,
+    format_of,
+    from_matrix,
+    grid_of,
+    grids_in,
+    restore_grids,
+    rounded_modules,
+    set_grid,
+    stored_bytes,
+)
+from .storage import STORAGES, break_even_rank, choose_storage, factorized_parameters, storage_in, weight_bytes
+from .stored import Stored, is_complete, stored_in
 from .targets import Targets, check_model, find_targets
 
 __all__ = [
@@ -22,17 +35,25 @@ __all__ = [
     "FactorizedLinear",
     "Layout",
     "ModelState",
+    "Stored",
     "Targets",
+    "as_matrix",
     "break_even_rank",
     "called_with",
     "check_model",
+    "checkpoint_bytes",
     "choose_storage",
     "differentiating_only",
     "evaluating",
     "factorized_parameters",
     "find_targets",
     "finish",
+    "format_of",
+    "from_matrix",
+    "grid_of",
+    "grids_in",
     "in_place",
+    "is_complete",
     "is_factorized",
     "layers_in",
     "layout_of",
@@ -40,6 +61,13 @@ __all__ = [
     "other_weights",
     "own_config",
     "replace_modules",
+    "restore_grids",
+    "rounded_modules",
+    "set_grid",
+    "storage_in",
+    "stored_bytes",
+    "stored_in",
     "to_dense",
+    "weight_bytes",
     "weight_matrices",
 ]

@@ -49,6 +49,7 @@ class FactorizedConv2d(Factorized):
 
 class _Conv2dLayout:
     by_default = False
+    pivots_narrow_side = False
 
     def matrices(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.flatten(1)[None]

@@ -37,8 +37,8 @@ class Factorized(nn.Module):
     the layer with random numbers.
     """
 
-    own_tensors: ClassVar[tuple[str, ...]] = ("down.weight", "up.weight", "permutation")
-    """Tensors below a layer that no dense layer has. A class that stores others (scales) names these."""
+    own_tensors: ClassVar[tuple[str, ...]] = ("down.weight", "up.weight", "down.codes", "up.codes", "permutation")
+    """Tensors below a layer that no dense layer has."""
 
     guard_shape: ClassVar[tuple[int, ...]] = (1,)
     """Shape of the guard."""
@@ -46,8 +46,8 @@ class Factorized(nn.Module):
     feature_dim = -1
     pivots_inputs = False
     layer_type: str
-    down: nn.Linear | nn.Conv2d
-    up: nn.Linear | nn.Conv2d
+    down: Any  # a linear layer or a convolution, or what holds its weight in another form
+    up: Any
     bias: nn.Parameter | None
     permutation: torch.Tensor | None
 

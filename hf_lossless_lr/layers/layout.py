@@ -23,9 +23,11 @@ class Layout(Protocol):
 
     Attributes:
         by_default: whether layers of this type are targets where none are named.
+        pivots_narrow_side: whether pivots are inputs where these are fewer than the outputs; else they are outputs.
     """
 
     by_default: bool
+    pivots_narrow_side: bool
 
     def matrices(self, weight: torch.Tensor) -> torch.Tensor:
         """Return a weight, or its gradient, as matrices that share its memory.  # shape: (groups, out, in)."""

@@ -52,6 +52,7 @@ class FactorizedLinear(Factorized):
 
 class _LinearLayout:
     by_default = True
+    pivots_narrow_side = True
 
     def matrices(self, weight: torch.Tensor) -> torch.Tensor:
         return weight[None]

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from ..formats import FLOAT, FORMATS
+
+PERMUTATION_BYTES = 4  # for each output, or input
 STORAGES = ("pivoted", "two-factor")
 NEGLIGIBLE_SAVING = 0.05  # `auto` drops the pivots where they save less than this share of two factors
+
+
+def storage_in(number_format: str, storage: str) -> str:
+    """Return a storage, or `auto`, as it is possible in a number format: some do not go with pivots."""
+    return storage if number_format == FLOAT or FORMATS[number_format].pivots else "two-factor"
 
 
 def choose_storage(out_features: int, in_features: int, rank: int, storage: str) -> str:
@@ -61,3 +69,42 @@ def break_even_rank(out_features: int, in_features: int, storage: str) -> int:
     if storage != "two-factor":
         return min(out_features, in_features) - 1
     return (out_features * in_features - 1) // (out_features + in_features)
+
+
+def matrix_bytes(rows: int, columns: int, number_format: str, itemsize: int) -> int:
+    """Return the bytes of a matrix in a number format; `itemsize` is that of a number in `float`."""
+    if number_format == FLOAT:
+        return rows * columns * itemsize
+    return FORMATS[number_format].stored_bytes(rows, columns)
+
+
+def weight_bytes(
+    out_features: int,
+    in_features: int,
+    rank: int | None,
+    storage: str,
+    number_format: str,
+    itemsize: int,
+    pivots_inputs: bool,
+) -> int:
+    """Return the bytes that a checkpoint holds of a weight: factors, scales, permutation; no bias and no guard.
+
+    Args:
+        out_features: rows of the weight.
+        in_features: columns of the weight.
+        rank: its rank, or None where it is dense.
+        storage: `pivoted`, `two-factor` or `auto`.
+        number_format: `float` or a key of `FORMATS`.
+        itemsize: bytes of a number in `float`.
+        pivots_inputs: whether pivots, where there are any, are inputs rather than outputs.
+
+    Returns:
+        The bytes.
+    """
+    if rank is None:
+        return matrix_bytes(out_features, in_features, number_format, itemsize)
+    stored = choose_storage(out_features, in_features, rank, storage_in(number_format, storage))
+    pivots = rank if stored == "pivoted" else 0
+    down = matrix_bytes(rank, in_features - pivots * pivots_inputs, number_format, itemsize)
+    up = matrix_bytes(out_features - pivots * (not pivots_inputs), rank, number_format, itemsize)
+    return down + up + (PERMUTATION_BYTES * (in_features if pivots_inputs else out_features) if pivots else 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,19 @@ from transformers.utils import logging
 from ..checkpoint import LosslessLowRankConfig
 from ..data import DataSplits, answering_layers, forward_loss, subset
 from ..errors import CheckpointError, NumericalError, TargetError
-from ..factors import Factorization, LossCurve, factorize, loss_curve, silent_layers
+from ..factors import Factorization, LossCurve, RoundingCost, factorize, loss_curve, rounding_cost, silent_layers
 from ..fingerprint import tensors_fingerprint
-from ..layers import Targets, evaluating, find_targets, on_device, other_weights, weight_matrices
+from ..formats import FLOAT, FORMATS
+from ..layers import (
+    Targets,
+    checkpoint_bytes,
+    evaluating,
+    find_targets,
+    layout_of,
+    on_device,
+    other_weights,
+    weight_matrices,
+)
 from ..ranks import OBJECTIVES
 from ..report import SkippedWeight
 from ..statistics import CalibrationStatistics, collect_statistics, data_fingerprint, load_statistics, save_statistics
@@ -39,12 +49,14 @@ class Dense:
         model: the model.
         fingerprint: SHA-256 of its state dict.
         parameters: number of its parameters.
+        bytes: bytes of its checkpoint.
         answers: its answers to the data that compressions are chosen by, as far as they were asked for and fit.
     """
 
     model: PreTrainedModel
     fingerprint: str
     parameters: int
+    bytes: int
     answers: KeptAnswers
 
 
@@ -116,7 +128,8 @@ def calibrate(
     accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(even_batches=False))
     clock = Clock()
     with on_device(model, accelerator.device):
-        dense = Dense(model, tensors_fingerprint(model.state_dict()), model.num_parameters(), KeptAnswers())
+        fingerprint = tensors_fingerprint(model.state_dict())
+        dense = Dense(model, fingerprint, model.num_parameters(), checkpoint_bytes(model), KeptAnswers())
         for loader in (parts.held_out, parts.selection):  # what is wrong with them shows now, not after the work
             if loader is not None:
                 _try_first(model, loader, accelerator)
@@ -257,5 +270,13 @@ def _factorize(
             factorizations[name] = factorize(weight, stats, str(config.metric), config.damping)
         except NumericalError as error:
             raise NumericalError(f"{name!r}: {error}") from error
-        curves[name] = loss_curve(weight, factorizations[name], stats, config.storage, with_noise)
+        curve = loss_curve(weight, factorizations[name], stats, config.storage, with_noise)
+        costs = {
+            number_format: rounding_cost(weight, factorizations[name], stats, config.damping, FORMATS[number_format])
+            for number_format in config.formats or ()
+            if number_format != FLOAT
+        }
+        in_float: dict[str, RoundingCost | None] = {FLOAT: None} if FLOAT in (config.formats or ()) else {}
+        pivots_inputs = layout_of(module).pivots_narrow_side and curve.in_features < curve.out_features
+        curves[name] = replace(curve, pivots_inputs=pivots_inputs, rounding={**in_float, **costs})
     return Factors(targets, skipped, factorizations, curves)

@@ -11,23 +11,28 @@ from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
-from ..checkpoint import MEASURED_OBJECTIVES, LosslessLowRankConfig, attach_card, mark_compressed, unmark_compressed
+from ..checkpoint import (
+    MEASURED_OBJECTIVES,
+    LosslessLowRankConfig,
+    attach_card,
+    mark_compressed,
+    record_of,
+    unmark_compressed,
+)
 from ..data import split_data
 from ..errors import ConfigurationError
 from ..layers import ModelState, check_model, find_targets, finish, on_device, own_config, replace_modules
-from ..ranks import OBJECTIVES, Budget, Limits, Ranks, Search, compression_path, find_epsilon, second_order_cost
-from ..report import CompressionReport, TrialRecord
+from ..ranks import OBJECTIVES, Budget
+from ..report import CompressionReport
 from ..timing import Clock
 from ..verdict import paired_outcomes
 from .budget import budget_of
 from .calibration import Calibration, calibrate, check_unchanged
+from .choosing import choose
 from .speed import measured_speed
-from .summary import make_report, visited_point
-from .trial import Trial, run_trial
-
-logger = logging.get_logger(__name__)
+from .summary import make_report
+from .trial import Trial
 
 
 class LowRankCompressor:
@@ -57,7 +62,7 @@ class LowRankCompressor:
         self.config = config if config is not None else LosslessLowRankConfig()
         self.report: CompressionReport | None = None
         self._calibration: Calibration | None = None
-        self._budgets: dict[tuple[str, str, int], Budget] = {}  # counted so far: a latency is measured once
+        self._budgets: dict[Any, Budget] = {}  # counted so far, by the options: a latency is measured once
         self._certified: list[CompressionReport] = []  # models judged on the held-out data so far
         self._restore_dense: list[Callable[[], None]] = []  # turn the calibrated model back into the dense one
 
@@ -171,7 +176,7 @@ class LowRankCompressor:
         certificate, and after one that is not certified none can be.
 
         Args:
-            keep_ratio: parameters kept divided by original parameters of the targeted weights, in (0, 1]; default: the
+            keep_ratio: size kept divided by original size, in (0, 1], as the configuration counts it; default: the
                 configured objective.
 
         Returns:
@@ -196,7 +201,7 @@ class LowRankCompressor:
                 restore_config = own_config(model)
                 undo.append(restore_config)
                 check_unchanged(calibration)
-                trial, trials, epsilon = self._choose(calibration, config, clock)
+                trial, trials, epsilon = choose(calibration, config, self._budget(calibration, config), clock)
                 with clock.timed("held_out"):
                     data, accelerator = calibration.parts.held_out, calibration.accelerator
                     outcomes = paired_outcomes(model, trial.layers, data, accelerator, "Evaluating", temperatures=True)
@@ -226,92 +231,25 @@ class LowRankCompressor:
         """Forget the calibration (statistics, factorizations, the dense layers); the compressed model stays."""
         self._calibration, self._restore_dense, self._budgets = None, [], {}
 
-    def _choose(
-        self, calibration: Calibration, config: LosslessLowRankConfig, clock: Clock
-    ) -> tuple[Trial, list[TrialRecord], dict[str, float] | None]:
-        """Return the chosen trial, a record of every point visited, and the paper's epsilon."""
-        visited: list[TrialRecord] = []
-
-        def visit(ranks: Ranks) -> Trial:
-            trial = run_trial(calibration, ranks, config, clock)
-            visited.append(visited_point(curves, trial, config))
-            return trial
-
-        curves, budget = calibration.factors.curves, self._budget(calibration, config)
-        objective = OBJECTIVES[config.objective]
-        if objective.search is not None:
-            return self._search(calibration, config, objective.search, budget, visit), visited, None
-        epsilon = _epsilon(calibration, config) if objective.needs_noise else None
-        limits = Limits(float(config.keep_ratio or 1), config.rank_multiple, budget, epsilon or {})
-        ranks = objective.select(curves, limits) if objective.select is not None else {}
-        if all(rank is None for rank in ranks.values()):
-            logger.warning("no rank meets objective=%r in any layer; the model stays dense.", config.objective)
-        return visit(ranks), visited, epsilon
-
     def _budget(self, calibration: Calibration, config: LosslessLowRankConfig) -> Budget:
         """Return what the configured size counts; all ratios of a calibration go by one table."""
-        key = config.size, config.scope, config.rank_multiple
+        key = config.size, config.scope, config.rank_multiple, config.embeddings
         if key not in self._budgets:
-            self._budgets[key] = budget_of(calibration, *key)
+            self._budgets[key] = budget_of(calibration, config)
         return self._budgets[key]
-
-    def _search(
-        self,
-        calibration: Calibration,
-        config: LosslessLowRankConfig,
-        search: Search,
-        budget: Budget,
-        visit: Callable[[Ranks], Trial],
-    ) -> Trial:
-        """Walk the path and measure; a margin that no point meets leaves the model dense."""
-        path = compression_path(calibration.factors.curves, second_order_cost, config.rank_multiple, *budget)
-        points = range(len(path) + 1)
-        found = search(
-            [path.predicted_cost_after(count) for count in points],
-            [path.kept_after(count) for count in points],
-            lambda point: visit(path.ranks_after(point)),
-            lambda trial: trial.passes(config.loss_margin, config.accuracy_margin),
-            config.loss_margin,
-        )
-        if not path.steps:
-            logger.warning("no rank meets objective=%r in any layer; the model stays dense.", config.objective)
-        elif found is None:
-            logger.warning(
-                "no compressed model met loss_margin=%s and accuracy_margin=%s on the selection split; the model "
-                "stays dense. Raise the margins, or give more calibration data.",
-                config.loss_margin,
-                config.accuracy_margin,
-            )
-        if found is None:
-            return Trial(path.ranks_after(0), {}, False, None, None)
-        return found[1]
 
     def _put(self, calibration: Calibration, trial: Trial, config: LosslessLowRankConfig, undo: Any) -> None:
         """Put the chosen layers in, record them in the model's config, and add the ways back to `undo`."""
         if not trial.layers:
             return
         model = calibration.dense.model
+        dense = {name: model.get_submodule(name) for name in trial.layers}
+        records = {id(dense[name]): record for name, layer in trial.layers.items() if (record := record_of(layer))}
         replacement = replace_modules(model, trial.layers)
         undo.append(replacement.undo)
-        name_of = {id(module): name for name, module in calibration.factors.targets.chosen.items()}
         config = deepcopy(config)
-        config.modules = {}
-        for path, old in replacement.originals.items():
-            layer = trial.layers[name_of[id(old)]]
-            config.modules[path] = {"rank": layer.rank, "storage": layer.storage}
+        config.modules = {
+            path: records[id(old)].to_dict() for path, old in replacement.originals.items() if id(old) in records
+        }
         undo.append(partial(unmark_compressed, model))
         mark_compressed(model, config)
-
-
-def _epsilon(calibration: Calibration, config: LosslessLowRankConfig) -> dict[str, float]:
-    """Return the noise bound of each layer for the paper's objectives."""
-    if config.epsilon is not None:
-        return dict.fromkeys(calibration.factors.targets.chosen, config.epsilon)
-    return find_epsilon(
-        calibration.dense.model,
-        calibration.factors.targets.chosen,
-        calibration.factors.factorizations,
-        calibration.parts.calibration,
-        calibration.accelerator,
-        config.epsilon_tolerance,
-    )

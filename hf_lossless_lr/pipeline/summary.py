@@ -6,14 +6,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from torch import nn
-
 from ..checkpoint import CompressionOptions, LosslessLowRankConfig
 from ..errors import CertificateError
 from ..factors import LossCurve
 from ..fingerprint import tensors_fingerprint
-from ..ranks import kept_share
-from ..report import Certificate, CompressionReport, LayerReport, Measurement, Speed, TrialRecord, finite
+from ..formats import FLOAT
+from ..layers import checkpoint_bytes, format_of, stored_bytes
+from ..ranks import Choice, kept_share
+from ..report import (
+    Certificate,
+    CompressionReport,
+    LayerReport,
+    Measurement,
+    SkippedWeight,
+    Speed,
+    TrialRecord,
+    finite,
+)
 from ..verdict import CERTIFIED, PairedOutcomes, certify, demoted
 from ..versions import versions
 from .calibration import Calibration
@@ -27,8 +36,10 @@ UNEXPLAINED = (
 
 def visited_point(curves: Mapping[str, LossCurve], trial: Trial, config: LosslessLowRankConfig) -> TrialRecord:
     """Return the record of a trial for the report."""
-    predicted = sum(float(curves[name].second_order[rank]) for name, rank in trial.ranks.items() if rank is not None)
-    record = TrialRecord(kept_share(curves, trial.ranks), predicted, trial.refitted)
+    predicted = sum(
+        curves[name].predicted_loss(*choice) for name, choice in trial.choices.items() if choice != Choice()
+    )
+    record = TrialRecord(kept_share(curves, trial.choices), predicted, trial.refitted)
     if trial.loss is not None:
         passes = trial.passes(config.loss_margin, config.accuracy_margin)
         mean, upper = finite([trial.loss.mean, trial.loss.upper])
@@ -69,18 +80,19 @@ def make_report(
     dense_model, factors = calibration.dense, calibration.factors
     statistics, fingerprints = calibration.statistics, calibration.parts.fingerprints
     loss, accuracy = outcomes.mean_loss, outcomes.accuracy or (None, None)
-    parameters = (dense_model.parameters, dense_model.model.num_parameters())
-    dense, compressed = (Measurement(*values) for values in zip(loss, accuracy, parameters, strict=True))
-    kept = kept_share(factors.curves, trial.ranks)
+    model = dense_model.model
+    parameters, sizes = (dense_model.parameters, model.num_parameters()), (dense_model.bytes, checkpoint_bytes(model))
+    dense, compressed = (Measurement(*values) for values in zip(loss, accuracy, parameters, sizes, strict=True))
+    kept = kept_share(factors.curves, trial.choices)
     certificate, uncertified = _certificate(trial, config, outcomes, fingerprints["held_out"], kept, earlier)
     return CompressionReport(
         model=type(dense_model.model).__name__,
         config={f.name: getattr(config, f.name) for f in fields(CompressionOptions)},
         layers={
-            name: _layer_report(module, factors.curves[name], trial.ranks[name], trial.layers.get(name))
+            name: _layer_report(module, factors.curves[name], trial.choices[name], trial.layers.get(name))
             for name, module in factors.targets.chosen.items()
         },
-        skipped=factors.skipped,
+        skipped=_stored_as(factors.skipped, trial.layers),
         refitted=trial.refitted,
         trials=trials,
         dense=dense,
@@ -129,15 +141,27 @@ def _certificate(
     return demoted(certificate, "a model that keeps more was not certified on the same examples"), None
 
 
-def _layer_report(module: nn.Module, curve: LossCurve, rank: int | None, layer: Any) -> LayerReport:
+def _stored_as(skipped: Mapping[str, SkippedWeight], layers: Mapping[str, Any]) -> dict[str, SkippedWeight]:
+    """Return what was no target, with the number format that it is stored in."""
+    formats = {name: format_of(layer) for name, layer in layers.items()}
+    return {name: replace(weight, format=formats.get(name, FLOAT)) for name, weight in skipped.items()}
+
+
+def _layer_report(module: Any, curve: LossCurve, choice: Choice, layer: Any) -> LayerReport:
+    rank, number_format = choice
+    rounding = None if choice == Choice() else curve.rounding[number_format]
     return LayerReport(
         layer_type=type(module).__name__,
         out_features=curve.out_features,
         in_features=curve.in_features,
         rank=rank,
-        storage=None if layer is None else layer.storage,
+        storage=None if rank is None else layer.storage,
         dense_parameters=curve.dense_parameters,
-        parameters=curve.parameters(rank),
+        parameters=curve.parameters(rank, number_format),
         first_order=0.0 if rank is None else float(curve.first_order[rank]),
         second_order=0.0 if rank is None else float(curve.second_order[rank]),
+        format=number_format,
+        rounding=0.0 if rounding is None else rounding.at(rank),
+        dense_bytes=stored_bytes(module),
+        bytes=stored_bytes(module if layer is None else layer),
     )

@@ -1,4 +1,4 @@
-"""A trial: one choice of ranks, built, refitted and measured on the selection split; the model stays dense."""
+"""A trial: one choice, built, refitted and measured on the selection split; the model stays dense."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers.utils import logging
 
 from ..checkpoint import FEWEST_JUDGES, LosslessLowRankConfig
 from ..data import dataset_size, subset
-from ..factors import RefitTarget, refit, refit_groups
-from ..layers import choose_storage, layout_of
-from ..ranks import Ranks
+from ..factors import RefitTarget, damped, fill, refit, refit_groups
+from ..formats import FLOAT
+from ..layers import choose_storage, grids_in, layout_of, restore_grids, storage_in, weight_matrices
+from ..ranks import Choice, Choices
 from ..report import Difference
 from ..timing import Clock
 from ..verdict import (
@@ -27,7 +29,8 @@ from ..verdict import (
     mean_upper_bound,
     paired_outcomes,
 )
-from .calibration import Calibration, Factors
+from .calibration import Calibration
+from .embeddings import rounded_embeddings
 
 logger = logging.get_logger(__name__)
 
@@ -40,14 +43,14 @@ class Trial:
     """One point of the path, built and measured.
 
     Attributes:
-        ranks: rank of each target.
-        layers: the factorized layers, by name.
+        choices: what each target becomes.
+        layers: the factorized and the rounded layers, by name.
         refitted: whether their factors were refitted to the shifted inputs.
         loss: loss increase over dense on the selection split, or None without one.
         accuracy_drop: drop of the accuracy on the selection split, or None where there is no accuracy.
     """
 
-    ranks: Ranks
+    choices: Choices
     layers: dict[str, Any]
     refitted: bool
     loss: Difference | None
@@ -65,47 +68,58 @@ class Trial:
         return self.accuracy_drop is None or self.accuracy_drop.upper <= accuracy_margin
 
 
-def build_layers(factors: Factors, ranks: Mapping[str, int | None], storage: str) -> dict[str, Any]:
-    """Return factorized layers with the factors of the given ranks; layers without a rank are left out."""
-    layers: dict[str, Any] = {}
-    for name, rank in ranks.items():
-        if rank is None:
-            continue
+def build_layers(
+    calibration: Calibration, choices: Mapping[str, Choice], config: LosslessLowRankConfig
+) -> dict[str, Any]:
+    """Return what takes the place of dense layers, and of embeddings; what stays as it is is left out."""
+    layers: dict[str, Any] = dict(rounded_embeddings(calibration.dense.model, config.embeddings))
+    factors = calibration.factors
+    for name, (rank, number_format) in choices.items():
         module: Any = factors.targets.chosen[name]
-        curve = factors.curves[name]
+        if (rank, number_format) == (None, FLOAT):
+            continue
+        hessian = None
+        if number_format != FLOAT:
+            hessian = damped(calibration.statistics.layers[name].input_covariance, config.damping)
+        if rank is None:
+            layers[name] = deepcopy(module)
+            fill(layers[name], weight_matrices(module), None, hessian, number_format)
+            continue
+        curve, storage = factors.curves[name], storage_in(number_format, config.storage)
         stored = choose_storage(curve.out_features, curve.in_features, rank, storage)
-        layer = layout_of(module).factorized(module, rank, stored)
-        tensors = factors.factorizations[name].truncate(rank, stored, layer.pivots_inputs)
-        layer.load_factors(*tensors, module.bias)
-        layers[name] = layer
+        layers[name] = layout_of(module).factorized(module, rank, stored)
+        fill(layers[name], weight_matrices(module), factors.factorizations[name], hessian, number_format)
+        if module.bias is not None:
+            with torch.no_grad():
+                layers[name].bias.copy_(module.bias)
     return layers
 
 
-def run_trial(calibration: Calibration, ranks: Ranks, config: LosslessLowRankConfig, clock: Clock) -> Trial:
-    """Build a choice of ranks, refit it, and keep the refit only if it brings predictions closer to the dense model's.
+def run_trial(calibration: Calibration, choices: Choices, config: LosslessLowRankConfig, clock: Clock) -> Trial:
+    """Build a choice, refit it, and keep the refit only if it brings predictions closer to the dense model's.
 
     That is judged on the selection split. Where this has fewer than `FEWEST_JUDGES` examples, a refit is made only if
     cross-validation over the calibration data shows that it helps.
 
     Args:
         calibration: the calibration of a model, which is dense.
-        ranks: the choice.
-        config: storage, refit, damping, confidence.
+        choices: the choice.
+        config: storage, embeddings, refit, damping, confidence.
         clock: the times of the stages are added here.
 
     Returns:
         The trial.
     """
     with clock.timed("replacement"):
-        layers = build_layers(calibration.factors, ranks, config.storage)
+        layers = build_layers(calibration, choices, config)
     measured, refitted = None, False
     if calibration.parts.selection is not None or (config.refit and layers):
         measured = _outcomes(calibration, layers, clock)
     if config.refit and layers and measured is not None:
-        plain = {name: deepcopy(layer.state_dict()) for name, layer in layers.items()}
+        plain = {name: (deepcopy(layer.state_dict()), grids_in(layer)) for name, layer in layers.items()}
         enough = _enough_to_judge(calibration, measured)
-        if enough or _helps_unseen_examples(calibration, layers, plain, config, clock):
-            _refit(calibration, layers, calibration.parts.calibration, config.damping, clock)
+        if enough or _helps_unseen_examples(calibration, choices, layers, plain, config, clock):
+            _refit(calibration, choices, layers, calibration.parts.calibration, config.damping, clock)
             after = _outcomes(calibration, layers, clock)
             refitted = not enough or _distance(after) < _distance(measured)
             if refitted:
@@ -113,15 +127,16 @@ def run_trial(calibration: Calibration, ranks: Ranks, config: LosslessLowRankCon
             else:
                 _load(layers, plain)
     if calibration.parts.selection is None or measured is None:
-        return Trial(dict(ranks), layers, refitted, None, None)
+        return Trial(dict(choices), layers, refitted, None, None)
     loss = loss_difference(measured.loss_increase, measured.units, config.confidence, bootstrap=False)
     drop = accuracy_difference(measured, config.confidence, bootstrap=False)
-    return Trial(dict(ranks), layers, refitted, loss, drop)
+    return Trial(dict(choices), layers, refitted, loss, drop)
 
 
 def _load(layers: Mapping[str, Any], states: Mapping[str, Any]) -> None:
-    for name, state in states.items():
+    for name, (state, grids) in states.items():
         layers[name].load_state_dict(state)
+        restore_grids(layers[name], grids)
 
 
 def _enough_to_judge(calibration: Calibration, measured: PairedOutcomes) -> bool:
@@ -131,6 +146,7 @@ def _enough_to_judge(calibration: Calibration, measured: PairedOutcomes) -> bool
 
 def _helps_unseen_examples(
     calibration: Calibration,
+    choices: Choices,
     layers: Mapping[str, Any],
     plain: Mapping[str, Any],
     config: LosslessLowRankConfig,
@@ -152,7 +168,7 @@ def _helps_unseen_examples(
         unseen, answers = subset(loader, range(fold, size, folds)), KeptAnswers()
         seen = subset(loader, [item for item in range(size) if item % folds != fold])
         before = paired_outcomes(dense, layers, unseen, accelerator, dense_answers=answers)
-        _refit(calibration, layers, seen, config.damping, clock)
+        _refit(calibration, choices, layers, seen, config.damping, clock)
         after = paired_outcomes(dense, layers, unseen, accelerator, dense_answers=answers)
         _load(layers, plain)
         worse.append(_distances(after) - _distances(before))
@@ -167,16 +183,23 @@ def _helps_unseen_examples(
 
 
 def _refit(
-    calibration: Calibration, layers: Mapping[str, Any], data: DataLoader, damping: float, clock: Clock
+    calibration: Calibration,
+    choices: Choices,
+    layers: Mapping[str, Any],
+    data: DataLoader,
+    damping: float,
+    clock: Clock,
 ) -> None:
     statistics, dense = calibration.statistics, calibration.factors.targets.chosen
     targets = {
-        name: RefitTarget(dense[name], layer, statistics.layers[name].grad_covariance)
+        name: RefitTarget(dense[name], layer, statistics.layers[name].grad_covariance, choices[name].format)
         for name, layer in layers.items()
+        if name in choices
     }
+    others = {name: layer for name, layer in layers.items() if name not in choices}
     groups = refit_groups(statistics, targets)
     with clock.timed("refit"):
-        left = refit(calibration.dense.model, targets, groups, data, calibration.accelerator, damping, clock)
+        left = refit(calibration.dense.model, targets, groups, data, calibration.accelerator, damping, clock, others)
     if left:
         logger.warning_once(
             f"{len(left)} layers keep their closed-form factors, because they are called several times in a forward "

@@ -1,4 +1,4 @@
-"""From loss curves and sizes to a rank for each layer, deterministically.
+"""From loss curves and sizes to a rank and a number format for each layer, deterministically.
 
 `flops`, `latency` and the paper's epsilon measure; everything else is arithmetic.
 """
@@ -7,21 +7,23 @@ from .flops import flop_sizes, forward_flops, unreached_size
 from .latency import FEWEST_TURNS, TURNS, Run, forward_seconds, latency_sizes, speed_in_turns
 from .objectives import OBJECTIVES, Limits, Search
 from .paper import find_epsilon, select_paper
-from .path import Ranks, compression_path, second_order_cost
+from .path import compression_path, second_order_cost
 from .search import lowest_loss, most_compressed
 from .select import kept_share, select_budget, select_uniform
-from .sizes import Budget, LayerSize, parameter_size, parameter_sizes
+from .sizes import Budget, Choice, Choices, LayerSize, byte_size, parameter_size, parameter_sizes
 
 __all__ = [
     "FEWEST_TURNS",
     "OBJECTIVES",
     "TURNS",
     "Budget",
+    "Choice",
+    "Choices",
     "LayerSize",
     "Limits",
-    "Ranks",
     "Run",
     "Search",
+    "byte_size",
     "compression_path",
     "find_epsilon",
     "flop_sizes",

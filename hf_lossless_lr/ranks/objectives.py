@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from .paper import select_paper
-from .path import Ranks
 from .search import Measure, T, lowest_loss, most_compressed
 from .select import select_budget, select_uniform
-from .sizes import Budget, Curves
+from .sizes import Budget, Choices, Curves
 
 LOSSLESS_SHARES = (0.95, 0.9, 0.8, 0.7, 0.6)  # kept shares that the objective `lossless` measures
 
@@ -38,7 +37,7 @@ class Objective(NamedTuple):
     """How an objective chooses: by arithmetic (`select`), or by measuring points of the path (`search`).
 
     Attributes:
-        select: from curves and limits to ranks; None where it measures.
+        select: from curves and limits to choices; None where it measures.
         search: from the predicted costs and the kept shares of the path's points, what makes and measures a point,
             whether a measured point passes, and the loss margin, to a point and its trial; None where it does not.
         default_metric: metric of the factorization that it takes by default.
@@ -46,26 +45,26 @@ class Objective(NamedTuple):
         needs_noise: whether it needs the elementwise noise of every rank and a bound `epsilon` for it.
     """
 
-    select: Callable[[Curves, Limits], Ranks] | None = None
+    select: Callable[[Curves, Limits], Choices] | None = None
     search: Search | None = None
     default_metric: str = "kronecker"
     sized: bool = False
     needs_noise: bool = False
 
 
-def _budget(curves: Curves, limits: Limits) -> Ranks:
+def _budget(curves: Curves, limits: Limits) -> Choices:
     return select_budget(curves, limits.keep_ratio, limits.rank_multiple, *limits.budget)
 
 
-def _uniform(curves: Curves, limits: Limits) -> Ranks:
+def _uniform(curves: Curves, limits: Limits) -> Choices:
     return select_uniform(curves, limits.keep_ratio, limits.rank_multiple, *limits.budget)
 
 
-def _paper_lossless(curves: Curves, limits: Limits) -> Ranks:
+def _paper_lossless(curves: Curves, limits: Limits) -> Choices:
     return select_paper(curves, limits.epsilon, compact=False)
 
 
-def _paper_compact(curves: Curves, limits: Limits) -> Ranks:
+def _paper_compact(curves: Curves, limits: Limits) -> Choices:
     return select_paper(curves, limits.epsilon, compact=True)
 
 

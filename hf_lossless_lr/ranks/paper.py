@@ -21,10 +21,10 @@ from ..errors import ConfigurationError
 from ..factors import Factorization, loss_curve
 from ..layers import break_even_rank, finish, layout_of, weight_matrices
 from ..statistics import collect_statistics
-from .path import Curves, Ranks
+from .sizes import Choice, Choices, Curves
 
 
-def select_paper(curves: Curves, epsilon: Mapping[str, float], compact: bool) -> Ranks:
+def select_paper(curves: Curves, epsilon: Mapping[str, float], compact: bool) -> Choices:
     """Apply Algorithm 1 (lossless) or 2 (compact) of arXiv 2412.06867 to each layer.
 
     Candidates are ranks `0 < k < NM / (N + M)` whose noise stays in the neighbourhood, `max |Ŵ_k − W| ≤ ε`, and whose
@@ -37,19 +37,19 @@ def select_paper(curves: Curves, epsilon: Mapping[str, float], compact: bool) ->
         compact: whether to apply Algorithm 2.
 
     Returns:
-        The ranks.
+        The choices.
 
     Raises:
         ConfigurationError: if a curve has no `max_noise`.
     """
-    ranks: Ranks = {}
+    choices: Choices = {}
     for name, curve in curves.items():
         if curve.max_noise is None:
             raise ConfigurationError(f"the curve of {name!r} has no max_noise, which the paper's rules need.")
         limit = break_even_rank(curve.out_features, curve.in_features, "two-factor")
         fits = [k for k in range(1, limit + 1) if curve.max_noise[k] <= epsilon[name] and curve.first_order[k] < 0]
-        ranks[name] = min(fits, key=lambda k: k if compact else curve.first_order[k], default=None)
-    return ranks
+        choices[name] = Choice(min(fits, key=lambda k: k if compact else curve.first_order[k], default=None))
+    return choices
 
 
 EXAMPLES = 64  # eq. 8 compares two losses on the same examples, so few of them suffice

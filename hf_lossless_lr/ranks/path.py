@@ -1,10 +1,11 @@
 """The path from the dense model to the smallest one: which layer to compress next, and how far.
 
-`sizes` maps a layer to what the budget counts of it: its parameters by default, or its FLOPs or its latency (see
+`sizes` maps a layer to what the budget counts of it: its parameters by default, or its bytes, FLOPs or latency (see
 `sizes`). `fixed` is the size of everything outside the targeted layers, for ratios of the whole model.
 
-The allocation minimizes `Σ cost_l(k_l) + λ Σ size_l(k_l)`: for a fixed multiplier `λ` each layer answers alone, with a
-vertex of the lower convex hull of its points `(size, cost)`. As `λ` grows, layers step along their hulls, one edge at
+A choice `c_l` for a layer is a rank, or none, and a number format. The allocation minimizes
+`Σ cost_l(c_l) + λ Σ size_l(c_l)`: for a fixed multiplier `λ` each layer answers alone, with a vertex of the lower
+convex hull of its points `(size, cost)`. As `λ` grows, layers step along their hulls, one edge at
 a time in the order of the edges' slopes. `CompressionPath` is that list of steps: it leads from the dense model to the
 smallest one, and each prefix of it is a model nested in the previous one.
 """
@@ -16,14 +17,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
 from ..factors import LossCurve
-from .sizes import Curves, LayerSize, Sizes, parameter_size, sizes_of
+from ..formats import FLOAT
+from .sizes import Choice, Choices, Curves, LayerSize, Sizes, parameter_size, sizes_of
 
-Ranks = dict[str, int | None]
-Point = tuple[float, float, int | None]  # size, cost, rank
+
+class Point(NamedTuple):
+    """What a layer may become: with which size and, in nats, at which predicted cost."""
+
+    size: float
+    cost: float
+    choice: Choice
 
 
 def second_order_cost(curve: LossCurve) -> np.ndarray:
@@ -33,17 +41,17 @@ def second_order_cost(curve: LossCurve) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Step:
-    """One step along the path: a layer goes to a lower rank.
+    """One step along the path: a layer goes to a lower rank, or to a coarser format.
 
     Attributes:
         layer: name of the layer.
-        rank: its new rank.
+        choice: its new rank and format.
         saved: size saved by the step, above 0.
         cost: predicted cost added by the step, in nats.
     """
 
     layer: str
-    rank: int
+    choice: Choice
     saved: float
     cost: float
 
@@ -53,16 +61,20 @@ class CompressionPath:
     """Models from dense to smallest, one step a layer, cheapest steps first.
 
     Attributes:
-        layers: names of all layers.
+        start: the choices for all layers that predict no loss, or the least: dense, in the finest format.
         steps: the steps in order.
-        dense: size of all layers while they are dense.
-        fixed: size of everything outside them.
+        largest: size of all layers at the start.
+        whole: size that ratios are of.
+        fixed: size of everything outside the layers.
+        cost: predicted cost at the start, in nats.
     """
 
-    layers: tuple[str, ...]
+    start: Choices
     steps: tuple[Step, ...]
-    dense: float
+    largest: float
+    whole: float
     fixed: float = 0.0
+    cost: float = 0.0
 
     def __len__(self) -> int:
         """Return the number of steps; there is one model more."""
@@ -71,29 +83,28 @@ class CompressionPath:
     @cached_property
     def targeted(self) -> np.ndarray:
         """Size of the layers after each number of steps, strictly decreasing.  # shape: (steps + 1,)."""
-        return self.dense - np.cumsum([0.0, *(step.saved for step in self.steps)])
+        return self.largest - np.cumsum([0.0, *(step.saved for step in self.steps)])
 
     @cached_property
     def _costs(self) -> np.ndarray:
-        return np.cumsum([0.0, *(step.cost for step in self.steps)])
+        return np.cumsum([self.cost, *(step.cost for step in self.steps)])
 
     def kept_after(self, count: int) -> float:
         """Return the size after the first `count` steps, divided by the dense size; `fixed` counts in both."""
-        return float((self.fixed + self.targeted[count]) / (self.fixed + self.dense))
+        return float((self.fixed + self.targeted[count]) / self.whole)
 
     def predicted_cost_after(self, count: int) -> float:
         """Return the predicted cost of the model after the first `count` steps, in nats."""
         return float(self._costs[count])
 
-    def ranks_after(self, count: int) -> Ranks:
-        """Return the ranks after the first `count` steps."""
-        ranks: Ranks = dict.fromkeys(self.layers)
-        for step in self.steps[:count]:
-            ranks[step.layer] = step.rank
-        return ranks
+    def choices_after(self, count: int) -> Choices:
+        """Return the choices after the first `count` steps."""
+        return self.start | {step.layer: step.choice for step in self.steps[:count]}
 
 
-def allowed_ranks(curve: LossCurve, multiple: int, size: LayerSize | None = None) -> list[int]:
+def allowed_ranks(
+    curve: LossCurve, multiple: int, size: LayerSize | None = None, number_format: str = FLOAT
+) -> list[int]:
     """Return the ranks worth having: multiples of `multiple` that compress, and no higher one has a smaller size.
 
     (With `auto` storage a slightly higher rank can take less, where the storage changes; a measured latency is flat in
@@ -103,22 +114,46 @@ def allowed_ranks(curve: LossCurve, multiple: int, size: LayerSize | None = None
         curve: the loss curve.
         multiple: what ranks are a multiple of.
         size: what the budget counts; default the parameters.
+        number_format: the format, in which a rank must be smaller than dense.
 
     Returns:
         The ranks, ascending; their sizes ascend strictly as well.
     """
-    size = parameter_size(curve) if size is None else size
+    size = (parameter_size(curve) if size is None else size).in_format(number_format)
     ranks: list[int] = []
-    for rank in reversed(range(multiple, curve.break_even_rank + 1, multiple)):
+    for rank in reversed(range(multiple, curve.break_even_rank_in(number_format) + 1, multiple)):
         if size.at(rank) < size.at(ranks[-1] if ranks else None):
             ranks.append(rank)
     return ranks[::-1]
 
 
+def points_of(curve: LossCurve, costs: np.ndarray, multiple: int, size: LayerSize) -> list[Point]:
+    """Return what a layer may become: dense and every rank worth having, in each of its formats.
+
+    Args:
+        curve: its loss curve.
+        costs: predicted cost of every rank without the rounding, in nats.  # shape: (m + 1,)
+        multiple: what ranks are a multiple of.
+        size: what the budget counts.
+
+    Returns:
+        The points: format by format, dense first and then by falling rank.
+    """
+    points = []
+    for name, rounding in curve.rounding.items():
+        for rank in (None, *reversed(allowed_ranks(curve, multiple, size, name))):
+            choice, cost = Choice(rank, name), 0.0 if rank is None else float(costs[rank])
+            points.append(Point(size.of(choice), cost + (0.0 if rounding is None else rounding.at(rank)), choice))
+    return points
+
+
 def _hull(points: list[Point]) -> list[Point]:
-    """Return the lower convex hull of the points, from the dense one (the largest) downwards."""
+    """Return the lower convex hull of the points, from the first one (dense in the finest format) downwards."""
     hull: list[Point] = []
-    for point in points:
+    below = sorted((p for p in points[1:] if p.size < points[0].size), key=lambda p: (-p.size, p.cost))
+    for point in (points[0], *below):
+        if hull and point.size == hull[-1].size:
+            continue  # as large, and no better
         while len(hull) >= 2 and _slope(hull[-2], point) <= _slope(hull[-2], hull[-1]):
             hull.pop()
         hull.append(point)
@@ -127,7 +162,7 @@ def _hull(points: list[Point]) -> list[Point]:
 
 def _slope(a: Point, b: Point) -> float:
     """Return the cost of each unit of size saved between two points."""
-    return (b[1] - a[1]) / (a[0] - b[0])
+    return (b.cost - a.cost) / (a.size - b.size)
 
 
 def compression_path(
@@ -136,15 +171,17 @@ def compression_path(
     rank_multiple: int = 1,
     sizes: Sizes | None = None,
     fixed: float = 0.0,
+    whole: float | None = None,
 ) -> CompressionPath:
     """Build the path of models from dense to the smallest.
 
     Args:
         curves: a loss curve for each layer.
-        cost: predicted cost of a layer for every rank, in nats; the dense layer costs 0.
+        cost: predicted cost of a layer for every rank, in nats; the dense layer costs 0. Rounding adds to it.
         rank_multiple: multiple that ranks are restricted to.
         sizes: what the budget counts; default the parameters.
         fixed: size of everything outside the layers.
+        whole: size that ratios are of; default that of the layers while they are dense, and `fixed`.
 
     Returns:
         The path; ties are broken by the order of the layers.
@@ -153,16 +190,25 @@ def compression_path(
         ConfigurationError: if a layer has no size.
     """
     sizes = sizes_of(curves, sizes)
+    start: dict[str, Point] = {}
     steps: list[tuple[float, int, int, Step]] = []
     for order, (name, curve) in enumerate(curves.items()):
-        costs, size = cost(curve), sizes[name]
-        ranks = allowed_ranks(curve, rank_multiple, size)[::-1]
-        hull = _hull([(size.dense, 0.0, None), *((size.at(rank), float(costs[rank]), rank) for rank in ranks)])
-        slope = -math.inf
+        hull = _hull(points_of(curve, cost(curve), rank_multiple, sizes[name]))
+        start[name], slope = hull[0], -math.inf
         for position, (a, b) in enumerate(pairwise(hull)):
-            if b[2] is not None:  # always, behind the dense point; the type checker cannot know
-                slope = max(slope, _slope(a, b))  # rounding must not reorder the steps of one layer
-                steps.append((slope, order, position, Step(name, b[2], a[0] - b[0], b[1] - a[1])))
+            slope = max(slope, _slope(a, b))  # rounding must not reorder the steps of one layer
+            steps.append((slope, order, position, Step(name, b.choice, a.size - b.size, b.cost - a.cost)))
     steps.sort(key=lambda entry: entry[:3])
-    dense = sum(sizes[name].dense for name in curves)
-    return CompressionPath(tuple(curves), tuple(entry[3] for entry in steps), dense, fixed)
+    return CompressionPath(
+        start={name: point.choice for name, point in start.items()},
+        steps=tuple(entry[3] for entry in steps),
+        largest=sum(point.size for point in start.values()),
+        whole=whole_size(curves, sizes, fixed, whole),
+        fixed=fixed,
+        cost=sum(point.cost for point in start.values()),
+    )
+
+
+def whole_size(curves: Curves, sizes: Sizes, fixed: float, whole: float | None) -> float:
+    """Return the size that ratios are of: the given one, or else that of the dense layers and `fixed`."""
+    return fixed + sum(sizes[name].dense for name in curves) if whole is None else whole

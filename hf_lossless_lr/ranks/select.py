@@ -1,7 +1,7 @@
-"""Which rank each layer gets: pure functions of the loss curves, deterministic.
+"""What each layer becomes: pure functions of the loss curves, deterministic.
 
-`ranks` maps a layer to its rank, or to None where it stays dense. `sizes` and `fixed` say what a ratio is a ratio of;
-see `allocation`, which also holds the allocation over the whole model.
+`choices` maps a layer to its rank, or to None where it stays dense, and its number format. `sizes`, `fixed` and
+`whole` say what a ratio is a ratio of; see `path`, which also holds the allocation over the whole model.
 """
 
 from __future__ import annotations
@@ -12,32 +12,34 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..errors import ConfigurationError
-from .path import Curves, Ranks, allowed_ranks, compression_path, second_order_cost
-from .sizes import Sizes, sizes_of
+from ..factors import LossCurve
+from ..formats import FLOAT
+from .path import Point, compression_path, points_of, second_order_cost, whole_size
+from .sizes import Choice, Choices, Curves, LayerSize, Sizes, sizes_of
 
 
-def kept_parameters(curves: Curves, ranks: Mapping[str, int | None]) -> int:
-    """Return the parameters of all layers' weights at the given ranks."""
-    return sum(curve.parameters(ranks[name]) for name, curve in curves.items())
+def kept_parameters(curves: Curves, choices: Mapping[str, Choice]) -> int:
+    """Return the parameters of all layers' weights at the ranks of the given choices."""
+    return sum(curve.parameters(choices[name].rank, choices[name].format) for name, curve in curves.items())
 
 
-def kept_share(curves: Curves, ranks: Mapping[str, int | None]) -> float:
-    """Return the parameters of all layers' weights at the given ranks, divided by the original ones."""
-    return kept_parameters(curves, ranks) / sum(curve.dense_parameters for curve in curves.values())
-
-
-def _targeted_ratio(keep_ratio: float, dense: float, fixed: float) -> float:
-    """Return what the layers may keep of their own size, so that with the fixed part `keep_ratio` is kept."""
-    return keep_ratio - (1 - keep_ratio) * fixed / dense if fixed else keep_ratio
+def kept_share(curves: Curves, choices: Mapping[str, Choice]) -> float:
+    """Return the parameters of all layers' weights at the given choices, divided by the original ones."""
+    return kept_parameters(curves, choices) / sum(curve.dense_parameters for curve in curves.values())
 
 
 def select_budget(
-    curves: Curves, keep_ratio: float, rank_multiple: int = 1, sizes: Sizes | None = None, fixed: float = 0.0
-) -> Ranks:
-    """Choose the ranks with the lowest predicted loss that keep at most a share of the size.
+    curves: Curves,
+    keep_ratio: float,
+    rank_multiple: int = 1,
+    sizes: Sizes | None = None,
+    fixed: float = 0.0,
+    whole: float | None = None,
+) -> Choices:
+    """Choose the ranks and formats with the lowest predicted loss that keep at most a share of the size.
 
-    Walks the path until the budget is met; the last layer then takes the cheapest rank that still fits: the largest
-    one, where its cost falls with the rank.
+    Walks the path until the budget is met; the last layer then takes the cheapest choice that still fits: the largest
+    rank, where its cost falls with the rank.
 
     Args:
         curves: a loss curve for each layer.
@@ -45,20 +47,21 @@ def select_budget(
         rank_multiple: multiple that ranks are restricted to.
         sizes: what the budget counts; default the parameters.
         fixed: size of everything outside the layers: the ratio is that of `fixed + Σ size`.
+        whole: size that the ratio is of; default that of the dense layers, and `fixed`.
 
     Returns:
-        The ranks.
+        The choices.
 
     Raises:
         ConfigurationError: if even the smallest model is larger than the budget, or a layer has no size.
     """
     kind = "parameters" if sizes is None else "size"
     sizes = sizes_of(curves, sizes)
-    path = compression_path(curves, second_order_cost, rank_multiple, sizes, fixed)
-    budget = _targeted_ratio(keep_ratio, path.dense, fixed) * path.dense
+    path = compression_path(curves, second_order_cost, rank_multiple, sizes, fixed, whole)
+    budget = keep_ratio * path.whole - fixed
     if path.targeted[-1] > budget:
         smallest = math.ceil(path.kept_after(len(path)) * 1e4) / 1e4  # rounded up: the ratio named can be reached
-        outside = fixed / (fixed + path.dense)
+        outside = fixed / path.whole
         part = (
             f"whole model's {kind} ({outside:.4f} lies outside the targeted layers)" if fixed else f"targeted {kind}"
         )
@@ -67,20 +70,30 @@ def select_budget(
             f"{smallest:.4f} of the {part}."
         )
     count = int(np.argmax(path.targeted <= budget))
-    ranks = path.ranks_after(count)
+    choices = path.choices_after(count)
     if count:
         last = path.steps[count - 1].layer
-        curve, size, spare = curves[last], sizes[last], budget - path.targeted[count]
-        base = size.at(ranks[last])
-        fits = [k for k in allowed_ranks(curve, rank_multiple, size) if size.at(k) - base <= spare]
-        ranks[last] = min(fits, key=lambda k: (curve.second_order[k], -k))
-    return ranks
+        points = points_of(curves[last], second_order_cost(curves[last]), rank_multiple, sizes[last])
+        base, spare = sizes[last].of(choices[last]), budget - path.targeted[count]
+        choices[last] = min((p for p in points if p.size - base <= spare), key=_cheapest).choice
+    return choices
+
+
+def _cheapest(point: Point) -> tuple[float, float]:
+    return point.cost, -point.size
 
 
 def select_uniform(
-    curves: Curves, keep_ratio: float, rank_multiple: int = 1, sizes: Sizes | None = None, fixed: float = 0.0
-) -> Ranks:
+    curves: Curves,
+    keep_ratio: float,
+    rank_multiple: int = 1,
+    sizes: Sizes | None = None,
+    fixed: float = 0.0,
+    whole: float | None = None,
+) -> Choices:
     """Give each layer the largest rank that keeps at most a share of its own size; the usual baseline.
+
+    With several number formats it takes the one whose largest rank has the lowest predicted loss.
 
     Args:
         curves: a loss curve for each layer.
@@ -88,23 +101,37 @@ def select_uniform(
         rank_multiple: multiple that ranks are restricted to.
         sizes: what the budget counts; default the parameters.
         fixed: size of everything outside the layers: the ratio is that of `fixed + Σ size`, and the share smaller.
+        whole: size that the ratio is of; default that of the dense layers, and `fixed`.
 
     Returns:
-        The ranks.
+        The choices.
 
     Raises:
         ConfigurationError: if a layer is larger than its share even at the lowest rank, or has no size.
     """
     sizes = sizes_of(curves, sizes)
-    share = _targeted_ratio(keep_ratio, sum(sizes[name].dense for name in curves), fixed)
-    ranks: Ranks = {}
+    total = sum(sizes[name].dense for name in curves)
+    share = keep_ratio
+    if fixed or whole is not None:
+        share = (keep_ratio * whole_size(curves, sizes, fixed, whole) - fixed) / total
+    choices: Choices = {}
     for name, curve in curves.items():
-        size = sizes[name]
-        fits = [k for k in allowed_ranks(curve, rank_multiple, size) if size.at(k) <= share * size.dense]
-        if not fits and share < 1:
+        point = _largest(curve, sizes[name], rank_multiple, share)
+        if point is None:
             raise ConfigurationError(
                 f"keep_ratio={keep_ratio} cannot be reached in {name!r} ({curve.out_features} x {curve.in_features}) "
                 f"with rank_multiple={rank_multiple}; use objective='budget', or add the layer to `ignore`."
             )
-        ranks[name] = max(fits, default=None) if share < 1 else None
-    return ranks
+        choices[name] = point.choice
+    return choices
+
+
+def _largest(curve: LossCurve, size: LayerSize, multiple: int, share: float) -> Point | None:
+    """Return the largest choice within a share of a layer's size: of each format, and of these the cheapest."""
+    points = points_of(curve, second_order_cost(curve), multiple, size)
+    largest: dict[str, Point] = {}
+    for point in points:  # by falling rank
+        dense = point.choice == (None, FLOAT)
+        if share >= 1 if dense else point.size <= share * size.dense:
+            largest.setdefault(point.choice.format, point)
+    return min(largest.values(), key=_cheapest, default=None)

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
 from ..errors import ConfigurationError
 from ..factors import LossCurve
+from ..formats import FLOAT
+from ..layers import weight_bytes
 
 Curves = Mapping[str, LossCurve]
+
+
+class Choice(NamedTuple):
+    """What one layer becomes.
+
+    Attributes:
+        rank: its rank, or None where it stays dense.
+        format: the number format that its weight or its factors are stored in.
+    """
+
+    rank: int | None = None
+    format: str = FLOAT
+
+
+Choices = dict[str, Choice]
 
 
 @dataclass(frozen=True)
@@ -21,14 +38,24 @@ class LayerSize:
     Attributes:
         by_rank: size of the factorized layer.  # shape: (m + 1,)
         dense: size of the dense layer.
+        rounded: the same in each other number format, where the size depends on it.
     """
 
     by_rank: np.ndarray
     dense: float
+    rounded: Mapping[str, LayerSize] = field(default_factory=dict)
 
     def at(self, rank: int | None) -> float:
         """Return the size at `rank`, or of the dense layer for None."""
         return self.dense if rank is None else float(self.by_rank[rank])
+
+    def in_format(self, number_format: str) -> LayerSize:
+        """Return the size in a number format."""
+        return self if number_format == FLOAT else self.rounded[number_format]
+
+    def of(self, choice: Choice) -> float:
+        """Return the size of a choice."""
+        return self.in_format(choice.format).at(choice.rank)
 
 
 def parameter_size(curve: LossCurve) -> LayerSize:
@@ -42,16 +69,42 @@ def parameter_sizes(curves: Curves) -> dict[str, LayerSize]:
     return {name: parameter_size(curve) for name, curve in curves.items()}
 
 
+def byte_size(curve: LossCurve, itemsize: int) -> LayerSize:
+    """Return the bytes of a layer's weight in a checkpoint, in each number format that it may have.
+
+    Args:
+        curve: its loss curve.
+        itemsize: bytes of a number of the dense weight.
+
+    Returns:
+        The size; a rank that stores no fewer numbers than the dense weight has it, too.
+    """
+
+    def in_format(number_format: str) -> LayerSize:
+        def stored(rank: int | None) -> float:
+            out_features, in_features, storage = curve.out_features, curve.in_features, curve.storage
+            form = rank, storage, number_format, itemsize, curve.pivots_inputs
+            return float(curve.groups * weight_bytes(out_features, in_features, *form))
+
+        return LayerSize(np.array([stored(rank) for rank in range(len(curve.second_order))]), stored(None))
+
+    plain = in_format(FLOAT)
+    others = {name: in_format(name) for name in curve.rounding if name != FLOAT}
+    return LayerSize(plain.by_rank, plain.dense, others)
+
+
 class Budget(NamedTuple):
     """Sizes that a budget counts.
 
     Attributes:
         sizes: size of each target at every rank.
         fixed: size of everything outside the targets; 0 where only they are counted.
+        whole: size of the dense model that ratios are of; None for that of the dense targets and `fixed`.
     """
 
     sizes: dict[str, LayerSize]
-    fixed: float
+    fixed: float = 0.0
+    whole: float | None = None
 
 
 Sizes = Mapping[str, LayerSize]

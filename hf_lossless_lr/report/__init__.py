@@ -10,9 +10,7 @@ from .records import (
     Certificate,
     CompressionReport,
     Difference,
-    LayerReport,
     Measurement,
-    SkippedWeight,
     TrialRecord,
     finite,
 )
@@ -20,6 +18,7 @@ from .sentence import certificate_sentence, verdict_sentence
 from .speed import Speed, layer_table, speed_table, write_speed_figure
 from .tables import comparison_table, report_rows, score_table
 from .text import plain
+from .weights import LayerReport, SkippedWeight
 
 __all__ = [
     "CARD_NAME",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -38,8 +39,8 @@ def model_card(
     """
     data = ModelCardData(library_name="transformers", tags=list(TAGS), base_model=base_model)
     sections = [
-        f"# {markdown(base_model or report.model)} with {_percent(report.model_keep_ratio, 0)} of its parameters",
-        "Compressed with `hf-lossless-lr`, by low-rank factorization without fine-tuning.",
+        f"# {markdown(base_model or report.model)} with {_size(report)}",
+        f"Compressed with `hf-lossless-lr`, by low-rank factorization{_with_formats(report)} without fine-tuning.",
         f"**Verdict:** {markdown(verdict_sentence(report))}",
         *_comparison(report),
         *_loading(report, package),
@@ -49,6 +50,23 @@ def model_card(
     body = "\n\n".join(sections) + "\n\n"
     mark = f"<!-- Written by hf-lossless-lr, text {_digest(body)}. Edit freely: an edited card is never replaced. -->"
     return f"---\n{data.to_yaml()}\n---\n\n{body}{mark}\n"
+
+
+def _size(report: CompressionReport) -> str:
+    before, after = report.dense.bytes, report.compressed.bytes
+    if _formats(report) and before and after:
+        return f"{_percent(after / before, 0)} of its bytes"
+    return f"{_percent(report.model_keep_ratio, 0)} of its parameters"
+
+
+def _formats(report: CompressionReport) -> list[str]:
+    formats = {layer.format for layer in report.layers.values()} | {w.format for w in report.skipped.values()}
+    return sorted(formats - {"float"}, reverse=True)
+
+
+def _with_formats(report: CompressionReport) -> str:
+    formats = _formats(report)
+    return f" and rounding to {' and '.join(formats)}" if formats else ""
 
 
 def _comparison(report: CompressionReport) -> list[str]:
@@ -65,8 +83,11 @@ def _comparison(report: CompressionReport) -> list[str]:
             f"{dense.parameters:,}",
             f"{compressed.parameters:,} ({_percent(report.model_keep_ratio, 1)})",
         ),
-        ("loss (nats)", f"{dense.loss:.4f}", f"{compressed.loss:.4f}"),
     ]
+    if dense.bytes and compressed.bytes:
+        ratio = f"({_percent(compressed.bytes / dense.bytes, 1)})"
+        rows.append(("bytes of the tensors", f"{dense.bytes:,}", f"{compressed.bytes:,} {ratio}"))
+    rows.append(("loss (nats)", f"{dense.loss:.4f}", f"{compressed.loss:.4f}"))
     if dense.accuracy is not None and compressed.accuracy is not None:
         rows.append(("accuracy", _percent(dense.accuracy), _percent(compressed.accuracy)))
     if report.speed is not None:
@@ -132,19 +153,22 @@ def _kept_dense(report: CompressionReport) -> list[str]:
     for name, weight in report.skipped.items():
         reasons.setdefault(weight.reason, []).append(name)
     shares = {reason: sum(report.skipped[name].share or 0.0 for name in names) for reason, names in reasons.items()}
-    dense = [name for name, layer in report.layers.items() if layer.rank is None]
+    unchanged = [name for name, layer in report.layers.items() if (layer.rank, layer.format) == (None, "float")]
+    whole = sum(layer.rank is None for layer in report.layers.values())
+    formats = Counter(layer.format for layer in report.layers.values() if layer.format != "float")
     lines = [
         f"* {markdown(reason, begins=True)}{f' ({_percent(shares[reason], 1)} of the model)' * bool(shares[reason])}: "
         f"{_patterns(names)}"
         for reason, names in reasons.items()
     ]
-    if dense:
-        lines.append(f"* targeted, but left dense by the choice of ranks: {_patterns(dense)}")
-    count = len(report.layers) - len(dense)
+    if unchanged:
+        lines.append(f"* targeted, but left dense by the choice of ranks: {_patterns(unchanged)}")
+    rounded = ", ".join(f"{count} to {name}" for name, count in sorted(formats.items(), reverse=True))
     text = (
-        f"{count} of {len(report.layers)} targeted layers are factorized; with the others, they keep "
-        f"{_percent(report.keep_ratio)} of their parameters, and the whole model keeps "
-        f"{_percent(report.model_keep_ratio)}. `{REPORT_NAME}` has the ranks."
+        f"{len(report.layers) - whole} of {len(report.layers)} targeted layers are factorized; with the others, they "
+        f"keep {_percent(report.keep_ratio)} of their parameters, and the whole model keeps "
+        f"{_percent(report.model_keep_ratio)}. {f'Weights are rounded: {rounded}. ' * bool(rounded)}"
+        f"`{REPORT_NAME}` has the ranks{' and the formats' * bool(rounded)}."
     )
     return ["## Layers", text, *(["Left dense:", "\n".join(lines)] if lines else [])]
 

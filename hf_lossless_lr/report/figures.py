@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .drawing import BAD, DENSE, FULL, KEPT, refuse_links, require_matplotlib, save_figure
-from .records import CompressionReport, LayerReport, TrialRecord
+from .records import CompressionReport, TrialRecord
 from .text import label as harmless
+from .weights import LayerReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

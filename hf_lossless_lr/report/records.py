@@ -14,50 +14,9 @@ from ..files import write_atomically
 from ..renamed import Renamed, with_present_names
 from .reading import contradiction, impossible, typed
 from .speed import Speed
+from .weights import LayerReport, SkippedWeight
 
 REPORT_NAME = "compression_report.json"
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What became of one targeted layer.
-
-    Attributes:
-        layer_type: `Linear`, `Conv1D` or `Conv2d`.
-        out_features: rows of the weight.
-        in_features: columns of the weight.
-        rank: rank kept, or None where the layer stayed dense.
-        storage: storage of the factors, or None.
-        dense_parameters: parameters of the dense weight, without bias.
-        parameters: parameters of the weight now.
-        first_order: predicted first-order loss change, in nats.
-        second_order: predicted second-order loss increase, in nats.
-    """
-
-    layer_type: str
-    out_features: int
-    in_features: int
-    rank: int | None
-    storage: str | None
-    dense_parameters: int
-    parameters: int
-    first_order: float
-    second_order: float
-
-
-@dataclass(frozen=True)
-class SkippedWeight:
-    """A weight that was no target.
-
-    Attributes:
-        reason: why.
-        parameters: its number of elements; 0 where they count under another name. None in a report of before.
-        share: the same as a share of all parameters of the dense model.
-    """
-
-    reason: str
-    parameters: int | None = None
-    share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -68,11 +27,13 @@ class Measurement:
         loss: mean loss per labelled unit, in nats.
         accuracy: share of labelled units answered correctly, or None where the head has no such thing.
         parameters: parameters of the whole model, each counted once.
+        bytes: bytes of all tensors of its checkpoint; None in a report of before.
     """
 
     loss: float
     accuracy: float | None
     parameters: int
+    bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -240,8 +201,15 @@ class CompressionReport(Renamed):
 
     @property
     def predicted_loss_increase(self) -> float:
-        """Sum of the layers' predicted second-order terms, in nats."""
-        return sum(layer.second_order for layer in self.layers.values())
+        """Sum of the layers' predicted second-order terms and of what their rounding is predicted to cost, in nats."""
+        return sum(layer.second_order + layer.rounding for layer in self.layers.values())
+
+    @property
+    def bytes_ratio(self) -> float | None:
+        """Bytes kept divided by original bytes, over the weights of the targeted layers; None where not counted."""
+        pairs = [(layer.dense_bytes, layer.bytes) for layer in self.layers.values()]
+        dense, kept = sum(pair[0] or 0 for pair in pairs), sum(pair[1] or 0 for pair in pairs)
+        return kept / dense if dense and kept else None
 
     @property
     def verdict(self) -> str:

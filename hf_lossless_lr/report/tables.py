@@ -36,12 +36,18 @@ def _number(value: float | None) -> str:
 def report_rows(report: CompressionReport) -> dict[str, Row]:
     """Return the rows of a report: sizes in both scopes, loss and accuracy on the held-out data, time of a batch."""
     layers, speed = report.layers.values(), report.speed
+    sizes: dict[str, Row] = {}
+    if report.compressed.bytes is not None:
+        pairs = [(layer.dense_bytes or 0, layer.bytes or 0) for layer in layers]
+        sizes["targeted bytes"] = sum(before for before, _ in pairs), sum(after for _, after in pairs)
+        sizes["bytes"] = report.dense.bytes, report.compressed.bytes
     latency: dict[str, Row] = {}
     if speed is not None:
         latency[f"batch of {speed.shape[0]} (ms)"] = 1000 * speed.seconds[0], 1000 * speed.seconds[1]
     return {
         "targeted parameters": (sum(x.dense_parameters for x in layers), sum(x.parameters for x in layers)),
         "parameters": (report.dense.parameters, report.compressed.parameters),
+        **sizes,
         "loss (nats)": (report.dense.loss, report.compressed.loss),
         "accuracy": (report.dense.accuracy, report.compressed.accuracy),
         **latency,

@@ -34,7 +34,10 @@ def full_config():
     return LosslessLowRankConfig(
         objective="uniform",
         keep_ratio=0.25,
-        size="flops",
+        size="bytes",
+        formats=["int8", "int4"],
+        embeddings="int8",
+        compute="stored",
         scope="model",
         metric="activation",
         target_modules=["q_proj", "re:.*fc\\d"],
@@ -271,15 +274,19 @@ def test_an_error_of_the_configuration_is_a_value_error():
 @pytest.mark.parametrize(
     ("record", "text"),
     [
-        ({"rank": 3}, "modules['a.b']: expected the keys ['rank', 'storage'], got {'rank': 3}."),
-        ({}, "modules['a.b']: expected the keys ['rank', 'storage'], got {}."),
+        ({"rank": 3}, "modules['a.b']: expected the keys ['rank', 'storage'], and perhaps 'format', got {'rank': 3}."),
+        ({}, "modules['a.b']: expected the keys ['rank', 'storage'], and perhaps 'format', got {}."),
         (
             {"rank": 3, "storage": "pivoted", "x": 1},
-            "modules['a.b']: expected the keys ['rank', 'storage'], got {'rank': 3, 'storage': 'pivoted', 'x': 1}.",
+            "modules['a.b']: expected the keys ['rank', 'storage'], and perhaps 'format', got {'rank': 3, "
+            "'storage': 'pivoted', 'x': 1}.",
         ),
-        (None, "modules['a.b']: expected the keys ['rank', 'storage'], got None."),
-        (3, "modules['a.b']: expected the keys ['rank', 'storage'], got 3."),
-        (["rank", "storage"], "modules['a.b']: expected the keys ['rank', 'storage'], got ['rank', 'storage']."),
+        (None, "modules['a.b']: expected the keys ['rank', 'storage'], and perhaps 'format', got None."),
+        (3, "modules['a.b']: expected the keys ['rank', 'storage'], and perhaps 'format', got 3."),
+        (
+            ["rank", "storage"],
+            "modules['a.b']: expected the keys ['rank', 'storage'], and perhaps 'format', got ['rank', 'storage'].",
+        ),
         ({"rank": 0, "storage": "pivoted"}, "modules['a.b']: rank must be a positive integer, got 0."),
         ({"rank": -2, "storage": "pivoted"}, "modules['a.b']: rank must be a positive integer, got -2."),
         ({"rank": 2.0, "storage": "pivoted"}, "modules['a.b']: rank must be a positive integer, got 2.0."),

@@ -226,7 +226,7 @@ class TestAnotherClass:
 
     def test_that_has_none_of_the_layers_is_refused(self, bert):
         with pytest.raises(
-            CheckpointError, match=r"none of the factorized modules .* exists in DistilBertModel: bert\.encoder"
+            CheckpointError, match=r"none of the compressed modules .* exists in DistilBertModel: bert\.encoder"
         ):
             DistilBertModel.from_pretrained(bert.folder)
 
@@ -326,7 +326,7 @@ class TestDequantizing:
 
     def test_of_a_dense_model_is_refused(self):
         model, _ = build("bert-sequence-classification")
-        with pytest.raises(TargetError, match="BertForSequenceClassification has no factorized layers; there is noth"):
+        with pytest.raises(TargetError, match="BertForSequenceClassification has no factorized or rounded layers"):
             hf_lossless_lr.dequantize(model)
 
 
@@ -423,14 +423,17 @@ BAD_MANIFESTS = {
     "rank that is no number": (set_record(rank="7"), r"rank must be a positive integer, got '7'"),
     "wrong storage": (set_record(storage="two-factor"), rf"has an extra tensor '{QUERY}.permutation'"),
     "unknown storage": (set_record(storage="three"), r"storage must be one of pivoted, two-factor, got 'three'"),
-    "missing field": (drop_record_field, r"expected the keys \['rank', 'storage'\], got \{'rank'"),
+    "missing field": (
+        drop_record_field,
+        r"expected the keys \['rank', 'storage'\], and perhaps 'format', got \{'rank'",
+    ),
     "unknown field": (set_record(scale=2), r"expected the keys \['rank', 'storage'\]"),
     "newer format": (
         set_manifest(format_version=FORMAT_VERSION + 1),
         rf"has format version {FORMAT_VERSION + 1}; .* up to {FORMAT_VERSION}. Upgrade with `pip install -U",
     ),
     "a list": (set_manifest(modules=[QUERY]), r"modules: the manifest must map names to records, got \['bert"),
-    "nothing": (set_manifest(modules={}), "none of the factorized modules of this checkpoint exists in Bert"),
+    "nothing": (set_manifest(modules={}), "none of the compressed modules of this checkpoint exists in Bert"),
 }
 
 

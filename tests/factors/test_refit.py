@@ -63,9 +63,7 @@ class Prepared(NamedTuple):
 
     def products(self) -> dict[str, np.ndarray]:
         """The matrices that the factorized layers stand for."""
-        return {
-            name: target.factorized.dense_weight().detach().numpy().copy() for name, target in self.targets.items()
-        }
+        return {name: target.layer.dense_weight().detach().numpy().copy() for name, target in self.targets.items()}
 
     def refit(self, batches, damping: float = DAMPING) -> dict[str, np.ndarray]:
         refit(self.model, self.targets, self.groups, loader_of(batches), accelerator(), damping, Clock())
@@ -127,7 +125,7 @@ def oracle(prepared, before, examples, damping=DAMPING, **options):
     return slow_refit(
         prepared.model,
         before,
-        {name: target.factorized.rank for name, target in prepared.targets.items()},
+        {name: target.layer.rank for name, target in prepared.targets.items()},
         {name: target.grad_covariance[0].numpy() for name, target in prepared.targets.items()},
         prepared.groups,
         examples,
@@ -179,7 +177,7 @@ class TestOnEveryModel:
         examples = plain_examples(prepared.model, batch)
         names = [layer for group in prepared.groups for layer in group]
         dense = layer_inputs(prepared.model, names, examples)
-        layers = {layer: target.factorized for layer, target in prepared.targets.items()}
+        layers = {layer: target.layer for layer, target in prepared.targets.items()}
         handle = {}
         shifted = {layer: [] for layer in names}
         for layer in names:
@@ -214,7 +212,7 @@ class TestOnEveryModel:
         model.register_forward_pre_hook(lambda *_: calls.update(["model"]))
         for layer in (layer for group in prepared.groups for layer in group):
             target = prepared.targets[layer]
-            for kind, module in (("dense", target.dense), ("factorized", target.factorized)):
+            for kind, module in (("dense", target.dense), ("factorized", target.layer)):
                 module.register_forward_hook(lambda *_, key=f"{kind} {layer}": calls.update([key]))
         plain = type(model).forward
         model.forward = functools.wraps(plain)(lambda **inputs: calls.update(["forward"]) or plain(model, **inputs))
@@ -300,7 +298,7 @@ class TestTheFit:
         prepared, batch = bert
         prepared.refit([batch])
         assert sum(t.dense.bias is not None for t in prepared.targets.values()) > 10
-        assert all(torch.equal(t.dense.bias, t.factorized.bias) for t in prepared.targets.values())
+        assert all(torch.equal(t.dense.bias, t.layer.bias) for t in prepared.targets.values())
 
     @pytest.mark.parametrize("damping", [0.01, 0.3])
     def test_takes_the_damping_it_is_given(self, bert, damping):
@@ -399,7 +397,7 @@ class TestAutocast:
 
         monkeypatch.setattr(refit_module, "_products", watch)
         for target in prepared.targets.values():
-            for module in (target.dense, target.factorized):
+            for module in (target.dense, target.layer):
                 module.register_forward_hook(lambda *_: states["model"].add(torch.is_autocast_enabled("cpu")))
         prepared.refit(batches)
         assert states == {"model": {True}, "products": {False}}
@@ -443,7 +441,7 @@ class Snapshot:
             path: (id(module), module.training, *self.hooks(module))
             for path, module in prepared.model.named_modules(remove_duplicate=False)
         }
-        self.factorized = {name: self.hooks(target.factorized) for name, target in prepared.targets.items()}
+        self.factorized = {name: self.hooks(target.layer) for name, target in prepared.targets.items()}
         self.parameters = {n: (id(p), p.requires_grad, id(p.grad)) for n, p in prepared.model.named_parameters()}
         self.values = {name: tensor.clone() for name, tensor in prepared.model.state_dict().items()}
         self.grad_mode = torch.is_grad_enabled()
@@ -490,7 +488,7 @@ class TestTheEnd:
         assert all(stream.dead for stream in streams)
 
     @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-    @pytest.mark.parametrize("stage", ["dense", "factorized", "first", "solution", "data"])
+    @pytest.mark.parametrize("stage", ["dense", "layer", "first", "solution", "data"])
     def test_after_an_exception_is_the_same(self, prepared, streams, monkeypatch, stage, error):
         prepared, batches = prepared
         calls = []
@@ -501,7 +499,7 @@ class TestTheEnd:
                 raise error("broken on purpose")
 
         target = prepared.targets["bert.encoder.layer.1.attention.output.dense"]
-        if stage in ("dense", "factorized"):  # the third batch, in the middle of the model
+        if stage in ("dense", "layer"):  # the third batch, in the middle of the model
             getattr(target, stage).register_forward_hook(fail_late)
         elif stage == "first":  # the others have not started
             prepared.model.bert.embeddings.register_forward_hook(functools.partial(fail_late, at=1))
@@ -538,7 +536,7 @@ class TestTheEnd:
         prepared.refit(batches)
         assert torch.is_grad_enabled()
         for target in prepared.targets.values():
-            assert all(p.is_leaf and p.requires_grad for p in target.factorized.parameters())
+            assert all(p.is_leaf and p.requires_grad for p in target.layer.parameters())
 
     def test_can_be_repeated(self, prepared):
         prepared, batches = prepared

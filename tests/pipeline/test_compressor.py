@@ -394,7 +394,7 @@ class TestWhenNothingQualifies:
     def test_the_model_stays_dense_and_saves_as_a_plain_one(self, case, tmp_path, monkeypatch):
         said = []
         monkeypatch.setattr(
-            "hf_lossless_lr.pipeline.compressor.logger.warning", lambda text, *values: said.append(text % values)
+            "hf_lossless_lr.pipeline.choosing.logger.warning", lambda text, *values: said.append(text % values)
         )
         model, batch = bert()
         model(**batch)  # which sets the problem type in the configuration, where it is not known yet

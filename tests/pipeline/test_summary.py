@@ -20,6 +20,7 @@ from hf_lossless_lr.layers.targets import find_targets
 from hf_lossless_lr.pipeline import summary as reporting_module
 from hf_lossless_lr.pipeline.summary import visited_point
 from hf_lossless_lr.pipeline.trial import Trial
+from hf_lossless_lr.ranks.sizes import Choice
 from hf_lossless_lr.report.records import Difference, TrialRecord
 from hf_lossless_lr.statistics.collector import collect_statistics
 from hf_lossless_lr.verdict.certificate import MIN_EXAMPLES
@@ -226,7 +227,7 @@ class TestVisitedPoint:
             name: loss_curve(weight, factorize(weight, statistics[name], "kronecker", 0.03), statistics[name])
             for name, weight in weights.items()
         }
-        return curves, dict.fromkeys(curves, 3), LosslessLowRankConfig(loss_margin=0.5)
+        return curves, dict.fromkeys(curves, Choice(3)), LosslessLowRankConfig(loss_margin=0.5)
 
     def record(self, case, loss, drop):
         curves, ranks, config = case

@@ -20,6 +20,7 @@ from hf_lossless_lr.pipeline import trial as trials_module
 from hf_lossless_lr.pipeline.calibration import calibrate
 from hf_lossless_lr.pipeline.trial import Trial, build_layers, run_trial
 from hf_lossless_lr.ranks.select import select_budget
+from hf_lossless_lr.ranks.sizes import Choice
 from hf_lossless_lr.report.records import Difference
 from hf_lossless_lr.timing import Clock
 from hf_lossless_lr.verdict.certificate import accuracy_difference, loss_difference
@@ -30,7 +31,7 @@ KEEP_RATIO = 0.3
 
 
 def make_case(**options):
-    """A calibration, ranks for a third of the parameters, and the configuration."""
+    """A calibration, choices for a third of the parameters, and the configuration."""
     model, batch = build("bert-sequence-classification")
     config = LosslessLowRankConfig(keep_ratio=KEEP_RATIO, **{"selection_fraction": 0.5} | options)
     parts = split_data(
@@ -61,9 +62,9 @@ def states(layers):
     return {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.state_dict().items()}
 
 
-def plain_and_refitted(calibration, ranks, config):
-    plain, refitted = (build_layers(calibration.factors, ranks, config.storage) for _ in range(2))
-    trials_module._refit(calibration, refitted, calibration.parts.calibration, config.damping, Clock())
+def plain_and_refitted(calibration, choices, config):
+    plain, refitted = (build_layers(calibration, choices, config) for _ in range(2))
+    trials_module._refit(calibration, choices, refitted, calibration.parts.calibration, config.damping, Clock())
     return plain, refitted
 
 
@@ -90,61 +91,61 @@ def divergence(value):
 class TestRefit:
     @pytest.mark.parametrize("after", [0.5, 0.7, math.nan])
     def test_that_does_not_help_is_undone_bit_for_bit(self, case, after, monkeypatch):
-        calibration, ranks, config = case
+        calibration, choices, config = case
         left = force(monkeypatch, divergence(0.5), divergence(after))
-        trial = run_trial(calibration, ranks, config, Clock())
+        trial = run_trial(calibration, choices, config, Clock())
         assert not trial.refitted
         assert left == []
-        check_same_state(states(trial.layers), states(build_layers(calibration.factors, ranks, config.storage)))
+        check_same_state(states(trial.layers), states(build_layers(calibration, choices, config)))
 
     def test_that_helps_is_kept(self, case, monkeypatch):
-        calibration, ranks, config = case
+        calibration, choices, config = case
         force(monkeypatch, divergence(0.5), divergence(0.499))
-        trial = run_trial(calibration, ranks, config, Clock())
+        trial = run_trial(calibration, choices, config, Clock())
         assert trial.refitted
-        plain, kept = states(build_layers(calibration.factors, ranks, config.storage)), states(trial.layers)
+        plain, kept = states(build_layers(calibration, choices, config)), states(trial.layers)
         assert kept.keys() == plain.keys()
         assert any(not torch.equal(kept[name], plain[name]) for name in plain)
 
     @pytest.mark.parametrize("options", [{}, {"selection_fraction": 0.0}], ids=["selection split", "calibration data"])
     def test_is_kept_exactly_if_the_divergence_falls(self, options):
         """On the selection split, or else on the calibration data."""
-        calibration, ranks, config = make_case(**options)
-        plain, refitted = plain_and_refitted(calibration, ranks, config)
+        calibration, choices, config = make_case(**options)
+        plain, refitted = plain_and_refitted(calibration, choices, config)
         loader = calibration.parts.selection if not options else calibration.parts.calibration
         before, after = (outcomes_of(calibration, x, loader).mean_divergence for x in (plain, refitted))
-        trial = run_trial(calibration, ranks, config, Clock())
+        trial = run_trial(calibration, choices, config, Clock())
         assert before != after
         assert trial.refitted == (after < before)
         check_same_state(states(trial.layers), states(refitted if after < before else plain))
 
     def test_lowers_the_divergence_on_the_data_it_is_fitted_to(self, case):
-        calibration, ranks, config = case
-        plain, refitted = plain_and_refitted(calibration, ranks, config)
+        calibration, choices, config = case
+        plain, refitted = plain_and_refitted(calibration, choices, config)
         loader = calibration.parts.calibration
         before, after = (outcomes_of(calibration, x, loader).mean_divergence for x in (plain, refitted))
         assert after < before
 
     @pytest.mark.parametrize("helps", [True, False])
     def test_is_judged_by_the_loss_where_the_head_does_not_classify(self, case, helps, monkeypatch):
-        calibration, ranks, config = case
+        calibration, choices, config = case
         loss = np.array([[0.0] * 3, [0.5] * 3])
         lower = np.array([[0.9] * 3, [0.499 if helps else 0.5] * 3])
         no_answers = {"divergence": None, "right": None, "units": np.array([2] * 3)}
         force(monkeypatch, no_answers | {"loss": loss}, no_answers | {"loss": lower})
-        assert run_trial(calibration, ranks, config, Clock()).refitted is helps
+        assert run_trial(calibration, choices, config, Clock()).refitted is helps
 
     def test_is_not_tried_where_it_is_not_asked_for(self, monkeypatch):
         monkeypatch.setattr(trials_module, "_refit", lambda *_: pytest.fail("a refit"))
-        calibration, ranks, config = make_case(refit=False)
-        trial = run_trial(calibration, ranks, config, Clock())
+        calibration, choices, config = make_case(refit=False)
+        trial = run_trial(calibration, choices, config, Clock())
         assert not trial.refitted
-        check_same_state(states(trial.layers), states(build_layers(calibration.factors, ranks, config.storage)))
+        check_same_state(states(trial.layers), states(build_layers(calibration, choices, config)))
 
     def test_of_no_layer_is_not_tried(self, case, monkeypatch):
         monkeypatch.setattr(trials_module, "_refit", lambda *_: pytest.fail("a refit"))
-        calibration, ranks, config = case
-        trial = run_trial(calibration, dict.fromkeys(ranks), config, Clock())
+        calibration, choices, config = case
+        trial = run_trial(calibration, dict.fromkeys(choices, Choice()), config, Clock())
         assert (trial.layers, trial.refitted) == ({}, False)
         assert (trial.loss.mean, trial.accuracy_drop.mean) == (0.0, 0.0)
 
@@ -170,10 +171,10 @@ class TestRefitOnFewExamples:
             fitted.append(list(getattr(data.dataset, "indices", [])))
             return plain(model, targets, groups, data, *rest)
 
-        calibration, ranks, config = make_case(selection_fraction=0.17)
+        calibration, choices, config = make_case(selection_fraction=0.17)
         monkeypatch.setattr(trials_module, "paired_outcomes", outcomes)
         monkeypatch.setattr(trials_module, "refit", refit)
-        return run_trial(calibration, ranks, config, Clock()), fitted, seen
+        return run_trial(calibration, choices, config, Clock()), fitted, seen
 
     def test_is_made_where_unseen_examples_show_that_it_helps(self, monkeypatch):
         trial, fitted, seen = self.folds(monkeypatch, [0.5, 0.51, 0.52])
@@ -193,16 +194,16 @@ class TestRefitOnFewExamples:
         assert "not refitted" in caplog.text
 
     def test_leaves_the_factors_bit_for_bit_where_it_is_not_made(self, case, monkeypatch):
-        calibration, ranks, config = case
+        calibration, choices, config = case
         monkeypatch.setattr(trials_module, "mean_upper_bound", lambda *_: 0.1)
-        trial = run_trial(calibration, ranks, config, Clock())
-        check_same_state(states(trial.layers), states(build_layers(calibration.factors, ranks, config.storage)))
+        trial = run_trial(calibration, choices, config, Clock())
+        check_same_state(states(trial.layers), states(build_layers(calibration, choices, config)))
 
     def test_is_that_of_all_calibration_data_where_it_is_made(self, case, monkeypatch):
-        calibration, ranks, config = case
+        calibration, choices, config = case
         monkeypatch.setattr(trials_module, "mean_upper_bound", lambda *_: -0.1)
-        _, refitted = plain_and_refitted(calibration, ranks, config)
-        trial = run_trial(calibration, ranks, config, Clock())
+        _, refitted = plain_and_refitted(calibration, choices, config)
+        trial = run_trial(calibration, choices, config, Clock())
         assert trial.refitted
         check_same_state(states(trial.layers), states(refitted))
 
@@ -210,16 +211,16 @@ class TestRefitOnFewExamples:
 @pytest.mark.usefixtures("few_are_enough")
 class TestTrial:
     def test_leaves_the_model_dense(self, case):
-        calibration, ranks, config = case
+        calibration, choices, config = case
         modules = dict(calibration.dense.model.named_modules())
-        run_trial(calibration, ranks, config, Clock())
+        run_trial(calibration, choices, config, Clock())
         after = dict(calibration.dense.model.named_modules())
         assert after.keys() == modules.keys()
         assert all(after[name] is module for name, module in modules.items())
 
     def test_measures_the_increase_on_the_selection_split(self, case):
-        calibration, ranks, config = case
-        trial = run_trial(calibration, ranks, config, Clock())
+        calibration, choices, config = case
+        trial = run_trial(calibration, choices, config, Clock())
         parts = list(calibration.parts.selection)
         assert sum(len(part["labels"]) for part in parts) == COUNT // 2
         losses, right = [], []
@@ -241,11 +242,11 @@ class TestTrial:
 
     @pytest.mark.parametrize("refitted", [True, False])
     def test_measures_the_layers_it_ends_with(self, case, refitted, monkeypatch):
-        calibration, ranks, config = case
-        chosen = plain_and_refitted(calibration, ranks, config)[refitted]
+        calibration, choices, config = case
+        chosen = plain_and_refitted(calibration, choices, config)[refitted]
         measured = outcomes_of(calibration, chosen, calibration.parts.selection)
         force(monkeypatch, divergence(0.5), divergence(0.4 if refitted else 0.6))
-        trial = run_trial(calibration, ranks, config, Clock())
+        trial = run_trial(calibration, choices, config, Clock())
         loss = loss_difference(measured.loss_increase, measured.units, config.confidence, bootstrap=False)
         assert trial.loss == loss
         assert trial.accuracy_drop == accuracy_difference(measured, config.confidence, bootstrap=False)
@@ -257,15 +258,15 @@ class TestTrial:
         assert not trial.passes(math.inf, 1.0)
 
     def test_with_nothing_to_choose_reads_no_data(self, monkeypatch):
-        calibration, ranks, config = make_case(selection_fraction=0.0, refit=False)
+        calibration, choices, config = make_case(selection_fraction=0.0, refit=False)
         monkeypatch.setattr(trials_module, "paired_outcomes", lambda *_: pytest.fail("a measurement"))
-        trial = run_trial(calibration, ranks, config, Clock())
+        trial = run_trial(calibration, choices, config, Clock())
         assert trial.layers
         assert trial.loss is None
 
     @pytest.mark.parametrize(("fraction", "part"), [(0.5, "selection"), (0.0, "calibration")])
     def test_never_reads_the_evaluation_data(self, fraction, part, monkeypatch):
-        calibration, ranks, config = make_case(selection_fraction=fraction)
+        calibration, choices, config = make_case(selection_fraction=fraction)
         seen = []
 
         def watch(dense, compressed, loader, *arguments, **options):
@@ -273,7 +274,7 @@ class TestTrial:
             return paired_outcomes(dense, compressed, loader, *arguments, **options)
 
         monkeypatch.setattr(trials_module, "paired_outcomes", watch)
-        run_trial(calibration, ranks, config, Clock())
+        run_trial(calibration, choices, config, Clock())
         assert seen == [getattr(calibration.parts, part)] * 2
 
     @pytest.mark.parametrize(
@@ -295,8 +296,8 @@ class TestTrial:
 @pytest.mark.usefixtures("few_are_enough")
 class TestTheDenseModel:
     def test_answers_the_selection_split_once_for_all_trials(self, case, monkeypatch):
-        calibration, ranks, config = case
-        first = run_trial(calibration, ranks, config, Clock())
+        calibration, choices, config = case
+        first = run_trial(calibration, choices, config, Clock())
         batches, calls = len(calibration.parts.selection), []
 
         def count(model, batch, index):
@@ -304,6 +305,6 @@ class TestTheDenseModel:
             return forward_loss(model, batch, index)
 
         monkeypatch.setattr("hf_lossless_lr.verdict.outcomes.forward_loss", count)
-        second = run_trial(calibration, ranks, config, Clock())
+        second = run_trial(calibration, choices, config, Clock())
         assert (second.loss, second.accuracy_drop) == (first.loss, first.accuracy_drop)
         assert len(calls) == 2 * batches  # the compressed model, before and after the refit

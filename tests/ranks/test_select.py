@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from support.choices import kept_parameters, ranks_after, ranks_of, select_budget, select_uniform
 from support.tolerances import ROUNDING, TIE
 
 from hf_lossless_lr.errors import ConfigurationError
@@ -12,7 +13,6 @@ from hf_lossless_lr.factors.curves import LossCurve
 from hf_lossless_lr.layers.storage import STORAGES, factorized_parameters
 from hf_lossless_lr.ranks.paper import select_paper
 from hf_lossless_lr.ranks.path import allowed_ranks, compression_path, second_order_cost
-from hf_lossless_lr.ranks.select import kept_parameters, select_budget, select_uniform
 from hf_lossless_lr.ranks.sizes import LayerSize, parameter_size, parameter_sizes
 
 pytestmark = pytest.mark.numerical
@@ -101,7 +101,7 @@ def test_each_point_of_the_path_is_the_best_answer_to_its_multiplier(kind, stora
             name: min(candidates(curve, multiple), key=lambda c: c[2] + multiplier * c[1])[0]
             for name, curve in curves.items()
         }
-        assert path.ranks_after(sum(slope < multiplier for slope in slopes)) == best
+        assert ranks_after(path, sum(slope < multiplier for slope in slopes)) == best
 
 
 @on_kinds
@@ -109,7 +109,7 @@ def test_each_point_of_the_path_is_the_best_answer_to_its_multiplier(kind, stora
 def test_the_path_is_nested_and_gets_smaller_with_each_step(kind, seed):
     curves = make_curves(seed, kind)
     path = compression_path(curves, second_order_cost)
-    points = [path.ranks_after(count) for count in range(len(path.steps) + 1)]
+    points = [ranks_after(path, count) for count in range(len(path.steps) + 1)]
     assert points[0] == dict.fromkeys(curves)
     for before, after, step in zip(points, points[1:], path.steps, strict=False):
         assert [name for name in curves if before[name] != after[name]] == [step.layer]
@@ -133,7 +133,7 @@ def test_the_path_ends_at_the_smallest_model(kind, multiple, seed):
     curves = make_curves(seed, kind)
     path = compression_path(curves, second_order_cost, multiple)
     smallest = {name: min(candidates(curve, multiple), key=lambda c: c[1])[0] for name, curve in curves.items()}
-    assert path.ranks_after(len(path.steps)) == smallest
+    assert ranks_after(path, len(path.steps)) == smallest
 
 
 def auto_curves(seed):
@@ -168,7 +168,7 @@ def test_auto_storage_keeps_the_path_optimal_nested_and_within_the_budget(multip
             name: min(candidates(curve, multiple), key=lambda c: c[2] + multiplier * c[1])[0]
             for name, curve in curves.items()
         }
-        assert path.ranks_after(sum(slope < multiplier for slope in slopes)) == best
+        assert ranks_after(path, sum(slope < multiplier for slope in slopes)) == best
     for ratio, select in itertools.product(RATIOS, (select_budget, select_uniform)):
         stored = sum(
             c.out_features * c.in_features
@@ -189,7 +189,7 @@ def test_rounding_does_not_reorder_the_steps_of_a_layer():
         sizes = [factorized_parameters(out, in_, k, storage) for k in range(min(out, in_) + 1)]
         costs = slope * (out * in_ - np.array(sizes, dtype=float))
         path = compression_path({"a": LossCurve(out, in_, storage, costs, costs)}, second_order_cost)
-        ranks = [step.rank for step in path.steps]
+        ranks = [step.choice.rank for step in path.steps]
         if ranks != sorted(ranks, reverse=True):
             reordered.append(seed)
     assert reordered == []
@@ -199,13 +199,13 @@ def test_a_layer_that_cannot_be_compressed_has_no_steps():
     curves = {"thin": make_curve(1, 8), "wide": make_curve(6, 8)}
     path = compression_path(curves, second_order_cost)
     assert {step.layer for step in path.steps} == {"wide"}
-    assert path.ranks_after(len(path.steps)) == {"thin": None, "wide": 1}
+    assert ranks_after(path, len(path.steps)) == {"thin": None, "wide": 1}
 
 
 def test_a_layer_that_costs_nothing_goes_to_rank_1_at_once_and_first():
     free = make_curve(6, 8, scale=0.0)
     path = compression_path({"dear": make_curve(6, 8), "free": free}, second_order_cost)
-    assert (path.steps[0].layer, path.steps[0].rank, path.steps[0].cost) == ("free", 1, 0.0)
+    assert (path.steps[0].layer, path.steps[0].choice.rank, path.steps[0].cost) == ("free", 1, 0.0)
     assert [step.layer for step in path.steps].count("free") == 1
 
 
@@ -252,7 +252,7 @@ def test_budget_is_the_exhaustive_optimum_at_every_size_on_the_path(kind, seed):
     curves = make_curves(seed, kind)
     path = compression_path(curves, second_order_cost)
     for count in range(len(path.steps) + 1):
-        ranks = path.ranks_after(count)
+        ranks = ranks_after(path, count)
         kept = kept_parameters(curves, ranks)
         if cost_of(curves, ranks) > 0:  # else a smaller model costs less than the dense one
             found = select_budget(curves, (kept + 0.5) / dense_size(curves))
@@ -411,7 +411,7 @@ def test_each_point_of_the_path_is_the_best_answer_to_its_multiplier_in_each_siz
             name: min(sized_candidates(curve, sizes[name], multiple), key=lambda c: c[2] + multiplier * c[1])[0]
             for name, curve in curves.items()
         }
-        assert path.ranks_after(sum(slope < multiplier for slope in slopes)) == best
+        assert ranks_after(path, sum(slope < multiplier for slope in slopes)) == best
 
 
 @on_monotone_kinds
@@ -421,7 +421,7 @@ def test_in_each_size_the_path_is_nested_and_gets_smaller_with_each_step(kind, s
     curves = make_curves(seed, kind)
     sizes = make_sizes(sized, curves, seed)
     path = compression_path(curves, second_order_cost, 1, sizes)
-    points = [path.ranks_after(count) for count in range(len(path) + 1)]
+    points = [ranks_after(path, count) for count in range(len(path) + 1)]
     for before, after, step in zip(points, points[1:], path.steps, strict=False):
         assert [name for name in curves if before[name] != after[name]] == [step.layer]
         assert before[step.layer] is None or after[step.layer] < before[step.layer]
@@ -438,7 +438,7 @@ def test_the_path_knows_the_kept_ratio_and_the_predicted_cost_of_each_point(size
     dense = size_of(sizes, dict.fromkeys(curves)) + fixed
     assert len(path) == len(path.steps)
     for count in range(len(path) + 1):
-        ranks = path.ranks_after(count)
+        ranks = ranks_after(path, count)
         assert path.kept_after(count) == pytest.approx((size_of(sizes, ranks) + fixed) / dense, rel=ROUNDING)
         assert path.predicted_cost_after(count) == pytest.approx(cost_of(curves, ranks), rel=ROUNDING, abs=TIE)
 
@@ -626,16 +626,16 @@ def test_paper_objectives_are_its_algorithms(storage, compact, seed):
     for epsilon in [0.05, 0.3, 0.6, 1.0]:
         bounds = {name: epsilon * (0.5 + n / 6) for n, name in enumerate(curves)}
         expected = {name: algorithm(curve, bounds[name]) for name, curve in curves.items()}
-        assert select_paper(curves, bounds, compact) == expected
+        assert ranks_of(select_paper(curves, bounds, compact)) == expected
 
 
 def test_paper_objectives_differ_and_respect_sign_noise_and_rank():
     first = np.array([-9.0, 0.5, -1.0, -2.0, -5.0, -7.0, -8.0, -9.0, 0.0])
     noise = np.array([9.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.0])
     curves = {"a": LossCurve(8, 8, "pivoted", first, np.zeros(9), noise)}  # ranks 1 … 3 compress
-    assert select_paper(curves, {"a": 0.1}, compact=True) == {"a": 2}  # rank 1 has the wrong sign
-    assert select_paper(curves, {"a": 0.1}, compact=False) == {"a": 3}  # rank 4 would be lower still
-    assert select_paper(curves, {"a": 0.09}, compact=False) == {"a": None}
+    assert ranks_of(select_paper(curves, {"a": 0.1}, compact=True)) == {"a": 2}  # rank 1 has the wrong sign
+    assert ranks_of(select_paper(curves, {"a": 0.1}, compact=False)) == {"a": 3}  # rank 4 would be lower still
+    assert ranks_of(select_paper(curves, {"a": 0.09}, compact=False)) == {"a": None}
 
 
 def test_paper_objectives_need_the_noise():
@@ -649,8 +649,8 @@ def test_paper_objectives_need_the_noise():
 SELECTIONS = {
     "budget": lambda curves: select_budget(curves, 0.6),
     "uniform": lambda curves: select_uniform(curves, 0.6),
-    "paper-lossless": lambda curves: select_paper(curves, dict.fromkeys(curves, 0.5), compact=False),
-    "paper-compact": lambda curves: select_paper(curves, dict.fromkeys(curves, 0.5), compact=True),
+    "paper-lossless": lambda curves: ranks_of(select_paper(curves, dict.fromkeys(curves, 0.5), compact=False)),
+    "paper-compact": lambda curves: ranks_of(select_paper(curves, dict.fromkeys(curves, 0.5), compact=True)),
 }
 
 

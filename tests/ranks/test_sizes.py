@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from support.choices import select_budget
 from support.tiny_models import EXAMPLES, LENGTH, TINY_MODELS, build
 from support.tolerances import ROUNDING
 from torch import nn
@@ -21,7 +22,6 @@ from hf_lossless_lr.layers.targets import find_targets
 from hf_lossless_lr.ranks.flops import flop_sizes, forward_flops
 from hf_lossless_lr.ranks.latency import forward_seconds, latency_sizes, run_seconds
 from hf_lossless_lr.ranks.path import allowed_ranks
-from hf_lossless_lr.ranks.select import select_budget
 
 pytestmark = pytest.mark.numerical
 

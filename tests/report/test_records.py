@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from hf_lossless_lr import Certificate, CheckpointError, CompressionReport
-from hf_lossless_lr.report.records import REPORT_NAME, Difference, LayerReport, Measurement, SkippedWeight, TrialRecord
+from hf_lossless_lr.report.records import REPORT_NAME, Difference, Measurement, TrialRecord
+from hf_lossless_lr.report.weights import LayerReport, SkippedWeight
 
 FACTORIZED = LayerReport("Linear", 8, 10, 3, "pivoted", 80, 45, -0.25, 0.5)
 DENSE = LayerReport("Conv1D", 4, 5, None, None, 20, 20, 0.0, 0.0)

@@ -12,9 +12,9 @@ from support.reports import REPORT, certified, layer, uncertified
 from hf_lossless_lr import ConfigurationError
 from hf_lossless_lr.checkpoint.attached import card_of
 from hf_lossless_lr.report.figures import figures, write_figures
-from hf_lossless_lr.report.records import SkippedWeight
 from hf_lossless_lr.report.sentence import verdict_sentence
 from hf_lossless_lr.report.text import code, label, markdown, plain
+from hf_lossless_lr.report.weights import SkippedWeight
 
 HOSTILE = {
     "colours": "\x1b[31mred\x1b[0m",

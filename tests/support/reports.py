@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from hf_lossless_lr import Certificate, CompressionReport, LosslessLowRankConfig
 from hf_lossless_lr.checkpoint.options import CompressionOptions
-from hf_lossless_lr.report.records import Difference, LayerReport, Measurement, SkippedWeight, TrialRecord
+from hf_lossless_lr.report.records import Difference, Measurement, TrialRecord
+from hf_lossless_lr.report.weights import LayerReport, SkippedWeight
 
 CERTIFICATE = Certificate(
     status="lossless",

@@ -1,0 +1,87 @@
+"""Rounded weights in memory, as floating-point numbers, and in files, as codes; both ways without a loss."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Container, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..formats import Grid, decode, encode, search_grid
+from ..layers import Stored, as_matrix, is_factorized, replace_modules, rounded_modules, stored_in
+
+logger = logging.get_logger(__name__)
+
+
+def encoded_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict with rounded weights as the tensors that a checkpoint holds of them.
+
+    Args:
+        model: the model of the state dict.
+        state: its state dict; not changed.
+
+    Returns:
+        The encoded one; what shares an encoded weight is left out, for loading ties it again.
+    """
+    encoded, replaced, changed = dict(state), set[int](), list[str]()
+    for name, module, grid in rounded_modules(model):
+        weight = encoded.get(f"{name}.weight")
+        if weight is None or weight.device.type == "meta" or weight.data_ptr() in replaced:
+            continue
+        replaced.add(weight.data_ptr())
+        tensors, lies_on_grids = _encode(as_matrix(module, weight.detach()), grid)
+        changed += [] if lies_on_grids else [name]
+        encoded |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+        if not is_factorized(model.get_submodule(name.rpartition(".")[0])):
+            encoded[f"{name}.weight"] = weight.new_zeros(Stored.guard_shape)
+    if changed:
+        logger.warning(
+            "%d weights are no longer on the grids that they were rounded to (they were trained, for example) and are "
+            "rounded anew, to the nearest: %s%s. What is loaded will not be quite what is in memory.",
+            len(changed),
+            ", ".join(changed[:3]),
+            ", …" * (len(changed) > 3),
+        )
+    return {key: tensor for key, tensor in encoded.items() if not _is_among(tensor, replaced)}
+
+
+def _is_among(tensor: Any, addresses: set[int]) -> bool:
+    return isinstance(tensor, torch.Tensor) and tensor.device.type != "meta" and tensor.data_ptr() in addresses
+
+
+def _encode(matrix: torch.Tensor, grid: Grid) -> tuple[dict[str, torch.Tensor], bool]:
+    """Return the tensors that hold a matrix, and whether they do so exactly; if not, its grids are chosen anew."""
+    grid = grid.to(matrix.device)
+    tensors = encode(matrix, grid)
+    if torch.equal(decode(tensors, matrix.shape[1], grid.kind).to(matrix.dtype), matrix):
+        return tensors, True
+    return encode(matrix, search_grid(matrix, torch.ones(matrix.shape[1], device=matrix.device), grid.kind)), False
+
+
+@torch.no_grad()
+def dequantize_stored(model: PreTrainedModel, keep: Container[str] = ()) -> None:
+    """Put plain modules in the place of those whose weights are codes; ones that are offloaded stay as they are.
+
+    Args:
+        model: a loaded model, changed in place.
+        keep: number formats whose modules stay, too, unless other modules share their weights.
+    """
+    stored, plain = stored_in(model), dict[str, nn.Module]()
+    uses = Counter(id(module._parameters.get("weight")) for module in model.modules())
+    for name, module in stored.items():
+        parent: Any = model.get_submodule(name.rpartition(".")[0])
+        guard: Any = module.weight if module.guarded else parent.weight
+        shared = module.guarded and uses[id(guard)] > 1
+        if guard.is_meta or module.codes.is_meta:
+            continue
+        if shared or module.number_format not in keep:
+            plain[name] = module.to_float(guard.dtype)
+        else:
+            module.align()
+    if plain:
+        replace_modules(model, plain)
+        model.tie_weights()

@@ -1,0 +1,80 @@
+r"""Rounding a matrix to its grids, with the error of each column made up for by the columns that follow.
+
+The error of a rounded matrix `Q` is `tr((Q − W) H (Q − W)ᵀ)`, with `H` the second moments of what it is applied to.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .grids import Grid
+
+BLOCK = 128  # columns between two updates of all that follow
+
+
+def round_matrix(matrix: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> torch.Tensor:
+    r"""Round a matrix column by column, the ones that matter most first (GPTQ with fixed grids).
+
+    After column `j` is rounded with the error `e`, the best change of the remaining columns `r` is
+    `−e (H⁻¹)_{jr} / (H⁻¹)_{jj}`, with `H⁻¹` that of the columns which are still free.
+
+    Args:
+        matrix: W.  # shape: (rows, columns)
+        hessian: H, positive definite.  # shape: (columns, columns)
+        grid: the grids of W.
+
+    Returns:
+        Q in float32.  # shape: (rows, columns)
+
+    Source: Frantar et al. 2023, "GPTQ: Accurate post-training quantization for generative pre-trained transformers".
+    """
+    columns = matrix.shape[1]
+    order, factor = _elimination(hessian)
+    factor = factor.float()
+    left = matrix.float()[:, order]
+    steps = grid.columns(columns)
+    scale, zero = steps.scale[:, order], steps.zero[:, order]
+    rounded = torch.empty_like(left)
+    for start in range(0, columns, BLOCK):
+        end = min(start + BLOCK, columns)
+        block, errors = left[:, start:end].T.contiguous(), []
+        upper = factor[start:end, start:end]
+        for j in range(end - start):
+            column = Grid(grid.kind, scale[:, start + j], zero[:, start + j])
+            value = column.values(column.codes(block[j]))
+            error = (block[j] - value) / upper[j, j]
+            block[j + 1 :] -= upper[j, j + 1 :, None] * error
+            rounded[:, start + j] = value
+            errors.append(error)
+        left[:, end:] -= torch.stack(errors, dim=1) @ factor[start:end, end:]
+    result = torch.empty_like(rounded)
+    result[:, order] = rounded
+    return result
+
+
+def _elimination(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the order of the columns, and the upper Cholesky factor of the inverse in that order."""
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    ordered = hessian.double()[order][:, order]
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
+    return order, torch.linalg.cholesky(inverse, upper=True)
+
+
+def free_variances(hessian: torch.Tensor) -> torch.Tensor:
+    r"""Return what is left of the variance of each column when the columns that follow it in the rounding are known.
+
+    A column rounded with an error of variance `v` adds `v · free_variance` to the error of the matrix, for the columns
+    behind it make up for the rest: `tr(D)` of the factorization `H = L D Lᵀ` in place of `tr(H)`.
+
+    Args:
+        hessian: H, positive definite.  # shape: (columns, columns)
+
+    Returns:
+        The variances, in float64.  # shape: (columns,)
+
+    Source: Chee et al. 2023, "QuIP: 2-bit quantization of large language models with guarantees".
+    """
+    order, factor = _elimination(hessian)
+    free = torch.empty_like(factor.diagonal())
+    free[order] = factor.diagonal().square().reciprocal()
+    return free
