@@ -54,7 +54,8 @@ class CompressionOptions(Renamed):
             (one scale for each row), `int4` and `int3` (a scale and a zero for each group of 64 in a row), or `auto`
             for all of them. The weights in memory are what the stored numbers stand for.
         embeddings: number format of the embeddings, and of what shares their weights.
-        rank_multiple: ranks are rounded down to a multiple of this.
+        rank_multiple: ranks are multiples of this. Default: what the device multiplies well, 8 on a CPU and 64 on
+            others, or the largest power of two that leaves 32 ranks to choose from.
         refit: whether to fit each layer's factors to the inputs that it gets in the compressed model. Default: with
             the metric `kronecker`, except for the paper's objectives; no other metric has it.
         selection_fraction: share of the calibration examples kept apart, to measure whether the refit helps and which
@@ -91,7 +92,9 @@ class CompressionOptions(Renamed):
         None, "number formats that layers may be stored in; default float", choices=(*NUMBER_FORMATS, AUTO)
     )
     embeddings: str = _option(FLOAT, "number format of the embeddings", choices=NUMBER_FORMATS)
-    rank_multiple: int = _option(1, "round ranks down to a multiple of this")
+    rank_multiple: int | None = _option(
+        None, "multiple that ranks are taken from; default 8 on a CPU and 64 on others, less for narrow layers"
+    )
     refit: bool | None = _option(None, "fit factors to the inputs of the compressed model; default with kronecker")
     selection_fraction: float | None = _option(
         None,
@@ -212,7 +215,7 @@ class CompressionOptions(Renamed):
         _number("epsilon_tolerance", self.epsilon_tolerance, 0, math.inf, "(0, inf)", exclude_low=True)
         for name in ("rank_multiple", "batch_size", "seed", "max_examples"):
             value, low = getattr(self, name), 0 if name == "seed" else 1
-            if name == "max_examples" and value is None:
+            if name in ("rank_multiple", "max_examples") and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ConfigurationError(f"{name}: must be an integer of at least {low}, got {value!r}.")

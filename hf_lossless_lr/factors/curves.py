@@ -43,6 +43,7 @@ class LossCurve:
         second_order: `½ tr(B D A Dᵀ)` in nats, at least 0.  # shape: (m + 1,)
         max_noise: `max |Ŵ_k − W|` elementwise, only where a rule needs it.  # shape: (m + 1,)
         groups: number of matrices, all of one shape and rank.
+        rank_multiple: multiple that ranks of this layer are restricted to.
         pivots_inputs: whether pivots, where there are any, are inputs of the layer rather than outputs.
         rounding: what each number format costs that the layer may be stored in, finest first; None where nothing.
     """
@@ -54,6 +55,7 @@ class LossCurve:
     second_order: np.ndarray
     max_noise: np.ndarray | None = None
     groups: int = 1
+    rank_multiple: int = 1
     pivots_inputs: bool = False
     rounding: Mapping[str, RoundingCost | None] = field(default_factory=lambda: {FLOAT: None})
 

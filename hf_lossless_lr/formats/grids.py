@@ -6,7 +6,7 @@ With the scale `s` and the zero `z` of its group, a number becomes the code `q =
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,7 +50,9 @@ class Grid(NamedTuple):
         return Grid(self.kind, self.scale.to(device), self.zero.to(device))
 
 
-def search_grid(matrix: torch.Tensor, importance: torch.Tensor, kind: NumberFormat) -> Grid:
+def search_grid(
+    matrix: torch.Tensor, importance: torch.Tensor, kind: NumberFormat, shrinks: Sequence[float] = SHRINKS
+) -> Grid:
     r"""Choose for each group of each row the grid with the least squared error `Σ_j h_j (w_j − round(w_j))²`.
 
     The range of the group is narrowed step by step: a finer grid for most of the numbers, at the price of cutting off
@@ -60,6 +62,7 @@ def search_grid(matrix: torch.Tensor, importance: torch.Tensor, kind: NumberForm
         matrix: the numbers.  # shape: (rows, columns)
         importance: `h`, at least 0.  # shape: (columns,)
         kind: the number format.
+        shrinks: shares of the range to try.
 
     Returns:
         The grids.
@@ -70,9 +73,9 @@ def search_grid(matrix: torch.Tensor, importance: torch.Tensor, kind: NumberForm
     parts = F.pad(matrix.float(), padding).reshape(rows, -1, width)
     weights = F.pad(importance.float(), padding).reshape(-1, width)
     low, high = parts.amin(-1, keepdim=True).clamp_max(0), parts.amax(-1, keepdim=True).clamp_min(0)
-    best = _grid(low, high, kind)
+    best = _grid(shrinks[0] * low, shrinks[0] * high, kind)
     least = _error(parts, weights, best)
-    for shrink in SHRINKS[1:]:
+    for shrink in shrinks[1:]:
         grid = _grid(shrink * low, shrink * high, kind)
         error = _error(parts, weights, grid)
         better = error < least

@@ -53,7 +53,7 @@ def budget_of(calibration: Calibration, config: LosslessLowRankConfig) -> Budget
     if accelerator.is_main_process:
         rows = {name: math.ceil(count * examples) for name, count in flops.rows.items()}
         reached = {name: curve for name, curve in curves.items() if rows[name]}
-        sizes = latency_sizes(targets, reached, rows, config.rank_multiple)
+        sizes = latency_sizes(targets, reached, rows, config.rank_multiple or 1)
         sizes |= {name: unreached_size(curve) for name, curve in curves.items() if not rows[name]}
         total = forward_seconds(dense.model, batch) if whole else 0.0
         measured = [Budget(sizes, max(0.0, total - sum(size.dense for size in sizes.values())) if whole else 0.0)]

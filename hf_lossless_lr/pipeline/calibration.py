@@ -32,7 +32,7 @@ from ..layers import (
     other_weights,
     weight_matrices,
 )
-from ..ranks import OBJECTIVES
+from ..ranks import OBJECTIVES, default_multiple
 from ..report import SkippedWeight
 from ..statistics import CalibrationStatistics, collect_statistics, data_fingerprint, load_statistics, save_statistics
 from ..timing import Clock
@@ -278,5 +278,7 @@ def _factorize(
         }
         in_float: dict[str, RoundingCost | None] = {FLOAT: None} if FLOAT in (config.formats or ()) else {}
         pivots_inputs = layout_of(module).pivots_narrow_side and curve.in_features < curve.out_features
-        curves[name] = replace(curve, pivots_inputs=pivots_inputs, rounding={**in_float, **costs})
+        multiple = config.rank_multiple or default_multiple(weight.device.type, min(weight.shape[-2:]))
+        choices: dict[str, Any] = {"rank_multiple": multiple, "pivots_inputs": pivots_inputs}
+        curves[name] = replace(curve, rounding={**in_float, **costs}, **choices)
     return Factors(targets, skipped, factorizations, curves)

@@ -56,7 +56,7 @@ def choose(
     if objective.search is not None:
         return _search(calibration, config, objective.search, budget, visit), visited, None
     epsilon = _epsilon(calibration, config) if objective.needs_noise else None
-    limits = Limits(float(config.keep_ratio or 1), config.rank_multiple, budget, epsilon or {})
+    limits = Limits(float(config.keep_ratio or 1), config.rank_multiple or 1, budget, epsilon or {})
     choices = objective.select(curves, limits) if objective.select is not None else {}
     if all(choice == Choice() for choice in choices.values()):
         logger.warning("no rank meets objective=%r in any layer; the model stays dense.", config.objective)
@@ -71,7 +71,7 @@ def _search(
     visit: Callable[[Choices], Trial],
 ) -> Trial:
     """Walk the path and measure; a margin that no point meets leaves the model dense."""
-    path = compression_path(calibration.factors.curves, second_order_cost, config.rank_multiple, *budget)
+    path = compression_path(calibration.factors.curves, second_order_cost, config.rank_multiple or 1, *budget)
     points = range(len(path) + 1)
     found = search(
         [path.predicted_cost_after(count) for count in points],

@@ -10,7 +10,7 @@ from .paper import find_epsilon, select_paper
 from .path import compression_path, second_order_cost
 from .search import lowest_loss, most_compressed
 from .select import kept_share, select_budget, select_uniform
-from .sizes import Budget, Choice, Choices, LayerSize, byte_size, parameter_size, parameter_sizes
+from .sizes import Budget, Choice, Choices, LayerSize, byte_size, default_multiple, parameter_size, parameter_sizes
 
 __all__ = [
     "FEWEST_TURNS",
@@ -25,6 +25,7 @@ __all__ = [
     "Search",
     "byte_size",
     "compression_path",
+    "default_multiple",
     "find_epsilon",
     "flop_sizes",
     "forward_flops",

@@ -152,6 +152,7 @@ def latency_sizes(
 
 def _measured_ranks(curve: LossCurve, multiple: int) -> list[int]:
     """Return the lowest and the highest rank, some between them, and both sides of a change of the storage."""
+    multiple = max(multiple, curve.rank_multiple)
     ranks = range(multiple, curve.break_even_rank + 1, multiple)
     shape = (curve.out_features, curve.in_features)
     storages = [choose_storage(*shape, rank, curve.storage) for rank in ranks]

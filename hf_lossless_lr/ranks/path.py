@@ -25,6 +25,8 @@ from ..factors import LossCurve
 from ..formats import FLOAT
 from .sizes import Choice, Choices, Curves, LayerSize, Sizes, parameter_size, sizes_of
 
+ROUNDING_SHARE = 1 / 3  # truncation costs about three times its prediction, rounding about as much: docs/method.md
+
 
 class Point(NamedTuple):
     """What a layer may become: with which size and, in nats, at which predicted cost."""
@@ -112,7 +114,7 @@ def allowed_ranks(
 
     Args:
         curve: the loss curve.
-        multiple: what ranks are a multiple of.
+        multiple: what ranks are a multiple of, unless the layer has a larger one.
         size: what the budget counts; default the parameters.
         number_format: the format, in which a rank must be smaller than dense.
 
@@ -121,6 +123,7 @@ def allowed_ranks(
     """
     size = (parameter_size(curve) if size is None else size).in_format(number_format)
     ranks: list[int] = []
+    multiple = max(multiple, curve.rank_multiple)
     for rank in reversed(range(multiple, curve.break_even_rank_in(number_format) + 1, multiple)):
         if size.at(rank) < size.at(ranks[-1] if ranks else None):
             ranks.append(rank)
@@ -143,7 +146,8 @@ def points_of(curve: LossCurve, costs: np.ndarray, multiple: int, size: LayerSiz
     for name, rounding in curve.rounding.items():
         for rank in (None, *reversed(allowed_ranks(curve, multiple, size, name))):
             choice, cost = Choice(rank, name), 0.0 if rank is None else float(costs[rank])
-            points.append(Point(size.of(choice), cost + (0.0 if rounding is None else rounding.at(rank)), choice))
+            cost += 0.0 if rounding is None else ROUNDING_SHARE * rounding.at(rank)
+            points.append(Point(size.of(choice), cost, choice))
     return points
 
 

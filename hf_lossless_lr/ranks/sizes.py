@@ -58,6 +58,25 @@ class LayerSize:
         return self.in_format(choice.format).at(choice.rank)
 
 
+MULTIPLES = {"cpu": 8}  # ranks that a device multiplies well
+OTHER_MULTIPLE = 64  # of GPUs
+STEPS = 32  # that are left at least up to the full rank, in multiples
+
+
+def default_multiple(device: str, full_rank: int) -> int:
+    """Return the multiple that ranks are taken from where none is asked for: a power of two.
+
+    Args:
+        device: type of the device.
+        full_rank: the smaller side of the weight; in a narrow layer, large steps would cost too much.
+
+    Returns:
+        The multiple.
+    """
+    largest = min(MULTIPLES.get(device, OTHER_MULTIPLE), max(full_rank // STEPS, 1))
+    return 1 << (largest.bit_length() - 1)
+
+
 def parameter_size(curve: LossCurve) -> LayerSize:
     """Return the parameters of a layer's weight at every rank, as a size."""
     counts = [curve.parameters(rank) for rank in range(len(curve.second_order))]

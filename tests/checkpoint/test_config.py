@@ -67,7 +67,7 @@ OUT_OF_RANGE = {
     "confidence": ("a number in (0.5, 1)", [0.5, 1, 1.0, 0.4, 95, NAN, None, "0.95"]),
     "epsilon_tolerance": ("a number in (0, inf)", [0, -1.0, NAN, INF, None, "x"]),
     "selection_fraction": ("a number in [0, 1)", [-0.1, 1, 1.0, NAN, INF, "0.5", True]),
-    "rank_multiple": ("an integer of at least 1", [0, -8, 8.0, "8", True, None]),
+    "rank_multiple": ("an integer of at least 1", [0, -8, 8.0, "8", True]),
     "max_examples": ("an integer of at least 1", [0, -8, 8.0, "8", True]),
     "batch_size": ("an integer of at least 1", [0, -1, 2.5, "32", True, None]),
     "seed": ("an integer of at least 0", [-1, 0.0, "0", False, None]),
