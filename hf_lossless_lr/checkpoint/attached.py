@@ -25,7 +25,7 @@ from ..fingerprint import tensors_fingerprint
 from ..layers import grids_in, is_factorized, replace_modules, restore_grids, to_dense
 from ..report import CARD_NAME, CompressionReport, is_unedited, model_card
 from .config import LosslessLowRankConfig
-from .encoding import dequantize_stored, encoded_state
+from .encoding import dequantize_stored, encoded_state, load_encoded
 from .options import CompressionOptions
 
 logger = logging.get_logger(__name__)
@@ -33,6 +33,9 @@ logger = logging.get_logger(__name__)
 
 ATTACHED = ("dequantize", "save_pretrained", "_upload_modified_files")
 """Attributes of a compressed model; `mark_compressed` sets the first and, for rounded weights, the second."""
+
+HOOK = "_lossless_lr_load_hook"
+"""Attribute with the handle of the hook that lets a model with rounded weights read its own checkpoints."""
 
 
 def mark_compressed(model: PreTrainedModel, config: LosslessLowRankConfig) -> None:
@@ -46,6 +49,7 @@ def mark_compressed(model: PreTrainedModel, config: LosslessLowRankConfig) -> No
     vars(model)["dequantize"] = partial(dequantize, model)  # a bound method would not survive pickling
     if grids_in(model):
         _attach_save(model, partial(_save_encoded, model))
+        vars(model)[HOOK] = model.register_load_state_dict_pre_hook(load_encoded)
 
 
 def _attach_save(model: PreTrainedModel, save: partial[None]) -> None:
@@ -91,6 +95,9 @@ def unmark_compressed(model: PreTrainedModel) -> None:
     """Undo `mark_compressed`, and let the model save as any other."""
     for name in ATTACHED:
         model.__dict__.pop(name, None)
+    hook = vars(model).pop(HOOK, None)
+    if hook is not None:
+        hook.remove()
     model.config.__dict__.pop("quantization_config", None)
 
 

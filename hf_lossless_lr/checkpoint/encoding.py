@@ -11,8 +11,17 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..formats import Grid, decode, encode, search_grid
-from ..layers import Stored, as_matrix, is_factorized, replace_modules, rounded_modules, stored_in
+from ..formats import Grid, decode, encode, search_grid, stored_grid
+from ..layers import (
+    Stored,
+    as_matrix,
+    from_matrix,
+    is_factorized,
+    replace_modules,
+    rounded_modules,
+    set_grid,
+    stored_in,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -60,6 +69,23 @@ def _encode(matrix: torch.Tensor, grid: Grid) -> tuple[dict[str, torch.Tensor], 
     if torch.equal(decode(tensors, matrix.shape[1], grid.kind).to(matrix.dtype), matrix):
         return tensors, True
     return encode(matrix, search_grid(matrix, torch.ones(matrix.shape[1], device=matrix.device), grid.kind)), False
+
+
+def load_encoded(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Decode what a checkpoint holds of rounded weights, before `load_state_dict` of a model in memory reads it.
+
+    Args:
+        model: the model.
+        state: the state dict; changed in place.
+        prefix: of its keys.
+    """
+    for name, module, grid in rounded_modules(model):
+        keys = {part: f"{prefix}{name}.{part}" for part in grid.kind.tensors(1, 1)}
+        if all(key in state for key in keys.values()):
+            tensors, shape = {part: state.pop(key) for part, key in keys.items()}, module.weight.shape
+            matrix = decode(tensors, as_matrix(module, module.weight).shape[1], grid.kind)
+            state[f"{prefix}{name}.weight"] = from_matrix(module, matrix, shape)
+            set_grid(module, stored_grid(tensors, grid.kind))
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from transformers.quantizers import auto as quantizer_registry
 
 from ..errors import CheckpointError, ConfigurationError, TargetError
 from ..formats import FLOAT
-from ..layers import METHOD, Factorized, FactorizedLinear, Stored, layout_of, replace_modules
+from ..layers import METHOD, Factorized, FactorizedLinear, Stored, layout_of, replace_modules, stored_in
 from .attached import dequantize, mark_loaded
 from .config import LosslessLowRankConfig, ModuleRecord
 from .contents import check_files, check_loaded
@@ -60,6 +60,11 @@ class LosslessLowRankQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         vars(model).pop("_adjust_bias", None)
+        if stored_in(model) and getattr(model, "_is_distributed_loading_by_transformers", False):
+            raise CheckpointError(
+                "a checkpoint with rounded weights cannot be split over devices while it is loaded. Load it in one "
+                "process, call `model.dequantize()`, save the result and load that."
+            )
         config = cast(LosslessLowRankConfig, self.quantization_config)
         dequantize_stored(model, keep=KEPT if config.compute == "stored" else ())
         check_loaded(model, self._files)

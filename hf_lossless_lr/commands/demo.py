@@ -173,8 +173,7 @@ def run_demo(output: Path, keep_ratio: float = 0.5) -> dict[str, Any]:
     report = compressor.report
     if report is None:
         raise DataError("the compressor left no report")
-    files = [(output / name / "model.safetensors").stat().st_size for name in ("dense", "compressed")]
-    rows = {**report_rows(report), "file size (bytes)": (files[0], files[1])}
+    rows = report_rows(report)
     seconds = {"train": trained - started, "compress": done - trained, "total": time.perf_counter() - started}
     print(comparison_table(rows))
     print(f"\n{verdict_sentence(report)}")

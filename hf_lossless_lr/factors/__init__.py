@@ -9,7 +9,7 @@ from .filling import fill
 from .linalg import damped
 from .metrics import METRICS
 from .refit import RefitTarget, refit, refit_groups
-from .rounding import RoundedFactors, round_dense, round_factors, rounding_cost
+from .rounding import RoundedFactors, round_dense, round_factors, rounding_costs
 from .signal import silent_layers
 
 __all__ = [
@@ -27,6 +27,6 @@ __all__ = [
     "refit_groups",
     "round_dense",
     "round_factors",
-    "rounding_cost",
+    "rounding_costs",
     "silent_layers",
 ]

@@ -7,18 +7,20 @@ With a rounded matrix `Q` in place of `M`, applied to inputs of second moments `
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from ..errors import ConfigurationError
-from ..formats import Grid, NumberFormat, free_variances, round_matrix, search_grid
+from ..formats import FORMATS, SHRINKS, Grid, NumberFormat, free_variances, round_matrix, search_grid
 from ..statistics import LayerStatistics
 from .curves import RoundingCost
 from .factorize import SMALLEST_NORM, Factorization, FactorTensors
 from .linalg import damped
 
+FEW_SHRINKS = SHRINKS[::4]  # for a prediction
 BETWEEN = 1e-6  # relative damping of the second moments between the factors: enough for a factor that is zero
 
 
@@ -104,9 +106,13 @@ def _even_gauge(factors: FactorTensors) -> torch.Tensor:
     return factors.down * factors.up.norm(dim=0).clamp_min(SMALLEST_NORM)[:, None]
 
 
-def rounding_cost(
-    weight: torch.Tensor, factorization: Factorization, stats: LayerStatistics, damping: float, kind: NumberFormat
-) -> RoundingCost:
+def rounding_costs(
+    weight: torch.Tensor,
+    factorization: Factorization,
+    stats: LayerStatistics,
+    damping: float,
+    formats: Collection[str],
+) -> dict[str, RoundingCost]:
     r"""Predict what rounding costs, `½ tr(B E A Eᵀ)` for the errors `E` that are left behind the rounding.
 
     Errors `e` of single numbers are those of the nearest points of the grids; of an error in column `i`, only the
@@ -123,29 +129,33 @@ def rounding_cost(
         factorization: its factors.
         stats: its statistics, not damped.
         damping: relative damping of A in the rounding.
-        kind: the number format.
+        formats: keys of `FORMATS`.
 
     Returns:
-        The costs; at each rank those of two factors.
+        The costs in each format; at each rank those of two factors.
     """
-    dense, by_rank = 0.0, np.zeros(factorization.factors.left.shape[-1] + 1)
+    ranks = factorization.factors.left.shape[-1]
+    dense, by_rank = dict.fromkeys(formats, 0.0), {name: np.zeros(ranks + 1) for name in formats}
     for index, matrix in enumerate(weight):
         A, B = stats.input_covariance[index].double(), stats.grad_covariance[index].double()
-        free = free_variances(damped(A, damping))
-        dense += 0.5 * float(B.diagonal() @ _errors(matrix, free, kind).sum(-1))
         left, right = factorization.factors.left[index], factorization.factors.right[index]
         norms = left.norm(dim=0).clamp_min(SMALLEST_NORM)
         up, down = left / norms, right * norms[:, None]
-        of_down = (up * (B @ up)).sum(0) * _errors(down, free, kind).sum(-1)
-        of_up = B.diagonal() @ _errors_by_rank(up, (down @ A * down).sum(-1), kind)
-        lost = 1 - torch.arange(1, len(by_rank)).to(of_down) / matrix.shape[1]
-        by_rank[1:] += 0.5 * (lost * of_down.cumsum(0) + of_up).cpu().numpy()
-    return RoundingCost(by_rank, dense)
+        free, passed_on = free_variances(damped(A, damping)), (down @ A * down).sum(-1)
+        of_rows, of_columns = B.diagonal(), (up * (B @ up)).sum(0)
+        lost = 1 - torch.arange(1, ranks + 1).to(free) / matrix.shape[1]
+        for name in formats:
+            kind = FORMATS[name]
+            dense[name] += 0.5 * float(of_rows @ _errors(matrix, free, kind).sum(-1))
+            of_down = lost * (of_columns * _errors(down, free, kind).sum(-1)).cumsum(0)
+            of_up = of_rows @ _errors_by_rank(up, passed_on, kind)
+            by_rank[name][1:] += 0.5 * (of_down + of_up).cpu().numpy()
+    return {name: RoundingCost(by_rank[name], dense[name]) for name in formats}
 
 
 def _errors(matrix: torch.Tensor, importance: torch.Tensor, kind: NumberFormat) -> torch.Tensor:
     """Return the weighted squared errors of rounding a matrix to the nearest numbers.  # shape: (rows, columns)."""
-    grid = search_grid(matrix, importance, kind).columns(matrix.shape[1])
+    grid = search_grid(matrix, importance, kind, FEW_SHRINKS).columns(matrix.shape[1])
     return (grid.values(grid.codes(matrix.float())) - matrix.float()).square().double() * importance
 
 

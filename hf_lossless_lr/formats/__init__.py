@@ -3,13 +3,14 @@
 Knows tensors only.
 """
 
-from .grids import Grid, decode, encode, search_grid, stored_grid
+from .grids import SHRINKS, Grid, decode, encode, search_grid, stored_grid
 from .kinds import FLOAT, FORMATS, NumberFormat
 from .rounding import free_variances, round_matrix
 
 __all__ = [
     "FLOAT",
     "FORMATS",
+    "SHRINKS",
     "Grid",
     "NumberFormat",
     "decode",

@@ -12,6 +12,7 @@ from ..data import batch_examples
 from ..layers import checkpoint_bytes, in_place, weight_matrices
 from ..ranks import (
     Budget,
+    LatencyTable,
     byte_size,
     flop_sizes,
     forward_flops,
@@ -24,7 +25,9 @@ from .calibration import Calibration
 from .embeddings import rounded_embeddings
 
 
-def budget_of(calibration: Calibration, config: LosslessLowRankConfig) -> Budget:
+def budget_of(
+    calibration: Calibration, config: LosslessLowRankConfig, latencies: LatencyTable | None = None
+) -> Budget:
     """Return what a budget counts.
 
     FLOPs and latency are those of the first calibration batch, padding included. Latency is measured on the main
@@ -33,6 +36,7 @@ def budget_of(calibration: Calibration, config: LosslessLowRankConfig) -> Budget
     Args:
         calibration: the calibration of a model, which is dense and on the accelerator's device.
         config: size, scope, rank multiple; number format of the embeddings, which the whole model's bytes count.
+        latencies: what was measured of layers before.
 
     Returns:
         The budget.
@@ -53,7 +57,7 @@ def budget_of(calibration: Calibration, config: LosslessLowRankConfig) -> Budget
     if accelerator.is_main_process:
         rows = {name: math.ceil(count * examples) for name, count in flops.rows.items()}
         reached = {name: curve for name, curve in curves.items() if rows[name]}
-        sizes = latency_sizes(targets, reached, rows, config.rank_multiple or 1)
+        sizes = latency_sizes(targets, reached, rows, config.rank_multiple or 1, table=latencies)
         sizes |= {name: unreached_size(curve) for name, curve in curves.items() if not rows[name]}
         total = forward_seconds(dense.model, batch) if whole else 0.0
         measured = [Budget(sizes, max(0.0, total - sum(size.dense for size in sizes.values())) if whole else 0.0)]

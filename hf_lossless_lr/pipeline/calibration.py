@@ -19,9 +19,9 @@ from transformers.utils import logging
 from ..checkpoint import LosslessLowRankConfig
 from ..data import DataSplits, answering_layers, forward_loss, subset
 from ..errors import CheckpointError, NumericalError, TargetError
-from ..factors import Factorization, LossCurve, RoundingCost, factorize, loss_curve, rounding_cost, silent_layers
+from ..factors import Factorization, LossCurve, RoundingCost, factorize, loss_curve, rounding_costs, silent_layers
 from ..fingerprint import tensors_fingerprint
-from ..formats import FLOAT, FORMATS
+from ..formats import FLOAT
 from ..layers import (
     Targets,
     checkpoint_bytes,
@@ -271,11 +271,8 @@ def _factorize(
         except NumericalError as error:
             raise NumericalError(f"{name!r}: {error}") from error
         curve = loss_curve(weight, factorizations[name], stats, config.storage, with_noise)
-        costs = {
-            number_format: rounding_cost(weight, factorizations[name], stats, config.damping, FORMATS[number_format])
-            for number_format in config.formats or ()
-            if number_format != FLOAT
-        }
+        rounded = [number_format for number_format in config.formats or () if number_format != FLOAT]
+        costs = rounding_costs(weight, factorizations[name], stats, config.damping, rounded) if rounded else {}
         in_float: dict[str, RoundingCost | None] = {FLOAT: None} if FLOAT in (config.formats or ()) else {}
         pivots_inputs = layout_of(module).pivots_narrow_side and curve.in_features < curve.out_features
         multiple = config.rank_multiple or default_multiple(weight.device.type, min(weight.shape[-2:]))

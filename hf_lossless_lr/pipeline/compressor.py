@@ -23,7 +23,7 @@ from ..checkpoint import (
 from ..data import split_data
 from ..errors import ConfigurationError
 from ..layers import ModelState, check_model, find_targets, finish, on_device, own_config, replace_modules
-from ..ranks import OBJECTIVES, Budget
+from ..ranks import OBJECTIVES, Budget, LatencyTable
 from ..report import CompressionReport
 from ..timing import Clock
 from ..verdict import paired_outcomes
@@ -62,7 +62,8 @@ class LowRankCompressor:
         self.config = config if config is not None else LosslessLowRankConfig()
         self.report: CompressionReport | None = None
         self._calibration: Calibration | None = None
-        self._budgets: dict[Any, Budget] = {}  # counted so far, by the options: a latency is measured once
+        self._budgets: dict[Any, Budget] = {}  # counted so far, by the options
+        self._latencies: LatencyTable = {}  # measured so far; they serve other models with such layers, too
         self._certified: list[CompressionReport] = []  # models judged on the held-out data so far
         self._restore_dense: list[Callable[[], None]] = []  # turn the calibrated model back into the dense one
 
@@ -235,7 +236,7 @@ class LowRankCompressor:
         """Return what the configured size counts; all ratios of a calibration go by one table."""
         key = config.size, config.scope, config.rank_multiple, config.embeddings
         if key not in self._budgets:
-            self._budgets[key] = budget_of(calibration, config)
+            self._budgets[key] = budget_of(calibration, config, self._latencies)
         return self._budgets[key]
 
     def _put(self, calibration: Calibration, trial: Trial, config: LosslessLowRankConfig, undo: Any) -> None:

@@ -4,7 +4,7 @@
 """
 
 from .flops import flop_sizes, forward_flops, unreached_size
-from .latency import FEWEST_TURNS, TURNS, Run, forward_seconds, latency_sizes, speed_in_turns
+from .latency import FEWEST_TURNS, TURNS, LatencyTable, Run, forward_seconds, latency_sizes, speed_in_turns
 from .objectives import OBJECTIVES, Limits, Search
 from .paper import find_epsilon, select_paper
 from .path import compression_path, second_order_cost
@@ -19,6 +19,7 @@ __all__ = [
     "Budget",
     "Choice",
     "Choices",
+    "LatencyTable",
     "LayerSize",
     "Limits",
     "Run",

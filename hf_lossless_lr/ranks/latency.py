@@ -29,6 +29,7 @@ TURNS, FEWEST_TURNS, WARM_UP = 15, 3, 2  # of models that are compared
 
 Run = tuple[Callable[[], AbstractContextManager[Any]], Callable[[], Any]]
 Timer = Callable[[nn.Module, torch.Tensor, int], float]
+LatencyTable = dict[tuple[Any, ...], LayerSize]  # by shape, rows, dtype, device and threads
 
 
 def run_seconds(layer: nn.Module, x: torch.Tensor, calls: int) -> float:
@@ -117,12 +118,13 @@ def latency_sizes(
     rank_multiple: int = 1,
     repeats: int = REPEATS,
     timer: Timer = run_seconds,
+    table: LatencyTable | None = None,
 ) -> dict[str, LayerSize]:
     """Measure the seconds per batch of each layer, dense and factorized, on its device and in its dtype.
 
     A handful of ranks is measured, in turns with the dense layer, and the median of the runs taken. In between, the
     latency is interpolated; it never falls with the rank, and is nowhere below what was measured at that rank or a
-    lower one. Layers alike in type, geometry, storage, rows, dtype and device are measured once.
+    lower one. Layers alike in type, geometry, storage, ranks, rows, dtype and device are measured once.
 
     Measurements differ from process to process: measure in one of them and broadcast the result. With a
     `rank_multiple` that suits the device (8 or more on a GPU), only its multiples are measured.
@@ -134,19 +136,20 @@ def latency_sizes(
         rank_multiple: multiple that ranks are restricted to.
         repeats: runs of each layer.
         timer: seconds of one call of a layer, given the layer, its input and how many calls to average over.
+        table: what was measured before, which is not measured again; what is measured now is added.
 
     Returns:
         The sizes; infinite at ranks that do not compress, which are not measured.
     """
-    measured: dict[tuple[Any, ...], LayerSize] = {}
-    sizes = {}
+    table, sizes, threads = {} if table is None else table, {}, torch.get_num_threads()
     for name, curve in curves.items():
         module: Any = targets[name]
         # The representation of a module holds its sizes, its geometry and whether it has a bias.
-        key = (repr(module), rows_per_batch[name], module.weight.dtype, module.weight.device, curve.storage)
-        if key not in measured:
-            measured[key] = _measure(module, curve, rows_per_batch[name], rank_multiple, repeats, timer)
-        sizes[name] = measured[key]
+        where = (module.weight.dtype, str(module.weight.device), threads)
+        key = (repr(module), rows_per_batch[name], *where, curve.storage, max(rank_multiple, curve.rank_multiple))
+        if key not in table:
+            table[key] = _measure(module, curve, rows_per_batch[name], rank_multiple, repeats, timer)
+        sizes[name] = table[key]
     return sizes
 
 

@@ -69,7 +69,7 @@ def _with_formats(report: CompressionReport) -> str:
     return f" and rounding to {' and '.join(formats)}" if formats else ""
 
 
-def _comparison(report: CompressionReport) -> list[str]:
+def _rows(report: CompressionReport) -> list[tuple[str, ...]]:
     dense, compressed, certificate = report.dense, report.compressed, report.certificate
     layers = report.layers.values()
     rows: list[tuple[str, ...]] = [
@@ -99,7 +99,12 @@ def _comparison(report: CompressionReport) -> list[str]:
         rows.append(("expected calibration error", *(f"{error:.4f}" for error in certificate.calibration_error)))
     if certificate is not None and certificate.temperatures is not None:
         rows.append(("fitted temperature", *(f"{temperature:.3f}" for temperature in certificate.temperatures)))
-    sections = ["## Dense and compressed", _table(("", "dense", "compressed"), rows)]
+    return rows
+
+
+def _comparison(report: CompressionReport) -> list[str]:
+    certificate = report.certificate
+    sections = ["## Dense and compressed", _table(("", "dense", "compressed"), _rows(report))]
     sections += [f"Note: {markdown(note)}." for note in report.notes]
     if certificate is None:
         return sections

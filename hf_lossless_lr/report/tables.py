@@ -38,9 +38,7 @@ def report_rows(report: CompressionReport) -> dict[str, Row]:
     layers, speed = report.layers.values(), report.speed
     sizes: dict[str, Row] = {}
     if report.compressed.bytes is not None:
-        pairs = [(layer.dense_bytes or 0, layer.bytes or 0) for layer in layers]
-        sizes["targeted bytes"] = sum(before for before, _ in pairs), sum(after for _, after in pairs)
-        sizes["bytes"] = report.dense.bytes, report.compressed.bytes
+        sizes["bytes of the tensors"] = report.dense.bytes, report.compressed.bytes
     latency: dict[str, Row] = {}
     if speed is not None:
         latency[f"batch of {speed.shape[0]} (ms)"] = 1000 * speed.seconds[0], 1000 * speed.seconds[1]

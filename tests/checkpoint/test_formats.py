@@ -1,5 +1,6 @@
 """Checkpoints with rounded weights: what is in memory, what is in the files, and that both are the same numbers."""
 
+import copy
 import functools
 import json
 import shutil
@@ -177,6 +178,30 @@ def test_trained_weights_are_rounded_anew_with_a_warning(checkpoint, tmp_path, c
     assert "no longer on the grids" not in caplog.text
 
 
+@on_formats
+def test_a_model_in_memory_reads_its_own_checkpoint(number_format, checkpoint):
+    """As the Trainer does, when it resumes or goes back to the best model."""
+    model, batch, folder = checkpoint("bert-sequence-classification", number_format)
+    other = load(model, folder)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1)
+    other.load_state_dict(load_file(folder / WEIGHTS))
+    check_same_model(model, other, batch)
+    for path, _, grid in rounded_modules(model):
+        assert torch.equal(grids_in(other)[path].scale, grid.scale)
+    other.dequantize()
+    assert not other._load_state_dict_pre_hooks
+
+
+def test_a_copy_keeps_the_grids(checkpoint, tmp_path):
+    model, batch, folder = checkpoint("bert-sequence-classification", "int4")
+    other = copy.deepcopy(model)
+    check_same_model(model, other, batch)
+    other.save_pretrained(tmp_path)
+    assert folder_content(tmp_path)[WEIGHTS] == folder_content(folder)[WEIGHTS]
+
+
 # --- as they are stored ---------------------------------------------------------------------------------------------
 
 
@@ -225,6 +250,13 @@ def test_a_damaged_file_is_refused(case, checkpoint, tmp_path):
     folder = copied(folder, tmp_path / "copy")
     edit_weights(folder, change)
     with pytest.raises(CheckpointError, match=text):
+        type(model).from_pretrained(folder)
+
+
+def test_splitting_over_devices_is_refused(checkpoint, monkeypatch):
+    model, _, folder = checkpoint("llama", "int4")
+    monkeypatch.setattr(type(model), "_is_distributed_loading_by_transformers", True, raising=False)
+    with pytest.raises(CheckpointError, match="cannot be split over devices"):
         type(model).from_pretrained(folder)
 
 

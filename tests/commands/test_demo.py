@@ -29,7 +29,6 @@ ROWS = [
     "loss (nats)",
     "accuracy",
     f"batch of {BATCH} (ms)",
-    "file size (bytes)",
 ]
 
 
@@ -67,7 +66,8 @@ class TestDemo:
         assert list(rows) == ROWS
         assert rows["parameters"] == tuple(count_parameters(model) for model in models)
         files = [(run.folder / name / "model.safetensors").stat().st_size for name in ("dense", "compressed")]
-        assert rows["file size (bytes)"] == tuple(files)
+        for stated, file in zip(rows["bytes of the tensors"], files, strict=True):
+            assert stated <= file <= 1.02 * stated  # which begins with the names of the tensors
         assert files[1] < 0.6 * files[0]
         assert 0.3 < run.result["keep_ratio"] <= 0.4
 

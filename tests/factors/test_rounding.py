@@ -9,7 +9,7 @@ import torch
 from hf_lossless_lr.errors import ConfigurationError
 from hf_lossless_lr.factors import LossCurve, factorize, loss_curve
 from hf_lossless_lr.factors.linalg import damped
-from hf_lossless_lr.factors.rounding import round_dense, round_factors, rounding_cost
+from hf_lossless_lr.factors.rounding import round_dense, round_factors, rounding_costs
 from hf_lossless_lr.formats import FORMATS, decode, encode
 from hf_lossless_lr.layers import FactorizedLinear
 from hf_lossless_lr.statistics import LayerStatistics
@@ -44,11 +44,12 @@ def cost(change, stats):
     return 0.5 * float((stats.grad_covariance[0] * (change @ stats.input_covariance[0] @ change.T)).sum())
 
 
-def rounded(shape, seed, kind, rank=None, storage="two-factor"):
+def rounded(shape, seed, name, rank=None, storage="two-factor"):
     """The rounded weight, its cost apart from what the rank costs, and what that was predicted to be."""
     weight, stats = problem(shape, seed)
+    kind = FORMATS[name]
     factorization = factorize(weight, stats, "kronecker", DAMPING)
-    predicted = rounding_cost(weight, factorization, stats, DAMPING, kind).at(rank)
+    predicted = rounding_costs(weight, factorization, stats, DAMPING, [name])[name].at(rank)
     hessian = damped(stats.input_covariance, DAMPING)[0]
     if rank is None:
         matrix = round_dense(weight[0], hessian, kind)[0].double()
@@ -67,14 +68,14 @@ def rounded(shape, seed, kind, rank=None, storage="two-factor"):
 
 @cases
 def test_the_cost_of_a_rounded_weight_is_predicted(name, shape, seed):
-    _, measured, predicted = rounded(shape, seed, FORMATS[name])
+    _, measured, predicted = rounded(shape, seed, name)
     assert PREDICTED[0] < measured / predicted < PREDICTED[1]
 
 
 @pytest.mark.parametrize("rank", [20, 64, 90])
 @cases
 def test_the_cost_of_rounded_factors_is_predicted(name, shape, seed, rank):
-    _, measured, predicted = rounded(shape, seed, FORMATS[name], rank)
+    _, measured, predicted = rounded(shape, seed, name, rank)
     assert PREDICTED[0] < measured / predicted < PREDICTED[1]
 
 
@@ -83,16 +84,16 @@ def test_pivoted_factors_are_rounded_or_refused(name, shape, seed):
     kind = FORMATS[name]
     if not kind.pivots:
         with pytest.raises(ConfigurationError, match="pivoted storage does not go with"):
-            rounded(shape, seed, kind, 40, "pivoted")
+            rounded(shape, seed, name, 40, "pivoted")
         return
-    _, measured, predicted = rounded(shape, seed, kind, 40, "pivoted")
+    _, measured, predicted = rounded(shape, seed, name, 40, "pivoted")
     assert measured < 10 * predicted  # the pivots' errors pass on
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_up_makes_up_for_the_rounding_of_down(shape, monkeypatch):
     """With `up` as it was before `down` was rounded, the error is larger."""
-    _, solved, _ = rounded(shape, 0, FORMATS["int4"], 64)
+    _, solved, _ = rounded(shape, 0, "int4", 64)
     monkeypatch.setattr(
         "hf_lossless_lr.factors.rounding.torch.linalg.solve",
         lambda between, cross: torch.linalg.lstsq(between, between @ kept[0].T).solution,
@@ -106,7 +107,7 @@ def test_up_makes_up_for_the_rounding_of_down(shape, monkeypatch):
         return tensors
 
     monkeypatch.setattr(type(factorization_of(shape)), "truncate", truncate)
-    _, unsolved, _ = rounded(shape, 0, FORMATS["int4"], 64)
+    _, unsolved, _ = rounded(shape, 0, "int4", 64)
     assert solved < unsolved
 
 
@@ -118,7 +119,7 @@ def factorization_of(shape):
 def test_a_coarser_format_costs_more_at_every_rank():
     weight, stats = problem((96, 130), 0)
     factorization = factorize(weight, stats, "kronecker", DAMPING)
-    costs = [rounding_cost(weight, factorization, stats, DAMPING, kind) for kind in FORMATS.values()]
+    costs = list(rounding_costs(weight, factorization, stats, DAMPING, list(FORMATS)).values())
     for finer, coarser in itertools.pairwise(costs):
         assert finer.dense < coarser.dense
         assert (finer.by_rank[1:] < coarser.by_rank[1:]).all()
@@ -129,7 +130,7 @@ def test_predicted_losses_add_up():
     weight, stats = problem((96, 130), 0)
     factorization = factorize(weight, stats, "kronecker", DAMPING)
     curve: LossCurve = loss_curve(weight, factorization, stats)
-    costs = rounding_cost(weight, factorization, stats, DAMPING, FORMATS["int4"])
+    costs = rounding_costs(weight, factorization, stats, DAMPING, ["int4"])["int4"]
     curve = LossCurve(
         *(getattr(curve, n) for n in ("out_features", "in_features", "storage")),
         curve.first_order,
