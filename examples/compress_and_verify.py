@@ -28,6 +28,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--metric", default="kronecker")
     parser.add_argument("--objective", default="budget", choices=["budget", "uniform", "compact", "lossless"])
     parser.add_argument("--storage", default="auto", choices=["auto", "pivoted", "two-factor"])
+    parser.add_argument("--formats", nargs="+", help="number formats of the layers: float, int8, int4, int3, or auto")
+    parser.add_argument("--embeddings", default="float", choices=["float", "int8", "int4", "int3"])
     parser.add_argument("--refit", action=argparse.BooleanOptionalAction, help="default: with the metric kronecker")
     parser.add_argument("--output", help="folder for the compressed checkpoint, which is then reloaded and judged")
     parser.add_argument("--json", type=Path, help="file for the figures")
@@ -59,6 +61,8 @@ def main() -> None:
         metric=arguments.metric,
         keep_ratio=arguments.keep_ratio,
         storage=arguments.storage,
+        formats=arguments.formats,
+        embeddings=arguments.embeddings,
         refit=arguments.refit,
     )
     compressor = LowRankCompressor(config)

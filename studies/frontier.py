@@ -41,21 +41,22 @@ from hf_lossless_lr.timing import Clock
 from hf_lossless_lr.verdict import certify, paired_outcomes
 
 INT2 = NumberFormat(bits=2, group=64, symmetric=False, pivots=False)  # for comparison alone
-SHARES = (0.25, 0.2, 0.15, 0.125, 0.1, 0.085, 0.07, 0.06, 0.05)  # of the bytes of the weights in 32 bits
+OFFERED = {name: FORMATS[name] for name in ("int8", "int4", "int3")}  # by tools for dense weights
+SHARES = (0.25, 0.2, 0.15, 0.12, 0.1, 0.08, 0.065, 0.05)  # of the bytes of the weights in 32 bits
 TARGETS = tuple(1e6 * size / 42_467_328 for size in (10.7, 6.0, 4.7, 3.4, 2.4))  # megabytes of minilm-sst2
 MIXED = "low rank, mixed formats"
 PATHS = {
-    "low rank in float": (["float"], (0.7, 0.5, 0.35)),
-    "low rank in int8": (["int8"], (0.175, 0.125, 0.0875)),
-    "low rank in int4": (["int4"], (0.1, 0.07, 0.05)),
+    "low rank in float": (["float"], (0.5, 0.35)),
+    "low rank in int8": (["int8"], (0.125, 0.0875)),
+    "low rank in int4": (["int4"], (0.07, 0.05)),
 }
-# Model: loader, shares to ask the path over all formats for.
+# Model: loader, shares to ask the path over all formats for; without any, the rounding alone is looked at.
 TASKS: dict[str, tuple[Callable[[Path], Task], tuple[float, ...]]] = {
-    "minilm-sst2": (sentiment, tuple(sorted((*TARGETS, *SHARES), reverse=True))),
+    "minilm-sst2": (sentiment, tuple(sorted((*TARGETS, 0.25, 0.2, 0.17, 0.05), reverse=True))),
     "llama-small": (language, SHARES),
-    "swin-mnist": (digits, (0.2, 0.1, 0.07, 0.05)),
+    "swin-mnist": (digits, ()),
 }
-ROUNDED_RANKS = (0.7, 0.4)  # kept parameters of the factors that are rounded
+ROUNDED_RANKS = (0.5,)  # kept parameters of the factors that are rounded
 
 
 def calibrated(task: Task, config: LosslessLowRankConfig, statistics: Path) -> Calibration:
@@ -103,7 +104,7 @@ def dense_layers(calibration: Calibration, kind: NumberFormat, compensated: bool
 
 def dense_records(name: str, calibration: Calibration, known: set[Any]) -> Iterator[Record]:
     weights = [weight_matrices(module)[0] for module in calibration.factors.targets.chosen.values()]
-    for label, kind in {**FORMATS, "int2": INT2}.items():
+    for label, kind in {**OFFERED, "int2": INT2}.items():
         for method in ("RTN", "GPTQ") if kind is not INT2 else ("GPTQ",):
             if (name, f"{method} {label}", None) not in known:
                 size = sum(kind.stored_bytes(*weight.shape) for weight in weights)
@@ -112,7 +113,7 @@ def dense_records(name: str, calibration: Calibration, known: set[Any]) -> Itera
 
 
 def path_records(name: str, calibration: Calibration, shares: Any, known: set[Any]) -> Iterator[Record]:
-    for method, (formats, asked) in {MIXED: (["auto"], shares), **PATHS}.items():
+    for method, (formats, asked) in ({MIXED: (["auto"], shares), **PATHS} if shares else {}).items():
         config = LosslessLowRankConfig(formats=formats, size="bytes")
         curves = {
             target: replace(curve, rounding={kind: curve.rounding[kind] for kind in config.formats})
@@ -136,7 +137,7 @@ def rounding_records(name: str, calibration: Calibration, known: set[Any]) -> It
     starts |= {f"keep {keep}": select_budget(in_float, keep) for keep in ROUNDED_RANKS}
     for start, choices in starts.items():
         plain = build_layers(calibration, choices, config)
-        for number_format in FORMATS:
+        for number_format in OFFERED:
             if (name, f"rounding to {number_format}", start) in known:
                 continue
             rounded = {target: Choice(choice.rank, number_format) for target, choice in choices.items()}
@@ -162,7 +163,7 @@ def measure(name: str, task: Task, shares: Any, known: set[Any], folder: Path) -
     yield from (
         {"model": name, "dense_bytes": whole, **record}
         for records in (
-            dense_records(name, calibration, known),
+            dense_records(name, calibration, known) if shares else (),
             path_records(name, calibration, shares, known),
             rounding_records(name, calibration, known),
         )

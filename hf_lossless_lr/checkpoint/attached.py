@@ -75,6 +75,20 @@ def _save_encoded(
     type(model).save_pretrained(model, save_directory, is_main_process, state_dict, *args, **kwargs)
 
 
+def mark_loading(model: PreTrainedModel) -> None:
+    """Let Transformers tie an output layer to the guard of a rounded table without cutting its bias to that size."""
+    vars(model)["_adjust_bias"] = _leave_bias
+
+
+def unmark_loading(model: PreTrainedModel) -> None:
+    """Undo `mark_loading`, before weights are tied once more."""
+    vars(model).pop("_adjust_bias", None)
+
+
+def _leave_bias(output_embeddings: nn.Module, input_embeddings: nn.Module) -> None:
+    """Stand in for what cuts or pads a bias to as many entries as the tied weight has rows."""
+
+
 def mark_loaded(model: PreTrainedModel, config: LosslessLowRankConfig) -> None:
     """Record that a model was loaded compressed, and take off what Transformers hangs on quantized models.
 

@@ -48,10 +48,10 @@ class CompressionOptions(Renamed):
             exact name (or the end of one), `re:` and a regular expression, a glob, or a layer type such as `Linear`.
         ignore: patterns of layers to leave dense.
         damping: relative damping of the second moments, at least 0.
-        storage: `pivoted`, `two-factor`, or `auto` (the smaller, unless what it saves is negligible). Factors in
-            `int4` and `int3` are always two.
+        storage: `pivoted`, `two-factor`, or `auto` (the smaller, unless what it saves is negligible). Factors of
+            fewer than 8 bits are always two.
         formats: number formats that a layer, dense or factorized, may be stored in: `float` (as it was given), `int8`
-            (one scale for each row), `int4` and `int3` (a scale and a zero for each group of 64 in a row), or `auto`
+            (one scale for each row), `int6` to `int3` (a scale and a zero for each group of 64 in a row), or `auto`
             for all of them. The weights in memory are what the stored numbers stand for.
         embeddings: number format of the embeddings, and of what shares their weights.
         rank_multiple: ranks are multiples of this. Default: what the device multiplies well, 8 on a CPU and 64 on

@@ -20,7 +20,7 @@ from transformers.quantizers import auto as quantizer_registry
 from ..errors import CheckpointError, ConfigurationError, TargetError
 from ..formats import FLOAT
 from ..layers import METHOD, Factorized, FactorizedLinear, Stored, layout_of, replace_modules, stored_in
-from .attached import dequantize, mark_loaded
+from .attached import dequantize, mark_loaded, mark_loading, unmark_loading
 from .config import LosslessLowRankConfig, ModuleRecord
 from .contents import check_files, check_loaded
 from .encoding import dequantize_stored
@@ -55,11 +55,11 @@ class LosslessLowRankQuantizer(HfQuantizer):
         self._files = kwargs.get("checkpoint_files")
         check_files(built, self._files, unused=len(config.modules) - len(built))
         replace_modules(model, {path_of[name]: module for name, module in built.items()})
-        vars(model)["_adjust_bias"] = _leave_bias  # until the weight that an output layer is tied to is no guard
+        mark_loading(model)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        vars(model).pop("_adjust_bias", None)
+        unmark_loading(model)
         if stored_in(model) and getattr(model, "_is_distributed_loading_by_transformers", False):
             raise CheckpointError(
                 "a checkpoint with rounded weights cannot be split over devices while it is loaded. Load it in one "
@@ -104,10 +104,6 @@ class LosslessLowRankQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """True: `torch.compile` works."""
         return True
-
-
-def _leave_bias(output_embeddings: Any, input_embeddings: Any) -> None:
-    """Stand in for what cuts or pads the bias of an output layer to as many entries as its tied weight has rows."""
 
 
 def _empty(module: Any, record: ModuleRecord) -> Factorized | Stored:

@@ -68,7 +68,6 @@ class NumberFormat:
 
 FORMATS = {
     "int8": NumberFormat(bits=8, group=None, symmetric=True, pivots=True),
-    "int4": NumberFormat(bits=4, group=64, symmetric=False, pivots=False),
-    "int3": NumberFormat(bits=3, group=64, symmetric=False, pivots=False),
+    **{f"int{bits}": NumberFormat(bits, group=64, symmetric=False, pivots=False) for bits in (6, 5, 4, 3)},
 }
 """Name to format, finest first."""

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import torch
 
+from ..errors import NumericalError
 from .grids import Grid
 
+RIDGES = (0.0, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2)  # relative
 BLOCK = 128  # columns between two updates of all that follow
 
 
@@ -20,11 +22,14 @@ def round_matrix(matrix: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> tor
 
     Args:
         matrix: W.  # shape: (rows, columns)
-        hessian: H, positive definite.  # shape: (columns, columns)
+        hessian: H, positive semi-definite with a positive diagonal.  # shape: (columns, columns)
         grid: the grids of W.
 
     Returns:
         Q in float32.  # shape: (rows, columns)
+
+    Raises:
+        NumericalError: if H is not finite, or far from positive semi-definite.
 
     Source: Frantar et al. 2023, "GPTQ: Accurate post-training quantization for generative pre-trained transformers".
     """
@@ -53,11 +58,22 @@ def round_matrix(matrix: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> tor
 
 
 def _elimination(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the order of the columns, and the upper Cholesky factor of the inverse in that order."""
+    """Return the order of the columns, and the upper Cholesky factor of the inverse in that order.
+
+    What is not positive definite to rounding gets a larger diagonal.
+
+    Raises:
+        NumericalError: if no small one helps.
+    """
     order = hessian.diagonal().argsort(descending=True, stable=True)
     ordered = hessian.double()[order][:, order]
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
-    return order, torch.linalg.cholesky(inverse, upper=True)
+    for ridge in RIDGES:
+        lower, failed = torch.linalg.cholesky_ex(ordered + torch.diag(ridge * ordered.diagonal()))
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return order, upper
+    raise NumericalError("the second moments of the inputs of a layer are no such moments: raise `damping`.")
 
 
 def free_variances(hessian: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from hf_lossless_lr.errors import NumericalError
 from hf_lossless_lr.formats import FORMATS, free_variances, round_matrix, search_grid
 
 pytestmark = pytest.mark.numerical
@@ -110,3 +111,24 @@ def test_the_error_is_what_the_free_variances_predict(seed):
     rounded = round_matrix(torch.from_numpy(matrix), H, grid).double().numpy()
     predicted = float((grid.scale.double().square() / 12).sum() * free_variances(H).sum())
     assert error_of(rounded, matrix, hessian) == pytest.approx(predicted, rel=0.15)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_fewer_rows_than_columns_are_enough(name):
+    rows = torch.randn(20, 60, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    hessian, matrix = rows.T @ rows, torch.randn(4, 60, generator=torch.Generator().manual_seed(1))
+    grid = search_grid(matrix, hessian.diagonal(), FORMATS[name])
+    rounded, columns = round_matrix(matrix, hessian, grid), grid.columns(60)
+    nearest = columns.values(columns.codes(matrix))
+    errors = [
+        error_of(found.double().numpy(), matrix.double().numpy(), hessian.numpy()) for found in (rounded, nearest)
+    ]
+    assert errors[0] < errors[1]
+    assert torch.isfinite(free_variances(hessian)).all()
+
+
+def test_what_is_no_second_moment_is_an_error():
+    with pytest.raises(NumericalError, match="no such moments"):
+        free_variances(torch.tensor([[1.0, 5.0], [5.0, 1.0]]))
+    with pytest.raises(NumericalError, match="no such moments"):
+        free_variances(torch.full((3, 3), torch.nan))
