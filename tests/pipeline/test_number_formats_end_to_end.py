@@ -103,14 +103,20 @@ def test_a_refit_that_does_not_help_leaves_the_grids_as_they_were(monkeypatch):
 
 
 @pytest.mark.parametrize("number_format", FORMATS)
-def test_a_refit_lowers_the_divergence_on_what_it_is_fitted_to(number_format, monkeypatch):
+def test_a_refit_gives_other_numbers_on_grids(number_format, monkeypatch):
     monkeypatch.setattr(trials_module, "FEWEST_JUDGES", 1)
     monkeypatch.setattr(trials_module, "FEWEST_FITTED", 1)
-    model, batch = build("bert-sequence-classification")
-    keep = {"int8": 0.15, "int6": 0.11, "int5": 0.11, "int4": 0.12, "int3": 0.1}[number_format]
-    options = {"formats": [number_format], "keep_ratio": keep, "refit": True, "selection_fraction": 0.0}
-    _, report = compress(model, batch, **options)
-    assert report.refitted
+    distances = iter(range(0, -9, -1))  # that after the refit is asked for first, and shall be the lower one
+    monkeypatch.setattr(trials_module, "_distance", lambda outcomes: -next(distances))
+    weights = []
+    for refit in (False, True):
+        model, batch = build("bert-sequence-classification")
+        options = {"formats": [number_format], "keep_ratio": 0.14, "refit": refit, "selection_fraction": 0.0}
+        _, report = compress(model, batch, **options)
+        assert report.refitted is refit
+        weights.append({path: module.weight.detach().clone() for path, module, _ in rounded_modules(model)})
+    assert weights[0].keys() == weights[1].keys()
+    assert any(not torch.equal(weights[0][path], weight) for path, weight in weights[1].items())
     for _, module, grid in rounded_modules(model):
         matrix = as_matrix(module, module.weight.detach())
         columns = grid.columns(matrix.shape[1])
