@@ -115,7 +115,7 @@ TASKS: dict[str, tuple[Callable[[Path], Task], tuple[float, ...], list[str]]] = 
 
 def measure(task: Task, name: str, method: str, keep_ratios: tuple[float, ...], statistics: Path) -> list[Record]:
     """Return the figures of the dense model and of a method at each ratio; the first one collects the statistics."""
-    compressor = LowRankCompressor(LosslessLowRankConfig(selection_fraction=0.125, **METHODS[method]))
+    compressor = LowRankCompressor(LosslessLowRankConfig(selection_fraction=0.125, rank_multiple=1, **METHODS[method]))
     compressor.calibrate(
         task.model,
         task.calibration,

@@ -49,7 +49,7 @@ def main() -> None:
     train, held_out = load_parts(arguments.data)
     parts = train.take(arguments.examples or 1024), held_out.take(arguments.examples or len(held_out))
     train, held_out = (task.align(part, model) for part in parts)
-    compressor = LowRankCompressor(LosslessLowRankConfig(keep_ratio=arguments.keep_ratio))
+    compressor = LowRankCompressor(LosslessLowRankConfig(keep_ratio=arguments.keep_ratio, rank_multiple=1))
     options = ScoringOptions(compressor.config.batch_size, task.max_length)
     dense = task.score(model, held_out, tokenizer, options)
     examples, others = (task.prepare(part, tokenizer, task.max_length) for part in (train, held_out))

@@ -22,6 +22,7 @@ from hf_lossless_lr.ranks import default_multiple, speed_in_turns
 SHAPES = ((1, 16), (1, 128), (8, 128), (32, 128))
 WIDTHS = {384: 6, 768: 12}  # to the number of heads; 12 layers each
 KEEP = 0.5
+FEW_ROWS, MORE_TURNS = 64, 10
 
 
 def factorized_layers(model: PreTrainedModel, storage: str) -> dict[str, nn.Module]:
@@ -53,7 +54,8 @@ def measure(width: int, storage: str, turns: int) -> list[Record]:
         ids = torch.randint(1000, config.vocab_size, shape)
         run = partial(model, input_ids=ids)
         runs = [(nullcontext, run), (partial(in_place, model, layers), run)]
-        speed = speed_in_turns(runs, shape, torch.device("cpu"), turns=turns)
+        more = MORE_TURNS if shape[0] * shape[1] < FEW_ROWS else 1  # short runs vary more, and cost little
+        speed = speed_in_turns(runs, shape, torch.device("cpu"), turns=turns * more)
         setting = {"width": width, "storage": storage, "batch": shape[0], "length": shape[1], "threads": speed.threads}
         ratio = {"ratio": speed.ratio, "ratio_quartiles": speed.ratio_quartiles}
         found.append({**setting, "seconds": speed.seconds, **ratio})
@@ -64,7 +66,7 @@ def measure(width: int, storage: str, turns: int) -> list[Record]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--widths", type=int, nargs="+", choices=list(WIDTHS), default=list(WIDTHS))
-    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--threads", type=int, help="default: as many as PyTorch takes")
     parser.add_argument("--records", type=Path, help="file for the figures")
     arguments = parser.parse_args()

@@ -20,7 +20,7 @@ SIZES, SEEDS, KEEP_RATIOS = (12, 24, 48), range(4), (0.7, 0.5)
 def measure(task: Task, examples: int, seed: int, refit: bool, held_out: int) -> list[Record]:
     """Return the figures at each ratio; the model is dense again afterwards."""
     drawn = random.Random(seed).sample(range(len(task.calibration)), examples)
-    compressor = LowRankCompressor(LosslessLowRankConfig(refit=refit))
+    compressor = LowRankCompressor(LosslessLowRankConfig(refit=refit, rank_multiple=1))
     compressor.calibrate(
         task.model,
         task.calibration.select(drawn),

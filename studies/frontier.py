@@ -193,7 +193,7 @@ STYLES = {  # to the beginning of a method: colour and marker
 def draw_sizes(records: list[Record], path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    models = list(dict.fromkeys(record["model"] for record in records))
+    models = list(dict.fromkeys(record["model"] for record in records if "bytes" in record))
     size = (4.3 * len(models), 6.6)
     figure, rows = plt.subplots(2, len(models), figsize=size, constrained_layout=True, squeeze=False)
     for model, column in zip(models, rows.T, strict=True):
@@ -257,7 +257,7 @@ def main() -> None:
                     append_records(arguments.records, [record])
                     print(record, flush=True)
         records = read_records(arguments.records)
-    for name in dict.fromkeys(record["model"] for record in records):
+    for name in dict.fromkeys(record["model"] for record in records if "bytes" in record):
         print(f"\n{name}\n\n{table([record for record in records if record['model'] == name])}")
     if arguments.plots is not None:
         draw_sizes(records, arguments.plots / "sizes.png")

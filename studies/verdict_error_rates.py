@@ -338,7 +338,7 @@ def collect(testbed: Path) -> dict[str, PairedOutcomes]:
         load = TASKS[name][0]
         task, dense = load(testbed), load(testbed).model
         options = {"processing_class": task.processing_class}
-        compressor = LowRankCompressor(LosslessLowRankConfig(selection_fraction=0.125))
+        compressor = LowRankCompressor(LosslessLowRankConfig(selection_fraction=0.125, rank_multiple=1))
         compressor.calibrate(task.model, task.calibration, eval_dataset=task.evaluation, **options)
         loader = make_dataloader(task.evaluation, dense, batch_size=32, **options)
         for keep_ratio in keep_ratios:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from ..errors import ConfigurationError
 from .storage import STORAGES
@@ -81,15 +82,25 @@ class Factorized(nn.Module):
 
     def forward(self, input: torch.Tensor | None = None, *, x: torch.Tensor | None = None) -> torch.Tensor:
         """Apply the factorized map; same input and output shapes as the dense layer, and the names of its input."""
-        x = called_with((), {"input": input, "x": x})
-        if self.permutation is None:
-            y = self.up(self.down(x))
-        elif self.pivots_inputs:
-            x = x.index_select(-1, self.permutation)
-            y = self.up(x[..., : self.rank] + self.down(x[..., self.rank :]))
-        else:
-            z = self.down(x)
-            y = torch.cat([z, self.up(z)], dim=self.feature_dim).index_select(self.feature_dim, self.permutation)
+        rows: Any = x if input is None else input
+        # For a few rows, the way to an attribute of a module counts: not by `__getattr__`, and not twice.
+        down, up, permutation = self._modules["down"], self._modules["up"], self._buffers["permutation"]
+        if permutation is None:
+            return self._with_bias(up, _applied(down, rows))
+        if self.pivots_inputs:
+            rows = rows.index_select(-1, permutation)
+            return self._with_bias(up, rows[..., : self.rank] + _applied(down, rows[..., self.rank :]))
+        z = _applied(down, rows)
+        y = torch.cat([z, _applied(up, z)], dim=self.feature_dim).index_select(self.feature_dim, permutation)
+        return self._plus_bias(y)
+
+    def _with_bias(self, up: Any, z: torch.Tensor) -> torch.Tensor:
+        """Apply `up` and the bias; in one product, where that can be, which spares a pass over the outputs."""
+        if _is_plain(up):
+            return F.linear(z, up.weight, self._parameters["bias"])
+        return self._plus_bias(up(z))
+
+    def _plus_bias(self, y: torch.Tensor) -> torch.Tensor:
         if self.bias is None:
             return y
         return y + (self.bias if self.feature_dim == -1 else self.bias[:, None, None])
@@ -149,6 +160,20 @@ class Factorized(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"bias={self.bias is not None}, storage={self.storage}"
         )
+
+
+def _is_plain(factor: Any) -> bool:
+    """Return whether a factor is a linear layer on which nothing hangs: no adapter, no hook, no other weight."""
+    if type(factor) is not nn.Linear or "forward" in vars(factor):
+        return False
+    return not (
+        factor._forward_hooks or factor._forward_pre_hooks or factor._backward_hooks or factor._backward_pre_hooks
+    )
+
+
+def _applied(factor: Any, x: torch.Tensor) -> torch.Tensor:
+    """Apply a factor; a plain one without the cost of calling a module, which counts for a few rows."""
+    return F.linear(x, factor.weight) if _is_plain(factor) else factor(x)
 
 
 def layers_in(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, tuple[int, ...]]]:

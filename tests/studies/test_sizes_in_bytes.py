@@ -52,14 +52,14 @@ def test_the_path_is_nowhere_above_gptq_and_far_below_it_at_small_sizes(frontier
 def test_rounding_costs_what_is_predicted_within_a_factor_of_two(frontier):
     found = [r for r in frontier if r["method"].startswith("rounding")]
     assert len(found) == 18
-    ratios = [r["divergence"] / r["predicted"] for r in found]
-    assert 0.5 <= np.median(ratios) <= 2
-    assert np.mean([0.5 <= ratio <= 2 for ratio in ratios]) >= 0.8
+    quadratic = [r for r in found if r["model"] != "swin-mnist"]  # that one is saturated: see docs/method.md
+    assert len(quadratic) == 12
+    assert all(0.5 <= r["divergence"] / r["predicted"] <= 2 for r in quadratic)
 
 
 def test_the_tables_of_the_documents_are_those_of_the_records(study, frontier):
     documented = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8").splitlines()
-    for model in dict.fromkeys(record["model"] for record in frontier):
+    for model in dict.fromkeys(record["model"] for record in frontier if "bytes" in record):
         table = study("frontier").table([record for record in frontier if record["model"] == model])
         assert [row for row in table.splitlines() if row not in documented] == []
 
