@@ -208,6 +208,10 @@ def draw_sizes(records: list[Record], path: Path) -> None:
                     axes.plot(x, y, marker, ms=6, color=color, mfc=face, zorder=3)
                 axes.plot([], [], f"{marker}-", color=color, mfc="white", label=begin)
             axes.set_xscale("log")
+            axes.set_xticks([1, 2, 3, 5, 10, 20], ["1", "2", "3", "5", "10", "20"])
+            axes.xaxis.set_minor_locator(plt.NullLocator())
+            low, high = min(r["bytes"] for r in found) / 1e6, max(r["bytes"] for r in found) / 1e6
+            axes.set_xlim(0.9 * low, 1.1 * high)
             axes.set_xlabel("megabytes of the targeted weights")
             axes.spines[["top", "right"]].set_visible(False)
         column[0].set_yscale("log")
