@@ -26,6 +26,7 @@ pytestmark = pytest.mark.slow  # all but one test take the run, which trains
 ROWS = [
     "targeted parameters",
     "parameters",
+    "bytes of the tensors",
     "loss (nats)",
     "accuracy",
     f"batch of {BATCH} (ms)",
