@@ -227,6 +227,20 @@ def test_int8_may_stay_as_it_is_stored(name, dtype, checkpoint, tmp_path):
     check_same_answers(plain, kept, batch, tolerance=PRODUCT if dtype == torch.float32 else 10 * BFLOAT16)
 
 
+@on_formats
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules:UserWarning")
+def test_a_dense_weight_that_is_offloaded_stays_as_it_is_stored(number_format, checkpoint, tmp_path):
+    model, batch, folder = checkpoint("bert-sequence-classification", number_format)
+    here = ("bert.embeddings", "bert.pooler", "classifier", "bert.encoder.layer.0")
+    device_map = {**dict.fromkeys(here, "cpu"), "bert.encoder.layer.1": "disk"}
+    other = load(model, folder, device_map=device_map, offload_folder=tmp_path / "offloaded")
+    offloaded = {name.rpartition(".")[0] for name, parameter in other.named_parameters() if parameter.is_meta}
+    assert offloaded & set(grids_in(model)) == set(stored_in(other))
+    check_same_answers(model, other, batch, tolerance=PRODUCT)
+    other.save_pretrained(tmp_path / "again")
+    assert folder_content(tmp_path / "again")[WEIGHTS] == folder_content(folder)[WEIGHTS]
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 FACTOR, DENSE = "bert.encoder.layer.0.attention.self.query", "bert.embeddings.word_embeddings"
