@@ -29,8 +29,8 @@ from transformers.utils import logging
 from hf_lossless_lr import LosslessLowRankConfig
 from hf_lossless_lr.data import split_data
 from hf_lossless_lr.errors import CertificateError
-from hf_lossless_lr.factors import damped
-from hf_lossless_lr.formats import FORMATS, NumberFormat, round_matrix, search_grid
+from hf_lossless_lr.factors import damped, round_dense
+from hf_lossless_lr.formats import FORMATS, NumberFormat, search_grid
 from hf_lossless_lr.layers import as_matrix, find_targets, in_place, weight_matrices
 from hf_lossless_lr.pipeline.budget import budget_of
 from hf_lossless_lr.pipeline.calibration import Calibration, calibrate
@@ -94,10 +94,10 @@ def dense_layers(calibration: Calibration, kind: NumberFormat, compensated: bool
         matrix = weight_matrices(module)[0]
         hessian = damped(calibration.statistics.layers[name].input_covariance, 0.03)[0]
         if compensated:
-            rounded = round_matrix(matrix, hessian, search_grid(matrix, hessian.diagonal(), kind))
+            rounded = round_dense(matrix, hessian, kind)[0]
         else:
-            grid = search_grid(matrix, torch.ones(matrix.shape[1]), kind, shrinks=[1.0]).columns(matrix.shape[1])
-            rounded = grid.values(grid.codes(matrix.float()))
+            grid = search_grid(matrix, torch.ones(matrix.shape[1]), kind, shrinks=[1.0])
+            rounded = grid.columns(matrix.shape[1]).nearest(matrix)
         as_matrix(layer, layer.weight).copy_(rounded)
     return layers
 

@@ -4,7 +4,7 @@ Also what hangs on a compressed model. Sees no data, statistics or verdict.
 """
 
 from .attached import attach_card, dequantize, mark_compressed, unmark_compressed
-from .config import LosslessLowRankConfig, ModuleRecord, record_of
+from .config import LosslessLowRankConfig, record_of
 from .options import FEWEST_JUDGES, MEASURED_OBJECTIVES, CompressionOptions
 from .quantizer import LosslessLowRankQuantizer
 
@@ -14,7 +14,6 @@ __all__ = [
     "CompressionOptions",
     "LosslessLowRankConfig",
     "LosslessLowRankQuantizer",
-    "ModuleRecord",
     "attach_card",
     "dequantize",
     "mark_compressed",

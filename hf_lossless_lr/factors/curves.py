@@ -73,6 +73,10 @@ class LossCurve:
         """Return the largest rank that stores fewer numbers than the dense weight, in a number format."""
         return break_even_rank(self.out_features, self.in_features, storage_in(number_format, self.storage))
 
+    def multiple(self, asked: int) -> int:
+        """Return what ranks of this layer are a multiple of where `asked` is the multiple for all layers."""
+        return max(asked, self.rank_multiple)
+
     def predicted_loss(self, rank: int | None, number_format: str = FLOAT) -> float:
         """Return the second-order term and the cost of the rounding at `rank`, or of the dense weight, in nats."""
         truncation = 0.0 if rank is None else float(self.second_order[rank])

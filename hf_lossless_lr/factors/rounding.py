@@ -85,16 +85,14 @@ def round_factors(
     weight, hessian = weight.double(), hessian.double()
     if order is None:
         down = _even_gauge(tensors)
-        down, down_grid = round_dense(down, hessian, kind)
-        through = down.double()
     elif pivot_inputs:
         weight, hessian = weight[:, order], hessian[order][:, order]
-        down, down_grid = round_dense(down, hessian[rank:, rank:], kind)
-        through = torch.cat([torch.eye(rank).to(hessian), down.double()], dim=1)
     else:
         weight = weight[torch.argsort(order)[rank:]]
-        down, down_grid = round_dense(down, hessian, kind)
-        through = down.double()
+    down, down_grid = round_dense(down, hessian[rank:, rank:] if pivot_inputs else hessian, kind)
+    through = down.double()
+    if pivot_inputs:
+        through = torch.cat([torch.eye(rank).to(through), through], dim=1)
     between = damped(through @ hessian @ through.T, BETWEEN)
     up = torch.linalg.solve(between, through @ hessian @ weight.T).T
     up, up_grid = round_dense(up, between, kind)
@@ -156,7 +154,7 @@ def rounding_costs(
 def _errors(matrix: torch.Tensor, importance: torch.Tensor, kind: NumberFormat) -> torch.Tensor:
     """Return the weighted squared errors of rounding a matrix to the nearest numbers.  # shape: (rows, columns)."""
     grid = search_grid(matrix, importance, kind, FEW_SHRINKS).columns(matrix.shape[1])
-    return (grid.values(grid.codes(matrix.float())) - matrix.float()).square().double() * importance
+    return (grid.nearest(matrix) - matrix.float()).square().double() * importance
 
 
 def _errors_by_rank(up: torch.Tensor, importance: torch.Tensor, kind: NumberFormat) -> torch.Tensor:

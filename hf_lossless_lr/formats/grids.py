@@ -45,6 +45,10 @@ class Grid(NamedTuple):
         """Return the numbers of codes in float32."""
         return (codes - self.zero) * self.scale
 
+    def nearest(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the nearest numbers on the grids, in float32; shapes as for `codes`."""
+        return self.values(self.codes(values.float()))
+
     def to(self, device: torch.device) -> Grid:
         """Return the grids on a device."""
         return Grid(self.kind, self.scale.to(device), self.zero.to(device))
@@ -98,7 +102,7 @@ def _stored(scale: torch.Tensor) -> torch.Tensor:
 
 
 def _error(parts: torch.Tensor, weights: torch.Tensor, grid: Grid) -> torch.Tensor:
-    return (grid.values(grid.codes(parts)).sub_(parts).square_() * weights).sum(-1, keepdim=True)
+    return (grid.nearest(parts).sub_(parts).square_() * weights).sum(-1, keepdim=True)
 
 
 def encode(matrix: torch.Tensor, grid: Grid) -> dict[str, torch.Tensor]:

@@ -46,7 +46,7 @@ def round_matrix(matrix: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> tor
         upper = factor[start:end, start:end]
         for j in range(end - start):
             column = Grid(grid.kind, scale[:, start + j], zero[:, start + j])
-            value = column.values(column.codes(block[j]))
+            value = column.nearest(block[j])
             error = (block[j] - value) / upper[j, j]
             block[j + 1 :] -= upper[j, j + 1 :, None] * error
             rounded[:, start + j] = value

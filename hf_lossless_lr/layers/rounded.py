@@ -39,10 +39,17 @@ def format_of(module: nn.Module) -> str:
     return FLOAT if grid is None else next(name for name, kind in FORMATS.items() if kind == grid.kind)
 
 
+def rounded_modules(model: nn.Module) -> Iterator[tuple[str, Any, Grid]]:
+    """Yield each module whose weight lies on grids, under each of its names."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        grid = grid_of(module)
+        if grid is not None:
+            yield name, module, grid
+
+
 def grids_in(model: nn.Module) -> dict[str, Grid]:
     """Return the grids of all modules below, and of the model itself, by the name of the module."""
-    found = ((name, grid_of(module)) for name, module in model.named_modules(remove_duplicate=False))
-    return {name: grid for name, grid in found if grid is not None}
+    return {name: grid for name, _, grid in rounded_modules(model)}
 
 
 def restore_grids(model: nn.Module, grids: Mapping[str, Grid]) -> None:
@@ -95,11 +102,3 @@ def stored_bytes(layer: Any) -> int:
     guard = layer.weight.itemsize if is_factorized(layer) or grid_of(layer) is not None else 0
     bias = 0 if layer.bias is None else layer.bias.numel() * layer.bias.itemsize
     return checkpoint_bytes(layer) - guard - bias
-
-
-def rounded_modules(model: nn.Module) -> Iterator[tuple[str, Any, Grid]]:
-    """Yield each module whose weight lies on grids, under each of its names."""
-    for name, module in model.named_modules(remove_duplicate=False):
-        grid = grid_of(module)
-        if grid is not None:
-            yield name, module, grid

@@ -33,10 +33,7 @@ class Stored(nn.Module):
         guarded: whether it has a guard; a factor has none, for its layer has one.
     """
 
-    own_tensors: ClassVar[tuple[str, ...]] = ("codes",)
-    """Tensors that no plain module has."""
-
-    guard_shape: ClassVar[tuple[int, ...]] = (1,)
+    guard_shape: ClassVar[tuple[int, ...]] = Factorized.guard_shape
     """Shape of the guard."""
 
     codes: torch.Tensor

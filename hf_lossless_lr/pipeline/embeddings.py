@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..formats import FLOAT, FORMATS, decode, encode, search_grid
+from ..formats import FLOAT, FORMATS, search_grid
 from ..layers import set_grid
 
 
@@ -33,7 +33,7 @@ def rounded_embeddings(model: PreTrainedModel, number_format: str) -> dict[str, 
         weight: Any = next(iter(sharing.values())).weight
         matrix = weight.detach()
         grid = search_grid(matrix, torch.ones(matrix.shape[1], device=matrix.device), kind)
-        values = decode(encode(matrix, grid), matrix.shape[1], kind).to(matrix.dtype)
+        values = grid.columns(matrix.shape[1]).nearest(matrix).to(matrix.dtype)
         parameter = nn.Parameter(values, weight.requires_grad)
         for name, module in sharing.items():  # other tensors stay shared: a bias may be tied, too
             others = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}

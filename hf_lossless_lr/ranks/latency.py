@@ -146,7 +146,7 @@ def latency_sizes(
         module: Any = targets[name]
         # The representation of a module holds its sizes, its geometry and whether it has a bias.
         where = (module.weight.dtype, str(module.weight.device), threads)
-        key = (repr(module), rows_per_batch[name], *where, curve.storage, max(rank_multiple, curve.rank_multiple))
+        key = (repr(module), rows_per_batch[name], *where, curve.storage, curve.multiple(rank_multiple))
         if key not in table:
             table[key] = _measure(module, curve, rows_per_batch[name], rank_multiple, repeats, timer)
         sizes[name] = table[key]
@@ -155,7 +155,7 @@ def latency_sizes(
 
 def _measured_ranks(curve: LossCurve, multiple: int) -> list[int]:
     """Return the lowest and the highest rank, some between them, and both sides of a change of the storage."""
-    multiple = max(multiple, curve.rank_multiple)
+    multiple = curve.multiple(multiple)
     ranks = range(multiple, curve.break_even_rank + 1, multiple)
     shape = (curve.out_features, curve.in_features)
     storages = [choose_storage(*shape, rank, curve.storage) for rank in ranks]

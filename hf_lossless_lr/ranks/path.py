@@ -123,7 +123,7 @@ def allowed_ranks(
     """
     size = (parameter_size(curve) if size is None else size).in_format(number_format)
     ranks: list[int] = []
-    multiple = max(multiple, curve.rank_multiple)
+    multiple = curve.multiple(multiple)
     for rank in reversed(range(multiple, curve.break_even_rank_in(number_format) + 1, multiple)):
         if size.at(rank) < size.at(ranks[-1] if ranks else None):
             ranks.append(rank)

@@ -1,27 +1,12 @@
 """The results of the studies, as they are kept: documents show these figures, and plots can be drawn of them."""
 
-import importlib
-import importlib.util
 import json
 import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from support.tiny_models import as_examples, bert_sequence_classification
+from support.studies import RESULTS, ROOT, STUDIES, needs_matplotlib, tiny_task
+from support.tiny_models import bert_sequence_classification
 from support.word_tokenizer import WORDS, word_tokenizer
-
-ROOT = Path(__file__).resolve().parents[2]
-STUDIES = ROOT / "studies"
-RESULTS = STUDIES / "results"
-needs_matplotlib = pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="matplotlib is not installed")
-
-
-@pytest.fixture
-def study(monkeypatch):
-    """Import a study by its name."""
-    monkeypatch.syspath_prepend(STUDIES)
-    return importlib.import_module
 
 
 def rows(text):
@@ -62,13 +47,6 @@ def test_plots_are_drawn_of_the_records(study, tmp_path):
     rates = study("verdict_error_rates")
     rates.plot(rates.from_records(read(RESULTS / "verdict_error_rates.jsonl")), tmp_path / "rates.png")
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("quality.png", "rates.png"))
-
-
-def tiny_task(testbed):
-    """A tiny model in place of one of the testbed's."""
-    model, batch = bert_sequence_classification(160)
-    examples = as_examples(batch)
-    return SimpleNamespace(model=model, calibration=examples[:80], evaluation=examples[80:], processing_class=None)
 
 
 def test_quality_is_measured_and_continued(study, monkeypatch, tmp_path, capsys):

@@ -1,30 +1,14 @@
 """The studies of bytes and milliseconds: they run, and what is kept of them is what the documents show and promise."""
 
-import importlib
-import importlib.util
 import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from support.tiny_models import as_examples, bert_sequence_classification
-
-ROOT = Path(__file__).resolve().parents[2]
-STUDIES = ROOT / "studies"
-RESULTS = STUDIES / "results"
-needs_matplotlib = pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="matplotlib is not installed")
+from support.studies import RESULTS, ROOT, needs_matplotlib, tiny_task
 
 FLOAT16 = 0.5  # of the bytes in 32 bits
 BELOW = {"llama-small": 0.14, "minilm-sst2": 0.21}  # of the bytes in 16 bits: there, the path is far ahead of GPTQ
 AHEAD = 0.7  # of GPTQ's divergence
-
-
-@pytest.fixture
-def study(monkeypatch):
-    """Import a study by its name."""
-    monkeypatch.syspath_prepend(STUDIES)
-    return importlib.import_module
 
 
 @pytest.fixture
@@ -70,12 +54,6 @@ def test_half_of_an_encoder_takes_as_little_time_as_promised(study):
     assert len(found) == 8
     for (width, *_), ratio in found.items():
         assert ratio <= {768: 0.60, 384: 0.70}[width]
-
-
-def tiny_task(testbed):
-    model, batch = bert_sequence_classification(160)
-    examples = as_examples(batch)
-    return SimpleNamespace(model=model, calibration=examples[:80], evaluation=examples[80:], processing_class=None)
 
 
 def test_the_frontier_is_measured_and_continued(study, monkeypatch, tmp_path, capsys):
