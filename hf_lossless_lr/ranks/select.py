@@ -62,11 +62,12 @@ def select_budget(
     if path.targeted[-1] > budget:
         smallest = math.ceil(path.kept_after(len(path)) * 1e4) / 1e4  # rounded up: the ratio named can be reached
         outside = fixed / path.whole
+        multiple = max(curve.multiple(rank_multiple) for curve in curves.values())
         part = (
             f"whole model's {kind} ({outside:.4f} lies outside the targeted layers)" if fixed else f"targeted {kind}"
         )
         raise ConfigurationError(
-            f"keep_ratio={keep_ratio} cannot be reached: with rank_multiple={rank_multiple} the smallest model keeps "
+            f"keep_ratio={keep_ratio} cannot be reached: with rank_multiple={multiple} the smallest model keeps "
             f"{smallest:.4f} of the {part}."
         )
     count = int(np.argmax(path.targeted <= budget))
@@ -120,7 +121,8 @@ def select_uniform(
         if point is None:
             raise ConfigurationError(
                 f"keep_ratio={keep_ratio} cannot be reached in {name!r} ({curve.out_features} x {curve.in_features}) "
-                f"with rank_multiple={rank_multiple}; use objective='budget', or add the layer to `ignore`."
+                f"with rank_multiple={curve.multiple(rank_multiple)}; use objective='budget', or add the layer to "
+                "`ignore`."
             )
         choices[name] = point.choice
     return choices
