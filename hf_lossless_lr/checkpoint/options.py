@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import ConfigurationError
 from ..factors import METRICS
 from ..formats import FLOAT, FORMATS
-from ..layers import STORAGES
+from ..layers import STORAGE_CHOICES
 from ..ranks import OBJECTIVES
 from ..renamed import Renamed, refuse_old_names
 
@@ -48,8 +48,9 @@ class CompressionOptions(Renamed):
             exact name (or the end of one), `re:` and a regular expression, a glob, or a layer type such as `Linear`.
         ignore: patterns of layers to leave dense.
         damping: relative damping of the second moments, at least 0.
-        storage: `pivoted`, `two-factor`, or `auto` (the smaller, unless what it saves is negligible). Factors of
-            fewer than 8 bits are always two.
+        storage: `pivoted`, `two-factor`, `fastest` (pivoted only where that saves more time than it costs), or `auto`
+            (the smaller, unless what it saves is negligible; with `size="latency"` the fastest). Factors of fewer
+            than 8 bits are always two.
         formats: number formats that a layer, dense or factorized, may be stored in: `float` (as it was given), `int8`
             (one scale for each row), `int6` to `int3` (a scale and a zero for each group of 64 in a row), or `auto`
             for all of them. The weights in memory are what the stored numbers stand for.
@@ -87,7 +88,7 @@ class CompressionOptions(Renamed):
     )
     ignore: list[str] | None = _option(None, "layers to leave dense, same patterns")
     damping: float = _option(0.03, "relative damping of the second moments")
-    storage: str = _option("auto", "how factors are stored", choices=("auto", *STORAGES))
+    storage: str = _option("auto", "how factors are stored", choices=STORAGE_CHOICES)
     formats: list[str] | None = _option(
         None, "number formats that layers may be stored in; default float", choices=(*NUMBER_FORMATS, AUTO)
     )
@@ -128,7 +129,7 @@ class CompressionOptions(Renamed):
         self._resolve_formats(paper)
         _choice("size", self.size, SIZES)
         _choice("scope", self.scope, SCOPES)
-        _choice("storage", self.storage, ("auto", *STORAGES))
+        _choice("storage", self.storage, STORAGE_CHOICES)
         if objective.sized:
             self.keep_ratio = DEFAULT_KEEP_RATIO if self.keep_ratio is None else self.keep_ratio
             _number("keep_ratio", self.keep_ratio, 0, 1, "(0, 1]", exclude_low=True)

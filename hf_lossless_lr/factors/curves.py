@@ -38,7 +38,7 @@ class LossCurve:
     Attributes:
         out_features: rows of the weight, or of each of its matrices.
         in_features: columns of the same.
-        storage: how the factors are stored: `pivoted`, `two-factor` or `auto`.
+        storage: how the factors are stored: one of `STORAGE_CHOICES`.
         first_order: `⟨G, Ŵ_k − W⟩` in nats.  # shape: (m + 1,)
         second_order: `½ tr(B D A Dᵀ)` in nats, at least 0.  # shape: (m + 1,)
         max_noise: `max |Ŵ_k − W|` elementwise, only where a rule needs it.  # shape: (m + 1,)

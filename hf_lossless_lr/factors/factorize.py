@@ -119,7 +119,7 @@ def loss_curve(
         weight: the dense weight.  # shape: (..., out, in)
         factorization: its factors.
         stats: its statistics, not damped.
-        storage: storage whose parameters are counted: `pivoted`, `two-factor` or `auto`.
+        storage: storage whose parameters are counted: one of `STORAGE_CHOICES`.
         with_noise: whether to compute `max |D_k|`, which only the paper's rules need.
 
     Returns:

@@ -23,13 +23,22 @@ from .rounded import (
     set_grid,
     stored_bytes,
 )
-from .storage import STORAGES, break_even_rank, choose_storage, factorized_parameters, storage_in, weight_bytes
+from .storage import (
+    STORAGE_CHOICES,
+    STORAGES,
+    break_even_rank,
+    choose_storage,
+    factorized_parameters,
+    storage_in,
+    weight_bytes,
+)
 from .stored import Stored, is_complete, stored_in
 from .targets import Targets, check_model, find_targets
 
 __all__ = [
     "METHOD",
     "STORAGES",
+    "STORAGE_CHOICES",
     "Factorized",
     "FactorizedConv2d",
     "FactorizedLinear",

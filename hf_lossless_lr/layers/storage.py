@@ -6,44 +6,51 @@ from ..formats import FLOAT, FORMATS
 
 PERMUTATION_BYTES = 4  # for each output, or input
 STORAGES = ("pivoted", "two-factor")
+STORAGE_CHOICES = ("auto", "fastest", *STORAGES)
 NEGLIGIBLE_SAVING = 0.05  # `auto` drops the pivots where they save less than this share of two factors
+MOVED_NUMBER = 64  # multiply-adds that take as long as moving a number to its place: studies/storage_time.py
 
 
 def storage_in(number_format: str, storage: str) -> str:
-    """Return a storage, or `auto`, as it is possible in a number format: some do not go with pivots."""
+    """Return a storage, or how it is chosen, as it is possible in a number format: some do not go with pivots."""
     return storage if number_format == FLOAT or FORMATS[number_format].pivots else "two-factor"
 
 
 def choose_storage(out_features: int, in_features: int, rank: int, storage: str) -> str:
-    """Resolve `auto` for one layer: pivoted, unless its saving is negligible and two factors compress as well.
+    """Resolve `auto` and `fastest` for one layer: pivoted, unless that does not pay and two factors compress as well.
+
+    For each row of the input, pivots save `k²` multiply-adds of two factors, and move the numbers of the narrower
+    side to their places. `auto` takes them where they save parameters, `fastest` where they save time.
 
     Args:
         out_features: rows of the weight.
         in_features: columns of the weight.
         rank: `k`.
-        storage: `auto`, or a storage that is returned as it is.
+        storage: `auto`, `fastest`, or a storage that is returned as it is.
 
     Returns:
         `pivoted` or `two-factor`.
     """
-    if storage != "auto":
+    if storage in STORAGES:
         return storage
-    pivoted = rank * (out_features + in_features - rank)
     two_factor = rank * (out_features + in_features)
-    negligible = two_factor - pivoted < NEGLIGIBLE_SAVING * two_factor
-    return "two-factor" if negligible and two_factor < out_features * in_features else "pivoted"
+    if storage == "fastest":
+        pays = rank**2 >= MOVED_NUMBER * min(out_features, in_features)
+    else:
+        pays = rank**2 >= NEGLIGIBLE_SAVING * two_factor
+    return "pivoted" if pays or two_factor >= out_features * in_features else "two-factor"
 
 
 def factorized_parameters(out_features: int, in_features: int, rank: int, storage: str) -> int:
     """Return the numbers stored for a weight of the given rank, without its bias.
 
-    `k (out + in)` for `two-factor` and `k (out + in − k)` for `pivoted` storage; `auto` is one of the two.
+    `k (out + in)` for `two-factor` and `k (out + in − k)` for `pivoted` storage; others choose one of the two.
 
     Args:
         out_features: rows of the weight.
         in_features: columns of the weight.
         rank: `k`.
-        storage: `pivoted`, `two-factor` or `auto`.
+        storage: one of `STORAGE_CHOICES`.
 
     Returns:
         The number of parameters.
@@ -55,13 +62,13 @@ def factorized_parameters(out_features: int, in_features: int, rank: int, storag
 def break_even_rank(out_features: int, in_features: int, storage: str) -> int:
     """Return the largest rank that stores fewer numbers than the dense weight; 0 if there is none.
 
-    The paper's compression condition `k < NM / (N + M)` for `two-factor`, and `k < min(N, M)` for `pivoted` and
-    `auto` storage.
+    The paper's compression condition `k < NM / (N + M)` for `two-factor`, and `k < min(N, M)` for the
+    others.
 
     Args:
         out_features: rows of the weight, `N`.
         in_features: columns of the weight, `M`.
-        storage: `pivoted`, `two-factor` or `auto`.
+        storage: one of `STORAGE_CHOICES`.
 
     Returns:
         The largest compressing rank.
@@ -93,7 +100,7 @@ def weight_bytes(
         out_features: rows of the weight.
         in_features: columns of the weight.
         rank: its rank, or None where it is dense.
-        storage: `pivoted`, `two-factor` or `auto`.
+        storage: one of `STORAGE_CHOICES`.
         number_format: `float` or a key of `FORMATS`.
         itemsize: bytes of a number in `float`.
         pivots_inputs: whether pivots, where there are any, are inputs rather than outputs.

@@ -264,13 +264,14 @@ def _factorize(
     skipped = _skipped(dense, targets)
     factorizations, curves = {}, {}
     with_noise = OBJECTIVES[config.objective].needs_noise
+    storage = "fastest" if (config.storage, config.size) == ("auto", "latency") else config.storage
     for name, module in logging.tqdm(targets.chosen.items(), desc="Factorizing"):
         weight, stats = weight_matrices(module), statistics.layers[name]
         try:
             factorizations[name] = factorize(weight, stats, str(config.metric), config.damping)
         except NumericalError as error:
             raise NumericalError(f"{name!r}: {error}") from error
-        curve = loss_curve(weight, factorizations[name], stats, config.storage, with_noise)
+        curve = loss_curve(weight, factorizations[name], stats, storage, with_noise)
         rounded = [number_format for number_format in config.formats or () if number_format != FLOAT]
         costs = rounding_costs(weight, factorizations[name], stats, config.damping, rounded) if rounded else {}
         in_float: dict[str, RoundingCost | None] = {FLOAT: None} if FLOAT in (config.formats or ()) else {}

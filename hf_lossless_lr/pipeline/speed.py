@@ -51,7 +51,7 @@ def measured_speed(calibration: Calibration, layers: Mapping[str, nn.Module]) ->
     if factorized and speed.is_slower and speed.ratio is not None:
         logger.warning(
             "the compressed model takes %.2f times as long as the dense one for a batch of %s. Narrow layers and few "
-            "rows do not pay: use size='latency', which leaves those dense, storage='two-factor' or rank_multiple=8.",
+            "rows do not pay: use size='latency', which leaves those dense, or storage='fastest'.",
             speed.ratio,
             speed.setting,
         )

@@ -85,7 +85,8 @@ def build_layers(
             layers[name] = deepcopy(module)
             fill(layers[name], weight_matrices(module), None, hessian, number_format)
             continue
-        curve, storage = factors.curves[name], storage_in(number_format, config.storage)
+        curve = factors.curves[name]
+        storage = storage_in(number_format, curve.storage)
         stored = choose_storage(curve.out_features, curve.in_features, rank, storage)
         layers[name] = layout_of(module).factorized(module, rank, stored)
         fill(layers[name], weight_matrices(module), factors.factorizations[name], hessian, number_format)
@@ -104,7 +105,7 @@ def run_trial(calibration: Calibration, choices: Choices, config: LosslessLowRan
     Args:
         calibration: the calibration of a model, which is dense.
         choices: the choice.
-        config: storage, embeddings, refit, damping, confidence.
+        config: embeddings, refit, damping, confidence.
         clock: the times of the stages are added here.
 
     Returns:

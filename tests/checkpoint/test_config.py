@@ -16,7 +16,7 @@ from hf_lossless_lr.checkpoint.options import (
     CompressionOptions,
 )
 from hf_lossless_lr.errors import CheckpointError, ConfigurationError, LosslessLowRankError
-from hf_lossless_lr.layers.storage import STORAGES
+from hf_lossless_lr.layers.storage import STORAGE_CHOICES
 
 NAN, INF = float("nan"), float("inf")
 SIZED = ("budget", "uniform")
@@ -113,7 +113,7 @@ def test_every_number_of_the_options_is_tested_above():
     assert numbers == {*OUT_OF_RANGE, "epsilon"}
 
 
-CHOICES = {"objective": OBJECTIVES, "metric": METRICS, "storage": ("auto", *STORAGES)}
+CHOICES = {"objective": OBJECTIVES, "metric": METRICS, "storage": STORAGE_CHOICES}
 
 
 @both_classes

@@ -28,6 +28,7 @@ from hf_lossless_lr import CompressionReport, LosslessLowRankConfig, __version__
 from hf_lossless_lr.checkpoint.options import CompressionOptions
 from hf_lossless_lr.commands.cli import main
 from hf_lossless_lr.commands.compress import CompressArguments
+from hf_lossless_lr.commands.demo import KEEP_RATIO
 from hf_lossless_lr.errors import ConfigurationError
 from hf_lossless_lr.evaluation.pipelines import TASKS
 from hf_lossless_lr.report.tables import comparison_table
@@ -597,7 +598,7 @@ class TestDemo:
     def test_runs_in_a_temporary_folder_that_is_removed(self, calls):
         assert main(["demo"]) == 0
         ((folder, keep_ratio),) = calls
-        assert keep_ratio == 0.5
+        assert keep_ratio == KEEP_RATIO
         assert not folder.exists()
 
     def test_refuses_a_file_as_folder(self, calls, tmp_path, capsys):

@@ -7,7 +7,9 @@ import pytest
 
 from hf_lossless_lr.factors.curves import LossCurve
 from hf_lossless_lr.layers.storage import (
+    MOVED_NUMBER,
     NEGLIGIBLE_SAVING,
+    STORAGE_CHOICES,
     STORAGES,
     break_even_rank,
     choose_storage,
@@ -86,10 +88,11 @@ def test_a_named_storage_is_kept(storage):
     assert all(choose_storage(*shape, 1, storage) == storage for shape in GRID)
 
 
+@pytest.mark.parametrize("how", ["auto", "fastest"])
 @pytest.mark.parametrize("shape", GRID, ids=str)
-def test_auto_storage_never_makes_a_layer_larger_than_dense(shape):
+def test_a_chosen_storage_never_makes_a_layer_larger_than_dense(shape, how):
     for rank in range(1, min(shape)):
-        stored = factorized_parameters(*shape, rank, choose_storage(*shape, rank, "auto"))
+        stored = factorized_parameters(*shape, rank, choose_storage(*shape, rank, how))
         assert stored < shape[0] * shape[1]
 
 
@@ -108,6 +111,15 @@ def test_auto_storage_drops_the_pivots_below_a_twentieth_of_both_sides():
     assert choose_storage(600, 400, 49, "auto") == "two-factor"
 
 
+@pytest.mark.parametrize(
+    ("shape", "first"), [((384, 384), 157), ((1536, 384), 157), ((384, 1536), 157), ((2048, 2048), 363)]
+)
+def test_the_fastest_storage_has_pivots_where_they_save_more_than_moving_numbers_costs(shape, first):
+    assert (first - 1) ** 2 < MOVED_NUMBER * min(shape) <= first**2
+    assert choose_storage(*shape, first - 1, "fastest") == "two-factor"
+    assert choose_storage(*shape, first, "fastest") == "pivoted"
+
+
 @on_storages
 def test_a_curve_counts_as_the_functions_do(storage):
     layer = curve(7, 5, storage)
@@ -116,7 +128,7 @@ def test_a_curve_counts_as_the_functions_do(storage):
     assert [layer.parameters(k) for k in range(6)] == [factorized_parameters(7, 5, k, storage) for k in range(6)]
 
 
-@pytest.mark.parametrize("storage", [*STORAGES, "auto"])
+@pytest.mark.parametrize("storage", STORAGE_CHOICES)
 def test_the_default_size_of_a_layer_is_its_parameters_at_every_rank(storage):
     for shape in [(7, 5), (60, 900)]:
         layer = curve(*shape, storage)

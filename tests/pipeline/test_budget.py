@@ -89,6 +89,7 @@ def test_in_latency_is_kept_by_what_is_measured_once(scope, monkeypatch):
 def test_is_measured_again_for_other_options(monkeypatch):
     clock = Clock(monkeypatch)
     compressor, _, _ = calibrated(size="latency")
+    assert {curve.storage for curve in compressor._calibration.factors.curves.values()} == {"fastest"}
     compressor.compress_to(0.8)
     before = clock.calls
     compressor.config.rank_multiple = 4

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from support.studies import RESULTS, ROOT, needs_matplotlib, tiny_task
 
+from hf_lossless_lr.layers.storage import MOVED_NUMBER
+
 FLOAT16 = 0.5  # of the bytes in 32 bits
 BELOW = {"llama-small": 0.14, "minilm-sst2": 0.21}  # of the bytes in 16 bits: there, the path is far ahead of GPTQ
 AHEAD = 0.7  # of GPTQ's divergence
@@ -81,6 +83,24 @@ def test_the_frontier_is_drawn(study, frontier, tmp_path):
     module.draw_sizes(frontier, tmp_path / "sizes.png")
     module.draw_rounding(frontier, tmp_path / "rounding.png")
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("sizes.png", "rounding.png"))
+
+
+def test_pivots_save_time_where_the_fastest_storage_takes_them(study):
+    records = study("records").read_records(RESULTS / "storage_time.jsonl")
+    worth = [r["ratio"] for r in records if r["saved_per_moved"] >= MOVED_NUMBER]
+    others = [r["ratio"] for r in records if r["saved_per_moved"] < MOVED_NUMBER]
+    assert np.median(worth) < 0.95
+    assert np.median(others) > 1
+
+
+def test_storages_are_timed_in_turns(study, monkeypatch, tmp_path):
+    module, file = study("storage_time"), tmp_path / "records.jsonl"
+    arguments = ["storage_time.py", "--shapes", "64", "96", "--turns", "1", "--records", str(file)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    module.main()
+    records = study("records").read_records(file)
+    assert [(r["shape"], r["rank"]) for r in records if r["rows"] == 16] == [([64, 96], k) for k in (8, 16, 24, 32)]
+    assert all(record["two_factor"] > 0 and record["pivoted"] > 0 for record in records)
 
 
 def test_encoders_are_timed_in_turns(study, monkeypatch, tmp_path):
