@@ -88,7 +88,7 @@ class TestDemo:
         stored = json.loads((run.folder / "demo.json").read_text())
         assert stored == json.loads(json.dumps(run.result))
         report = CompressionReport.from_json((run.folder / "compressed" / "compression_report.json").read_text())
-        assert report.keep_ratio == run.result["keep_ratio"]
+        assert report.bytes_ratio == run.result["bytes_ratio"]
         assert factorized_layers(models[1]).keys() == {name for name, layer in report.layers.items() if layer.rank}
         assert set(run.result["seconds"]) == {"train", "compress", "total"}
 
