@@ -1,6 +1,6 @@
 """From W, G, A and B to nested factors, their predicted loss at every rank, and the refit to shifted inputs.
 
-`linalg` knows tensors only.
+`linalg` and `decomposition` know tensors only.
 """
 
 from .curves import LossCurve, RoundingCost

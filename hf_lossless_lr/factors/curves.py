@@ -39,7 +39,7 @@ class LossCurve:
         out_features: rows of the weight, or of each of its matrices.
         in_features: columns of the same.
         storage: how the factors are stored: one of `STORAGE_CHOICES`.
-        first_order: `⟨G, Ŵ_k − W⟩` in nats.  # shape: (m + 1,)
+        first_order: `⟨G, Ŵ_k − W⟩` in nats, where G is known.  # shape: (m + 1,)
         second_order: `½ tr(B D A Dᵀ)` in nats, at least 0.  # shape: (m + 1,)
         max_noise: `max |Ŵ_k − W|` elementwise, only where a rule needs it.  # shape: (m + 1,)
         groups: number of matrices, all of one shape and rank.
@@ -51,7 +51,7 @@ class LossCurve:
     out_features: int
     in_features: int
     storage: str
-    first_order: np.ndarray
+    first_order: np.ndarray | None
     second_order: np.ndarray
     max_noise: np.ndarray | None = None
     groups: int = 1

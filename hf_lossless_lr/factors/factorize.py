@@ -12,7 +12,8 @@ import torch
 from ..errors import ConfigurationError, NumericalError
 from ..statistics import LayerStatistics
 from .curves import LossCurve
-from .linalg import MetricFactors, metric_svd, pivoted_form, quadratic_tails
+from .decomposition import MetricFactors, metric_svd
+from .linalg import pivoted_form, quadratic_tails
 from .metrics import METRICS
 
 SMALLEST_NORM = 1e-100  # below it a factor counts as zero, where balancing would divide by it
@@ -126,8 +127,10 @@ def loss_curve(
         The curve.
     """
     left, right, _ = factorization.factors
-    slopes = ((left.mT @ stats.weight_grad.double()) * right).sum(-1)
-    first = -torch.cat([slopes.flip(-1).cumsum(-1).flip(-1), torch.zeros_like(slopes[..., :1])], dim=-1)
+    first = None
+    if stats.weight_grad is not None:
+        slopes = ((left.mT.double() @ stats.weight_grad.double()) * right).sum(-1)
+        first = -torch.cat([slopes.flip(-1).cumsum(-1).flip(-1), torch.zeros_like(slopes[..., :1])], dim=-1)
     second = quadratic_tails(factorization.factors, stats.input_covariance, stats.grad_covariance)
     noise = _max_noise(weight.double(), factorization.factors) if with_noise else None
     *matrices, out_features, in_features = weight.shape
@@ -135,11 +138,15 @@ def loss_curve(
         out_features=out_features,
         in_features=in_features,
         storage=storage,
-        first_order=first.reshape(-1, first.shape[-1]).sum(0).cpu().numpy(),
-        second_order=second.reshape(-1, second.shape[-1]).sum(0).cpu().numpy(),
+        first_order=None if first is None else _over_matrices(first),
+        second_order=_over_matrices(second),
         max_noise=noise,
         groups=math.prod(matrices),
     )
+
+
+def _over_matrices(costs: torch.Tensor) -> np.ndarray:
+    return np.asarray(costs.reshape(-1, costs.shape[-1]).sum(0).cpu().numpy())
 
 
 def _max_noise(weight: torch.Tensor, factors: MetricFactors) -> np.ndarray:

@@ -8,8 +8,8 @@ import torch
 
 from ..formats import FLOAT, FORMATS, Grid
 from ..layers import as_matrix, set_grid
+from .decomposition import MetricFactors
 from .factorize import Factorization, FactorTensors
-from .linalg import MetricFactors
 from .rounding import round_dense, round_factors
 
 

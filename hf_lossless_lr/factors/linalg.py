@@ -1,15 +1,8 @@
-r"""Dense linear algebra behind the factorization: metric SVD, quadratic tails, pivoted form.
+"""Dense linear algebra around the factorization: damping, quadratic tails, pivoted form, shifted weights.
 
-Nothing here knows a module or a name. All functions take and return tensors and compute in float64, on the device
-of their input.
-
-Leading dimensions, where arguments have them, are those of several independent matrices.
-
-A *metric* is a pair of symmetric positive semi-definite matrices: `A (in, in)` on the input side and `B (out, out)`
-on the output side. Each may also be a vector (a diagonal matrix) or `None` (the identity). It measures a change `D` of
-the weight by
-
-$$\|D\|^2_{A,B} = \mathrm{tr}(B\,D\,A\,D^\top).$$
+Nothing here knows a module or a name. All functions take and return tensors and compute in float64 (tails: in the
+dtype of the factors), on the device of their input. Leading dimensions, where arguments have them, are those of
+several independent matrices.
 """
 
 from __future__ import annotations
@@ -21,14 +14,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from ..errors import NumericalError
-
-
-class MetricFactors(NamedTuple):
-    """Factors of a matrix, nested in the rank: `left[..., :k] @ right[..., :k, :]` is the best one of rank `k`."""
-
-    left: torch.Tensor  # shape: (..., out, m), m = min(out, in)
-    right: torch.Tensor  # shape: (..., m, in)
-    singular_values: torch.Tensor  # shape: (..., m), descending, in the metric
+from .decomposition import MetricFactors
 
 
 class PivotedForm(NamedTuple):
@@ -75,93 +61,6 @@ def damped_diagonal(diagonal: torch.Tensor, damping: float) -> torch.Tensor:
     return torch.where(silent.all(-1, keepdim=True), torch.ones_like(diagonal), filled)
 
 
-def _times(metric: torch.Tensor | None, matrix: torch.Tensor) -> torch.Tensor:
-    """Return `metric @ matrix` for a full, diagonal or identity metric."""
-    if metric is None:
-        return matrix
-    return metric[..., None] * matrix if metric.ndim < matrix.ndim else metric @ matrix
-
-
-def _roots(metric: torch.Tensor | None, diagonal: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return a root `P` of a metric, `PᵀP`, and its pseudo-inverse.
-
-    It is the symmetric root of the metric with unit diagonal, times the roots of the diagonal: channels of very
-    different scales do not lose precision to one another.
-    """
-    if metric is None:
-        return None, None
-    channels = metric if diagonal else metric.diagonal(dim1=-2, dim2=-1)
-    scale = channels.clamp_min(0.0).sqrt()
-    if diagonal:
-        return scale, torch.where(scale > 0, 1 / scale, 0.0)
-    scale = torch.where(scale > 0, scale, 1.0)
-    values, vectors = torch.linalg.eigh(metric / (scale[..., :, None] * scale[..., None, :]))
-    floor = values.amax(-1, keepdim=True) * values.shape[-1] * torch.finfo(values.dtype).eps
-    root = values.clamp_min(0.0).sqrt()
-    inverse = torch.where(values > floor, values.clamp_min(floor).rsqrt(), torch.zeros_like(values))
-    roots = (vectors * root[..., None, :]) @ vectors.mT * scale[..., None, :]
-    return roots, (vectors * inverse[..., None, :]) @ vectors.mT / scale[..., :, None]
-
-
-def _check_metric(name: str, metric: torch.Tensor | None, size: int, weight: torch.Tensor) -> None:
-    if metric is None:
-        return
-    *matrices, out, in_ = weight.shape
-    if metric.shape not in (torch.Size([*matrices, size, size]), torch.Size([*matrices, size])):
-        raise NumericalError(
-            f"metric_svd: W is {(out, in_)}, so A must be ({in_}, {in_}) and B ({out}, {out}) (or their diagonals); "
-            f"{name} is {tuple(metric.shape[len(matrices) :])}. For Conv1D pass the transposed weight."
-        )
-    if not torch.isfinite(metric).all():
-        raise NumericalError(f"metric_svd: {name} has entries that are not finite.")
-
-
-def metric_svd(
-    weight: torch.Tensor, input_metric: torch.Tensor | None = None, output_metric: torch.Tensor | None = None
-) -> MetricFactors:
-    r"""Factorize a matrix so that each truncation is optimal in the metric `(A, B)`.
-
-    With roots `PᵀP = B`, `QQᵀ = A` and the singular value decomposition `P W Q = U S Vᵀ`, the best approximation of
-    rank `k` under `tr(B D A Dᵀ)` is `P⁻¹ U_k S_k V_kᵀ Q⁻¹`, and its squared error is the tail `Σ_{i>k} S_i²`
-    (Eckart–Young in a metric). It equals `P⁻¹ U_k U_kᵀ P W` and also `W Q V_k V_kᵀ Q⁻¹`, so only the smaller side
-    needs a root; `U` (or `V`) comes from the eigendecomposition of the Gram matrix of that side.
-
-    Args:
-        weight: the matrix W.  # shape: (..., out, in)
-        input_metric: A, or its diagonal, or None for the identity.  # shape: (..., in, in) or (..., in)
-        output_metric: B, or its diagonal, or None for the identity.  # shape: (..., out, out) or (..., out)
-
-    Returns:
-        Factors in float64 that reproduce W at full rank (up to the null space of a singular metric).
-
-    Raises:
-        NumericalError: if the shapes do not match, or an argument is not finite.
-
-    Source: Hsu et al. 2022 (FWSVD), Chen et al. 2021 (DRONE), Wang et al. 2024 (SVD-LLM) for one-sided metrics.
-    """
-    out_features, in_features = weight.shape[-2:]
-    _check_metric("A", input_metric, in_features, weight)
-    _check_metric("B", output_metric, out_features, weight)
-    if not torch.isfinite(weight).all():
-        raise NumericalError("metric_svd: W has entries that are not finite.")
-    W = weight.double()
-    A = None if input_metric is None else input_metric.double()
-    B = None if output_metric is None else output_metric.double()
-    if out_features <= in_features:
-        root, inverse = _roots(B, diagonal=B is not None and B.ndim < W.ndim)
-        PW = _times(root, W)
-        values, U = torch.linalg.eigh(PW @ _times(A, PW.mT))
-        U = U.flip(-1)
-        left, right = _times(inverse, U), U.mT @ PW
-    else:
-        root, inverse = _roots(A, diagonal=A is not None and A.ndim < W.ndim)
-        WQ = _times(root, W.mT).mT
-        values, V = torch.linalg.eigh(WQ.mT @ _times(B, WQ))
-        V = V.flip(-1)
-        left, right = WQ @ V, _times(inverse, V).mT
-    return MetricFactors(left, right, values.flip(-1).clamp_min(0.0).sqrt())
-
-
 def quadratic_tails(
     factors: MetricFactors, input_covariance: torch.Tensor, grad_covariance: torch.Tensor
 ) -> torch.Tensor:
@@ -178,9 +77,12 @@ def quadratic_tails(
     Returns:
         Predicted second-order loss increase in nats for each rank.  # shape: (..., m + 1)
     """
-    left, right = factors.left.double(), factors.right.double()
-    terms = (left.mT @ grad_covariance.double() @ left) * (right @ input_covariance.double() @ right.mT)
-    block_sums = terms.flip(-2, -1).cumsum(-2).cumsum(-1).diagonal(dim1=-2, dim2=-1).flip(-1)
+    left, right = factors.left, factors.right
+    inside = left.mT @ grad_covariance.to(left.dtype) @ left
+    terms = (inside * (right @ input_covariance.to(right.dtype) @ right.mT)).double()
+    # A block grows by the part of a row from its diagonal on, and by the same part of a column.
+    rows = 2 * terms.triu(1).sum(-1) + terms.diagonal(dim1=-2, dim2=-1)
+    block_sums = rows.flip(-1).cumsum(-1).flip(-1)
     return torch.cat([0.5 * block_sums, torch.zeros_like(block_sums[..., :1])], dim=-1).clamp_min(0.0)
 
 
@@ -255,4 +157,7 @@ def shifted_weight(
     correlation = torch.where(seen[..., None], input_gram / (scale[..., :, None] * columns), 0.0)
     known = torch.where(seen[..., None, :], output_cross / columns, 0.0) + ridge * weight * columns
     system = correlation + ridge * torch.eye(diagonal.shape[-1]).to(diagonal)
-    return torch.linalg.solve(system, known, left=False) / columns
+    lower, failed = torch.linalg.cholesky_ex(system)
+    if failed.any():  # by rounding; what is not a number stays it
+        return torch.linalg.solve(system, known, left=False) / columns
+    return torch.cholesky_solve(known.mT, lower).mT / columns

@@ -36,9 +36,10 @@ from ..formats import FLOAT
 from ..layers import evaluating, in_place, is_factorized, weight_matrices
 from ..statistics import CalibrationStatistics, Group, Pause, Stream, gram, pausing
 from ..timing import Clock
+from .decomposition import metric_svd
 from .factorize import Factorization
 from .filling import fill
-from .linalg import damped, metric_svd, shifted_weight
+from .linalg import damped, shifted_weight
 
 CHUNK = 4096  # rows that small batches are joined to, for their products
 RIDGE = 0.2  # of each channel, towards the weight; below, it overfits 1,024 examples where little is compressed

@@ -136,7 +136,7 @@ def rounding_costs(
     dense, by_rank = dict.fromkeys(formats, 0.0), {name: np.zeros(ranks + 1) for name in formats}
     for index, matrix in enumerate(weight):
         A, B = stats.input_covariance[index].double(), stats.grad_covariance[index].double()
-        left, right = factorization.factors.left[index], factorization.factors.right[index]
+        left, right = (factor[index].double() for factor in factorization.factors[:2])
         norms = left.norm(dim=0).clamp_min(SMALLEST_NORM)
         up, down = left / norms, right * norms[:, None]
         free, passed_on = free_variances(damped(A, damping)), (down @ A * down).sum(-1)

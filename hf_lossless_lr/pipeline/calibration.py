@@ -135,7 +135,8 @@ def calibrate(
                 _try_first(model, loader, accelerator)
         targets = _without_heads(model, config, parts, targets, accelerator)
         with clock.timed("statistics"):
-            statistics = _statistics(dense, targets, parts, accelerator, statistics_path)
+            with_gradients = OBJECTIVES[config.objective].needs_noise
+            statistics = _statistics(dense, targets, parts, accelerator, statistics_path, with_gradients)
         targets = _called(targets, statistics)
         with clock.timed("factorization"):
             factors = _factorize(config, dense, _heard(config, targets, statistics), statistics)
@@ -187,7 +188,12 @@ def _without_heads(
 
 
 def _statistics(
-    dense: Dense, targets: Targets, parts: DataSplits, accelerator: Accelerator, path: str | os.PathLike[str] | None
+    dense: Dense,
+    targets: Targets,
+    parts: DataSplits,
+    accelerator: Accelerator,
+    path: str | os.PathLike[str] | None,
+    weight_grads: bool,
 ) -> CalibrationStatistics:
     if path is not None and Path(path).exists():
         statistics = load_statistics(path, dense.fingerprint, accelerator.device)
@@ -196,8 +202,13 @@ def _statistics(
         missing = [name for name in targets.chosen if name not in (*statistics.layers, *statistics.uncalled)]
         if missing:
             raise CheckpointError(f"{path}: these statistics do not cover {missing[0]!r}. Calibrate again.")
+        if weight_grads and any(layer.weight_grad is None for layer in statistics.layers.values()):
+            raise CheckpointError(
+                f"{path}: these statistics have no gradients of weights, which the paper's objectives use. "
+                "Calibrate again."
+            )
         return statistics
-    statistics = collect_statistics(dense.model, targets.chosen, parts.calibration, accelerator)
+    statistics = collect_statistics(dense.model, targets.chosen, parts.calibration, accelerator, weight_grads)
     if path is not None and accelerator.is_main_process:
         save_statistics(statistics, path, dense.fingerprint)
     return statistics

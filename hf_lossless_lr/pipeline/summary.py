@@ -158,7 +158,7 @@ def _layer_report(module: Any, curve: LossCurve, choice: Choice, layer: Any) -> 
         storage=None if rank is None else layer.storage,
         dense_parameters=curve.dense_parameters,
         parameters=curve.parameters(rank, number_format),
-        first_order=0.0 if rank is None else float(curve.first_order[rank]),
+        first_order=None if curve.first_order is None else 0.0 if rank is None else float(curve.first_order[rank]),
         second_order=0.0 if rank is None else float(curve.second_order[rank]),
         format=number_format,
         rounding=0.0 if rounding is None else rounding.at(rank),

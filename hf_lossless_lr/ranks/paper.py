@@ -40,15 +40,18 @@ def select_paper(curves: Curves, epsilon: Mapping[str, float], compact: bool) ->
         The choices.
 
     Raises:
-        ConfigurationError: if a curve has no `max_noise`.
+        ConfigurationError: if a curve has no `max_noise`, or no `first_order`.
     """
     choices: Choices = {}
     for name, curve in curves.items():
-        if curve.max_noise is None:
-            raise ConfigurationError(f"the curve of {name!r} has no max_noise, which the paper's rules need.")
+        noise, first = curve.max_noise, curve.first_order
+        if noise is None or first is None:
+            missing = "max_noise" if noise is None else "first_order"
+            raise ConfigurationError(f"the curve of {name!r} has no {missing}, which the paper's rules need.")
         limit = break_even_rank(curve.out_features, curve.in_features, "two-factor")
-        fits = [k for k in range(1, limit + 1) if curve.max_noise[k] <= epsilon[name] and curve.first_order[k] < 0]
-        choices[name] = Choice(min(fits, key=lambda k: k if compact else curve.first_order[k], default=None))
+        fits = [k for k in range(1, limit + 1) if noise[k] <= epsilon[name] and first[k] < 0]
+        costs = list(range(len(first))) if compact else first.tolist()
+        choices[name] = Choice(min(fits, key=costs.__getitem__, default=None))
     return choices
 
 
@@ -83,17 +86,17 @@ def find_epsilon(
     Source: Zhang et al. 2024, arXiv 2412.06867, eq. 8.
     """
     few = subset(loader, range(min(dataset_size(loader), EXAMPLES)))
-    statistics = collect_statistics(model, targets, few, accelerator)
+    statistics = collect_statistics(model, targets, few, accelerator, weight_grads=True)
     epsilon = {}
     for name, module in logging.tqdm(targets.items(), desc="Calibrating epsilon"):
         weight = weight_matrices(module).double().clone()
         approximation = factorizations[name].weight
-        curve = loss_curve(weight, factorizations[name], statistics.layers[name])
-        low, high = 0, len(curve.first_order) - 1  # the gap at full rank is 0
+        first_order: Any = loss_curve(weight, factorizations[name], statistics.layers[name]).first_order
+        low, high = 0, len(first_order) - 1  # the gap at full rank is 0
         while high - low > 1:
             middle = (low + high) // 2
             loss = _loss_with(model, module, approximation(middle), few, accelerator)
-            gap = abs(loss - statistics.loss - float(curve.first_order[middle]))
+            gap = abs(loss - statistics.loss - float(first_order[middle]))
             low, high = (low, middle) if gap < tolerance else (middle, high)
         epsilon[name] = float((approximation(high) - weight).abs().max())
     return epsilon

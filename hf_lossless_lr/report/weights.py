@@ -17,7 +17,7 @@ class LayerReport:
         storage: storage of the factors, or None.
         dense_parameters: parameters of the dense weight, without bias.
         parameters: parameters of the weight now.
-        first_order: predicted first-order loss change, in nats.
+        first_order: predicted first-order loss change, in nats; None where the objective does not use it.
         second_order: predicted second-order loss increase, in nats.
         format: number format of the weight or of the factors.
         rounding: predicted loss increase by the rounding to that format, in nats.
@@ -32,7 +32,7 @@ class LayerReport:
     storage: str | None
     dense_parameters: int
     parameters: int
-    first_order: float
+    first_order: float | None
     second_order: float
     format: str = "float"
     rounding: float = 0.0

@@ -3,13 +3,14 @@
 Also forward passes that wait at a layer, for the refit.
 """
 
-from .collector import collect_statistics, data_fingerprint
+from .collect import collect_statistics, data_fingerprint
 from .records import CalibrationStatistics, LayerStatistics
-from .rows import gram, real_rows
+from .rows import LARGE, gram, precision_of, real_rows
 from .store import load_statistics, save_statistics
 from .streams import Group, Pause, Stream, pausing
 
 __all__ = [
+    "LARGE",
     "CalibrationStatistics",
     "Group",
     "LayerStatistics",
@@ -20,6 +21,7 @@ __all__ = [
     "gram",
     "load_statistics",
     "pausing",
+    "precision_of",
     "real_rows",
     "save_statistics",
 ]

@@ -9,8 +9,9 @@ import torch
 
 from ..errors import CheckpointError
 from .records import CalibrationStatistics
+from .rows import precision_of
 
-ASYMMETRY = 1e-9  # share of the largest entry: several processes may sum an entry and its mirror in another order
+ASYMMETRY = {torch.float64: 1e-9, torch.float32: 1e-5}  # of the largest entry: processes may sum in another order
 
 
 def check_statistics(statistics: CalibrationStatistics, source: str) -> None:
@@ -40,9 +41,12 @@ def check_statistics(statistics: CalibrationStatistics, source: str) -> None:
             _refuse(source, "groups", f"has {name!r}, which is no layer of the file or is in it twice")
     checked: set[int] = set()
     for name, layer in statistics.layers.items():
-        groups, out_features, in_features = _shape(layer.weight_grad, f"{name}.weight_grad", source)
+        groups, out_features, _ = _shape(layer.grad_covariance, f"{name}.grad_covariance", source)
+        in_features = _shape(layer.input_covariance, f"{name}.input_covariance", source)[-1]
+        if layer.weight_grad is not None:
+            groups, out_features, in_features = _shape(layer.weight_grad, f"{name}.weight_grad", source)
+            _check_numbers(layer.weight_grad, f"{name}.weight_grad", source)
         squares = {"input_covariance": in_features, "grad_covariance": out_features}
-        _check_numbers(layer.weight_grad, f"{name}.weight_grad", source)
         for key, size in squares.items():
             matrix, place = getattr(layer, key), f"{name}.{key}"
             if _shape(matrix, place, source) != (groups, size, size):
@@ -60,8 +64,9 @@ def _shape(matrix: torch.Tensor, name: str, source: str) -> tuple[int, ...]:
 
 
 def _check_numbers(matrix: torch.Tensor, name: str, source: str) -> None:
-    if matrix.dtype != torch.float64:
-        _refuse(source, name, f"has the dtype {matrix.dtype}, not torch.float64")
+    wanted = torch.float64 if name.endswith(".weight_grad") else precision_of(matrix.shape[-1])
+    if matrix.dtype != wanted:
+        _refuse(source, name, f"has the dtype {matrix.dtype}, not {wanted}")
     if not bool(torch.isfinite(matrix).all()):
         _refuse(source, name, "has values that are NaN or infinite")
 
@@ -69,7 +74,8 @@ def _check_numbers(matrix: torch.Tensor, name: str, source: str) -> None:
 def _check_square(matrix: torch.Tensor, name: str, source: str) -> None:
     if bool((matrix.diagonal(dim1=-2, dim2=-1) < 0).any()):
         _refuse(source, name, "has negative values on its diagonal")
-    if float((matrix - matrix.mT).abs().max()) > ASYMMETRY * float(matrix.abs().max()):
+    allowed = ASYMMETRY[matrix.dtype] * float(matrix.abs().max())
+    if float((matrix - matrix.mT).abs().max()) > allowed:
         _refuse(source, name, "is not symmetric")
 
 

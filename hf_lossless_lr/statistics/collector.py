@@ -1,19 +1,7 @@
-r"""Calibration statistics from one forward and backward pass: the only hooks and the only backward of the package.
-
-For each target layer `y = W x + b` and a loss `L` in nats per labelled unit:
-
-* `weight_grad` `G = E[∂L/∂W]`, over labelled units,
-* `input_covariance` `A = E[x xᵀ]`, uncentred, over real tokens (rows that the attention mask keeps),
-* `grad_covariance` `B = (1/units) Σ_t g_t g_tᵀ` with `g_t` the gradient of the *summed* loss of a batch by the layer's
-  output, so that `½ tr(B D A Dᵀ)` predicts nats per labelled unit for a change `D` of the weight.
-
-Sums and counts are accumulated (float32 within a batch, float64 across batches) and reduced once over processes, so
-the result does not depend on how the data is split into batches or over processes.
-"""
+"""What one process sums over its batches: the only hooks and the only backward of the package."""
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,16 +12,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..data import PaddingMasks, batch_examples, comes_apart, forward_loss, learn_steady_rows, watching_masks
-from ..errors import DataError, NumericalError, TargetError
-from ..fingerprint import tensors_fingerprint
-from ..layers import Layout, called_with, differentiating_only, layout_of, weight_matrices
-from .records import CalibrationStatistics, Key, LayerStatistics
-from .rows import gram, real_rows
+from ..data import PaddingMasks, batch_examples, comes_apart, forward_loss, learn_steady_rows
+from ..errors import NumericalError
+from ..layers import Layout, called_with, layout_of, weight_matrices
+from .records import Key, LayerStatistics
+from .rows import gram, precision_of, real_rows
 from .shared_rows import layers_with_shared_rows, one_by_one
 
 logger = logging.get_logger(__name__)
@@ -52,16 +38,17 @@ class _Input(NamedTuple):
     names: list[str]
 
 
-class _Collector:
+class Collector:
     """Sums of one process over its batches."""
 
-    def __init__(self, model: PreTrainedModel, targets: Mapping[str, nn.Module]) -> None:
+    def __init__(self, model: PreTrainedModel, targets: Mapping[str, nn.Module], weight_grads: bool) -> None:
         self.model = model
         self.targets = targets
         self.layouts = {name: layout_of(module) for name, module in targets.items()}
         self.masks = PaddingMasks(model)
         self.inputs: dict[Hashable, _Input] = {}
         self.recording = False
+        self.index = 0  # of the batch
         self.one_by_one = False  # whether examples go through the model alone
         self.order: list[Key] = []  # of the inputs in a forward pass, also of those that only some batches have
         self.input_sums: dict[Key, torch.Tensor] = {}
@@ -72,8 +59,9 @@ class _Collector:
         for name, module in targets.items():
             matrices = weight_matrices(module)
             groups, out, _ = matrices.shape
-            self.grad_sums[name] = matrices.new_zeros((groups, out, out), dtype=torch.float64)
-            self.weight_grads[name] = torch.zeros_like(matrices, dtype=torch.float64)
+            self.grad_sums[name] = matrices.new_zeros((groups, out, out), dtype=precision_of(out))
+            if weight_grads:
+                self.weight_grads[name] = torch.zeros_like(matrices, dtype=torch.float64)
 
     def hook(self, name: str) -> Any:
         """Return a forward hook that notes the layer's input and waits for the gradient of its output."""
@@ -85,18 +73,25 @@ class _Collector:
             if self.recording:  # false while gradient checkpointing repeats the forward pass
                 key = layout.input_key(module, x)
                 self.inputs.setdefault(key, _Input(x, module, layout, mask, [])).names.append(name)
-            if not output.requires_grad:
+            # The gradient of an output needs none of a weight: it begins here, unless a layer before it has one.
+            source = output if output.requires_grad else output.detach().requires_grad_()
+            own = source.clone()  # a model that writes into a view of a result would take the hook off
+            if not own.requires_grad:  # a part that runs without gradients
                 return None
-            own = output.clone()  # a model that writes into a view of a result would take the hook off
-            own.register_hook(lambda grad: self.add_output_grad(name, grad, mask))
+            own.register_hook(lambda grad: self._add_output_grad(name, grad, mask))
             return own
 
         return forward_hook
 
     @torch.no_grad()
-    def add_output_grad(self, name: str, grad: torch.Tensor, mask: RowMask) -> None:
+    def _add_output_grad(self, name: str, grad: torch.Tensor, mask: RowMask) -> None:
         rows = real_rows(self.layouts[name].output_rows(grad), mask())
+        self._check_gradient(name, rows)
         self.grad_sums[name] += gram(rows)
+
+    def _check_gradient(self, name: str, gradient: torch.Tensor) -> None:
+        if not torch.isfinite(gradient.sum()):
+            raise NumericalError(f"batch {self.index}: the gradient of {name!r} is not finite (NaN or infinity).")
 
     @torch.no_grad()
     def add_inputs(self) -> None:
@@ -114,7 +109,7 @@ class _Collector:
             if key in self.input_sums:
                 self.input_sums[key] += product
             else:
-                self.input_sums[key] = product.double()
+                self.input_sums[key] = product.to(precision_of(product.shape[-1]))
             self.input_counts[key] = self.input_counts.get(key, 0) + rows.shape[-2]
         self.inputs.clear()
 
@@ -132,6 +127,7 @@ class _Collector:
     def _add(self, batch: Mapping[str, Any], index: int) -> Any:
         """Do so for a batch as it is; None, and nothing is added, where its examples have to go one by one."""
         self.masks.start(batch)
+        self.index = index
         self.recording = True
         loss, outputs, units, asked, _ = forward_loss(self.model, batch, index)
         self.recording = False
@@ -144,7 +140,7 @@ class _Collector:
             del outputs, asked
             if loss.requires_grad:  # false where the batch reaches no target
                 (loss * units).backward()
-                self.add_weight_grads(index)
+                self._add_weight_grads()
         examples = batch_examples(batch)
         return torch.tensor([loss.item() * units if units else 0.0, units, examples], dtype=torch.float64).to(
             loss.device
@@ -190,17 +186,17 @@ class _Collector:
         finally:
             self.masks = masks
 
-    def add_weight_grads(self, index: int) -> None:
-        for name, module in self.targets.items():
-            weight: Any = module.weight
+    def _add_weight_grads(self) -> None:
+        for name in self.weight_grads:
+            weight: Any = self.targets[name].weight
             if weight.grad is None:
                 continue
-            if not torch.isfinite(weight.grad.sum()):
-                raise NumericalError(f"batch {index}: the gradient of {name!r} is not finite (NaN or infinity).")
+            self._check_gradient(name, weight.grad)
             self.weight_grads[name] += self.layouts[name].matrices(weight.grad)
             weight.grad = None
 
     def warn_of_padding(self) -> None:
+        """Name the layers whose statistics may count padding."""
         names = [name for name, module in self.targets.items() if id(module) in self.masks.unmatched]
         if names:
             logger.warning(
@@ -235,6 +231,7 @@ class _Collector:
                 sums[name] = accelerator.reduce(sums[name], "sum")
 
     def layer_statistics(self, units: int) -> dict[str, LayerStatistics]:
+        """Return the means of what was summed, for each target that was called."""
         means = {key: total / self.input_counts[key] for key, total in self.input_sums.items()}
         result = {}
         for name in self.targets:
@@ -245,72 +242,6 @@ class _Collector:
             covariance = means[keys[0]]
             if len(keys) > 1:
                 covariance = torch.stack([self.input_sums[key] for key in keys]).sum(0) / tokens
-            result[name] = LayerStatistics(
-                self.weight_grads[name] / units, covariance, self.grad_sums[name] / units, tokens, units
-            )
+            weight_grad = self.weight_grads[name] / units if name in self.weight_grads else None
+            result[name] = LayerStatistics(weight_grad, covariance, self.grad_sums[name] / units, tokens, units)
         return result
-
-
-def data_fingerprint(loader: DataLoader, accelerator: Accelerator) -> str:
-    """Return the fingerprint that `collect_statistics` gives to the same data, without running the model."""
-    return _combined([tensors_fingerprint(batch) for batch in accelerator.prepare(loader)])
-
-
-def _combined(digests: list[str]) -> str:
-    """Return one digest of all processes' batches, whatever their order."""
-    return hashlib.sha256("".join(sorted(gather_object(digests))).encode()).hexdigest()
-
-
-def collect_statistics(
-    model: PreTrainedModel, targets: Mapping[str, nn.Module], loader: DataLoader, accelerator: Accelerator
-) -> CalibrationStatistics:
-    """Collect `G`, `A` and `B` of every target in one forward and backward pass over the data.
-
-    The model is left as it was: modes, `requires_grad`, gradients and hooks. Dropout is off.
-
-    Args:
-        model: the dense model, on `accelerator.device`.
-        targets: layers to observe, by name.
-        loader: batches with labels; prepared here, so that each process sees its own share.
-        accelerator: made with `even_batches=False`, so that no example is seen twice.
-
-    Returns:
-        The statistics, the same on each process.
-
-    Raises:
-        DataError: if a batch has no labels, the model no loss, or no batch a labelled unit.
-        NumericalError: if a loss or a gradient is not finite.
-        TargetError: if no target takes part in the forward pass.
-    """
-    collector = _Collector(model, targets)
-    totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # units * loss, units, examples
-    digests: list[str] = []
-    hooks = [module.register_forward_hook(collector.hook(name), with_kwargs=True) for name, module in targets.items()]
-    try:
-        prepared = accelerator.prepare(loader)
-        progress = logging.tqdm(prepared, desc="Calibrating", disable=not accelerator.is_local_main_process)
-        watching = watching_masks(model, collector.masks.encoder, lambda: collector.masks)
-        with watching, differentiating_only(model, targets), torch.enable_grad():
-            for index, batch in enumerate(progress):
-                totals += collector.add_batch(batch, index)
-                digests.append(tensors_fingerprint(batch))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    collector.warn_of_padding()
-    collector.reduce(accelerator)
-    totals = accelerator.reduce(totals, "sum")
-    total_units = int(totals[1])
-    if total_units == 0:
-        raise DataError("no batch has a labelled unit: every label is -100.")
-    digest = _combined(digests)
-    layers = collector.layer_statistics(total_units)
-    uncalled = tuple(name for name in targets if name not in layers)
-    if not layers:
-        raise TargetError(
-            f"none of the chosen layers was called in the forward pass ({', '.join(uncalled)}); choose others with "
-            "`target_modules`."
-        )
-    groups = collector.groups()
-    mean_loss, examples = float(totals[0]) / total_units, int(totals[2])
-    return CalibrationStatistics(layers, mean_loss, examples, total_units, digest, groups, uncalled)

@@ -15,14 +15,14 @@ class LayerStatistics:
     """Statistics of one layer, for each of its matrices; tensors are float64 on the device of the layer.
 
     Attributes:
-        weight_grad: G.  # shape: (groups, out, in)
+        weight_grad: G, where it was asked for.  # shape: (groups, out, in)
         input_covariance: A; the same tensor for layers that share their input.  # shape: (groups, in, in)
         grad_covariance: B.  # shape: (groups, out, out)
         tokens: rows behind A.
         units: labelled units behind G and B.
     """
 
-    weight_grad: torch.Tensor
+    weight_grad: torch.Tensor | None
     input_covariance: torch.Tensor
     grad_covariance: torch.Tensor
     tokens: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+LARGE = 1024  # features from which on sums are kept in float32: half of the memory, and of the time of what uses them
 SLABS = 4  # column slabs of a Gram matrix
 
 
@@ -34,8 +35,16 @@ def gram(rows: torch.Tensor) -> torch.Tensor:
     """
     size = rows.shape[-1]
     width = max(1, -(-size // SLABS))
-    upper = rows.new_zeros((*rows.shape[:-2], size, size))
+    product = rows.new_empty((*rows.shape[:-2], size, size))
     for start in range(0, size, width):
-        upper[..., start : start + width, start:] = rows[..., start : start + width].mT @ rows[..., start:]
-    upper = upper.triu()
-    return upper + upper.triu(1).mT
+        slab = slice(start, start + width)
+        upper = (rows[..., slab].mT @ rows[..., start:]).triu()
+        upper[..., : upper.shape[-2]] += upper[..., : upper.shape[-2]].triu(1).mT
+        product[..., slab, start:] = upper
+        product[..., start:, slab] = upper.mT
+    return product
+
+
+def precision_of(features: int) -> torch.dtype:
+    """Return the dtype in which sums over batches are kept, of second moments of so many features."""
+    return torch.float64 if features < LARGE else torch.float32

@@ -40,7 +40,8 @@ def save_statistics(statistics: CalibrationStatistics, path: str | os.PathLike[s
         shared = owner.setdefault(id(layer.input_covariance), name)
         tensors[f"{shared}.input_covariance"] = layer.input_covariance.contiguous()
         tensors[f"{name}.grad_covariance"] = layer.grad_covariance.contiguous()
-        tensors[f"{name}.weight_grad"] = layer.weight_grad.contiguous()
+        if layer.weight_grad is not None:
+            tensors[f"{name}.weight_grad"] = layer.weight_grad.contiguous()
         layers[name] = {"tokens": layer.tokens, "units": layer.units, "input_covariance": shared}
     description = {
         "format_version": FORMAT_VERSION,
@@ -112,7 +113,7 @@ def _statistics(description: Mapping[str, Any], tensors: Mapping[str, torch.Tens
     layers = {}
     for name, entry in description["layers"].items():
         layers[name] = LayerStatistics(
-            weight_grad=tensors[f"{name}.weight_grad"],
+            weight_grad=tensors.get(f"{name}.weight_grad"),
             input_covariance=tensors[f"{entry['input_covariance']}.input_covariance"],
             grad_covariance=tensors[f"{name}.grad_covariance"],
             tokens=entry["tokens"],

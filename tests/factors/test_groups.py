@@ -5,8 +5,9 @@ import pytest
 import torch
 from support.tolerances import ROUNDING
 
+from hf_lossless_lr.factors.decomposition import MetricFactors
 from hf_lossless_lr.factors.factorize import Factorization, factorize, loss_curve
-from hf_lossless_lr.factors.linalg import MetricFactors, damped, damped_diagonal, quadratic_tails, shifted_weight
+from hf_lossless_lr.factors.linalg import damped, damped_diagonal, quadratic_tails, shifted_weight
 from hf_lossless_lr.factors.metrics import METRICS
 from hf_lossless_lr.ranks.sizes import parameter_size
 from hf_lossless_lr.statistics.records import LayerStatistics

@@ -10,11 +10,10 @@ import torch
 from support.tolerances import ALMOST_NO_RIDGE, EXACT, FLOAT32, ITERATIVE, ROOT_OF_ROUNDING, ROUNDING
 
 from hf_lossless_lr.errors import NumericalError
+from hf_lossless_lr.factors.decomposition import MetricFactors, metric_svd
 from hf_lossless_lr.factors.linalg import (
-    MetricFactors,
     damped,
     damped_diagonal,
-    metric_svd,
     pivoted_form,
     quadratic_tails,
     shifted_weight,

@@ -26,7 +26,7 @@ from hf_lossless_lr.factors.refit import RefitTarget, refit, refit_groups
 from hf_lossless_lr.layers.layout import layout_of, weight_matrices
 from hf_lossless_lr.layers.replacement import replace_modules
 from hf_lossless_lr.layers.targets import find_targets
-from hf_lossless_lr.statistics.collector import collect_statistics
+from hf_lossless_lr.statistics.collect import collect_statistics
 from hf_lossless_lr.statistics.records import CalibrationStatistics
 from hf_lossless_lr.timing import Clock
 

@@ -22,7 +22,7 @@ from hf_lossless_lr.pipeline.summary import visited_point
 from hf_lossless_lr.pipeline.trial import Trial
 from hf_lossless_lr.ranks.sizes import Choice
 from hf_lossless_lr.report.records import Difference, TrialRecord
-from hf_lossless_lr.statistics.collector import collect_statistics
+from hf_lossless_lr.statistics.collect import collect_statistics
 from hf_lossless_lr.verdict.certificate import MIN_EXAMPLES
 
 WIDE = {"loss_margin": 9.0, "accuracy_margin": 1.0}  # margins that every model meets

@@ -44,7 +44,9 @@ class Case:
     def __init__(self, name):
         self.model, self.batch = build(name)
         self.targets = find_targets(self.model, **default_options(self.model)).chosen
-        self.statistics = collect_statistics(self.model, self.targets, loader_of(self.batch), accelerator())
+        self.statistics = collect_statistics(
+            self.model, self.targets, loader_of(self.batch), accelerator(), weight_grads=True
+        )
         self.factorizations = {
             layer: factorize(weight_matrices(module), self.statistics.layers[layer], "identity", 0.0)
             for layer, module in self.targets.items()
@@ -144,7 +146,7 @@ class TestEpsilon:
         model, batch = build("bert-sequence-classification")
         model.to(torch.bfloat16)
         targets = find_targets(model).chosen
-        statistics = collect_statistics(model, targets, loader_of(batch), accelerator())
+        statistics = collect_statistics(model, targets, loader_of(batch), accelerator(), weight_grads=True)
         factorizations = {
             layer: factorize(weight_matrices(module), statistics.layers[layer], "identity", 0.0)
             for layer, module in targets.items()
@@ -161,7 +163,7 @@ class TestEpsilon:
         for part in (batch, rows(batch, slice(5))):
             examples = [rows(part, index) for index in range(len(part["labels"]))]
             loader = DataLoader(examples, batch_size=4)
-            statistics = collect_statistics(model, targets, loader, accelerator())
+            statistics = collect_statistics(model, targets, loader, accelerator(), weight_grads=True)
             factorizations = {
                 layer: factorize(weight_matrices(module), statistics.layers[layer], "identity", 0.0)
                 for layer, module in targets.items()

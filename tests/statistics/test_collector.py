@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from hf_lossless_lr.data.forward import forward_loss
 from hf_lossless_lr.errors import DataError, NumericalError, TargetError
 from hf_lossless_lr.layers.targets import find_targets
-from hf_lossless_lr.statistics.collector import collect_statistics
+from hf_lossless_lr.statistics.collect import collect_statistics
 from hf_lossless_lr.statistics.records import CalibrationStatistics
 
 pytestmark = pytest.mark.numerical
@@ -55,8 +55,9 @@ def targets_of(model):
     return find_targets(model, ["Conv2d"] if "ResNet" in type(model).__name__ else None).chosen
 
 
-def collect(model, batches, targets=None) -> CalibrationStatistics:
-    return collect_statistics(model, targets or targets_of(model), loader_of(batches), accelerator())
+def collect(model, batches, targets=None, weight_grads=True) -> CalibrationStatistics:
+    targets = targets or targets_of(model)
+    return collect_statistics(model, targets, loader_of(batches), accelerator(), weight_grads)
 
 
 def in_double(build: Callable, count: int = COUNT):
@@ -776,3 +777,29 @@ def test_the_models_of_the_oracle_have_padding_to_get_wrong():
         if "attention_mask" in batch:
             assert 0 < batch["attention_mask"].float().mean() < 1, name
     assert t5_equal_lengths()[1]["labels"].shape[1] == LENGTH
+
+
+class TestWithoutGradientsOfWeights:
+    """`G` is collected only where it is asked for; nothing else changes, and no weight gets a gradient."""
+
+    @pytest.mark.parametrize(
+        "make", [bert_sequence_classification, llama, vit, resnet], ids=lambda make: make.__name__
+    )
+    def test_the_second_moments_are_the_same(self, make):
+        model, batch = make()
+        batches = split_batch(batch, 2)
+        with_gradients, without = collect(model, batches), collect(model, batches, weight_grads=False)
+        assert with_gradients.layers.keys() == without.layers.keys()
+        for name, layer in without.layers.items():
+            assert layer.weight_grad is None
+            for field in ("input_covariance", "grad_covariance"):
+                torch.testing.assert_close(getattr(layer, field), getattr(with_gradients.layers[name], field))
+
+    def test_no_weight_requires_a_gradient_meanwhile(self, monkeypatch):
+        model, batch = llama()
+        required = []
+        model.lm_head.register_forward_hook(
+            lambda *_: required.append([name for name, p in model.named_parameters() if p.requires_grad])
+        )
+        collect(model, [batch], weight_grads=False)
+        assert required == [[]] * len(required) != []

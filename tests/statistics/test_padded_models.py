@@ -23,7 +23,7 @@ from transformers import Wav2Vec2ForSequenceClassification
 
 from hf_lossless_lr.data.padding import PaddingMasks
 from hf_lossless_lr.layers.targets import find_targets
-from hf_lossless_lr.statistics.collector import collect_statistics
+from hf_lossless_lr.statistics.collect import collect_statistics
 from hf_lossless_lr.statistics.records import CalibrationStatistics
 from hf_lossless_lr.statistics.shared_rows import layers_with_shared_rows
 
@@ -41,7 +41,7 @@ def in_double(build):
 
 
 def collect(model, batches) -> CalibrationStatistics:
-    return collect_statistics(model, find_targets(model).chosen, loader_of(batches), accelerator())
+    return collect_statistics(model, find_targets(model).chosen, loader_of(batches), accelerator(), weight_grads=True)
 
 
 class WithTable(Wav2Vec2ForSequenceClassification):

@@ -1,0 +1,199 @@
+r"""The singular value decomposition of a matrix in a metric.
+
+A *metric* is a pair of symmetric positive semi-definite matrices: `A (in, in)` on the input side and `B (out, out)`
+on the output side. Each may also be a vector (a diagonal matrix) or `None` (the identity). It measures a change `D` of
+the weight by
+
+$$\|D\|^2_{A,B} = \mathrm{tr}(B\,D\,A\,D^\top).$$
+
+Leading dimensions are those of several independent matrices. Small matrices are decomposed in float64, large ones in
+float32, with a check in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import NumericalError
+from ..statistics import LARGE
+
+TOLERANCE = 1e-4  # of its residual
+PROBES = 4  # vectors that see it
+
+
+class MetricFactors(NamedTuple):
+    """Factors of a matrix, nested in the rank: `left[..., :k] @ right[..., :k, :]` is the best one of rank `k`."""
+
+    left: torch.Tensor  # shape: (..., out, m), m = min(out, in)
+    right: torch.Tensor  # shape: (..., m, in)
+    singular_values: torch.Tensor  # shape: (..., m), descending, in the metric
+
+
+def _times(metric: torch.Tensor | None, matrix: torch.Tensor) -> torch.Tensor:
+    """Return `metric @ matrix` for a full, diagonal or identity metric."""
+    if metric is None:
+        return matrix
+    return metric[..., None] * matrix if metric.ndim < matrix.ndim else metric @ matrix
+
+
+class _Root(NamedTuple):
+    """A root `P` of a metric, `PᵀP`, as `factor · diag(scale)`; the identity, or diagonal, without these.
+
+    It is a root of the metric with unit diagonal, times the roots of the diagonal: channels of very different scales
+    do not lose precision to one another.
+    """
+
+    scale: torch.Tensor | None = None
+    factor: torch.Tensor | None = None
+    inverse: torch.Tensor | None = None  # of a factor that is not triangular
+
+    def times(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Return `P @ matrix`."""
+        scaled = matrix if self.scale is None else self.scale[..., None] * matrix
+        return scaled if self.factor is None else self.factor @ scaled
+
+    def solve(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Return `P⁻¹ @ matrix`, with the pseudo-inverse of a singular metric."""
+        if self.factor is not None:
+            triangular = self.inverse is None
+            solved = torch.linalg.solve_triangular(self.factor, matrix, upper=True) if triangular else None
+            matrix = self.inverse @ matrix if solved is None else solved  # type: ignore[operator]
+        if self.scale is None:
+            return matrix
+        return torch.where(self.scale > 0, 1 / self.scale, 0.0)[..., None] * matrix
+
+
+def _root(metric: torch.Tensor | None, diagonal: bool) -> _Root:
+    """Return a root of a metric: triangular where it is positive definite beyond rounding, else symmetric."""
+    if metric is None:
+        return _Root()
+    channels = metric if diagonal else metric.diagonal(dim1=-2, dim2=-1)
+    scale = channels.clamp_min(0.0).sqrt()
+    if diagonal:
+        return _Root(scale)
+    scale = torch.where(scale > 0, scale, 1.0)
+    unit = metric / (scale[..., :, None] * scale[..., None, :])
+    rounding = unit.shape[-1] * torch.finfo(unit.dtype).eps
+    lower, failed = torch.linalg.cholesky_ex(unit)
+    if not failed.any() and lower.diagonal(dim1=-2, dim2=-1).amin() > (4 * rounding) ** 0.5:
+        return _Root(scale, lower.mT)
+    values, vectors = torch.linalg.eigh(unit)
+    floor = values.amax(-1, keepdim=True) * rounding
+    root = values.clamp_min(0.0).sqrt()
+    inverse = torch.where(values > floor, values.clamp_min(floor).rsqrt(), torch.zeros_like(values))
+    symmetric, inverted = ((vectors * each[..., None, :]) @ vectors.mT for each in (root, inverse))
+    return _Root(scale, symmetric, inverted)
+
+
+def _check_metric(name: str, metric: torch.Tensor | None, size: int, weight: torch.Tensor) -> None:
+    if metric is None:
+        return
+    *matrices, out, in_ = weight.shape
+    if metric.shape not in (torch.Size([*matrices, size, size]), torch.Size([*matrices, size])):
+        raise NumericalError(
+            f"metric_svd: W is {(out, in_)}, so A must be ({in_}, {in_}) and B ({out}, {out}) (or their diagonals); "
+            f"{name} is {tuple(metric.shape[len(matrices) :])}. For Conv1D pass the transposed weight."
+        )
+    if not torch.isfinite(metric).all():
+        raise NumericalError(f"metric_svd: {name} has entries that are not finite.")
+
+
+def metric_svd(
+    weight: torch.Tensor, input_metric: torch.Tensor | None = None, output_metric: torch.Tensor | None = None
+) -> MetricFactors:
+    r"""Factorize a matrix so that each truncation is optimal in the metric `(A, B)`.
+
+    With roots `PᵀP = B`, `QQᵀ = A` and the singular value decomposition `P W Q = U S Vᵀ`, the best approximation of
+    rank `k` under `tr(B D A Dᵀ)` is `P⁻¹ U_k S_k V_kᵀ Q⁻¹`, and its squared error is the tail `Σ_{i>k} S_i²`
+    (Eckart–Young in a metric). It equals `P⁻¹ U_k U_kᵀ P W` and also `W Q V_k V_kᵀ Q⁻¹`, so only the smaller side
+    needs a root; `U` (or `V`) comes from the eigendecomposition of the Gram matrix of that side. A root need not be
+    symmetric: a triangular one costs a small part of an eigendecomposition.
+
+    A matrix whose smaller side is `LARGE` or more is decomposed in float32, unless a check in float64 finds the
+    residual too large. Its factors are in float32, all others in float64.
+
+    Args:
+        weight: the matrix W.  # shape: (..., out, in)
+        input_metric: A, or its diagonal, or None for the identity.  # shape: (..., in, in) or (..., in)
+        output_metric: B, or its diagonal, or None for the identity.  # shape: (..., out, out) or (..., out)
+
+    Returns:
+        Factors that reproduce W at full rank (up to the null space of a singular metric).
+
+    Raises:
+        NumericalError: if the shapes do not match, or an argument is not finite.
+
+    Source: Hsu et al. 2022 (FWSVD), Chen et al. 2021 (DRONE), Wang et al. 2024 (SVD-LLM) for one-sided metrics.
+    """
+    out_features, in_features = weight.shape[-2:]
+    _check_metric("A", input_metric, in_features, weight)
+    _check_metric("B", output_metric, out_features, weight)
+    if not torch.isfinite(weight).all():
+        raise NumericalError("metric_svd: W has entries that are not finite.")
+    if out_features > in_features:
+        factors = _svd(weight.mT, output_metric, input_metric)
+        return MetricFactors(factors.right.mT, factors.left.mT, factors.singular_values)
+    return _svd(weight, input_metric, output_metric)
+
+
+def _svd(weight: torch.Tensor, A: torch.Tensor | None, B: torch.Tensor | None) -> MetricFactors:
+    """Factorize a matrix that has no more rows than columns."""
+    if weight.shape[-2] >= LARGE:
+        sizes = [_size(weight.square()) ** 0.5, 1.0 if A is None else _size(A), 1.0 if B is None else _size(B)]
+        W, A_unit, B_unit = (
+            None if matrix is None else (matrix / size).float()
+            for matrix, size in zip((weight.double(), A, B), sizes, strict=True)
+        )
+        left, right, values = _svd_in_dtype(W, A_unit, B_unit)  # of matrices of size 1: its range is small
+        factors = MetricFactors(
+            left * sizes[2] ** -0.5,
+            right * (sizes[0] * sizes[2] ** 0.5),
+            values * math.sqrt(math.prod(sizes) * sizes[0]),
+        )
+        if _residual(factors, weight, A, B) <= TOLERANCE:
+            return factors
+    return _svd_in_dtype(*(None if matrix is None else matrix.double() for matrix in (weight, A, B)))
+
+
+def _svd_in_dtype(W: Any, A: torch.Tensor | None, B: torch.Tensor | None) -> MetricFactors:
+    root = _root(B, diagonal=B is not None and B.ndim < W.ndim)
+    PW = root.times(W)
+    values, U = torch.linalg.eigh(PW @ _times(A, PW.mT))
+    U = U.flip(-1)
+    return MetricFactors(root.solve(U), U.mT @ PW, values.flip(-1).clamp_min(0.0).sqrt())
+
+
+def _size(matrix: torch.Tensor) -> float:
+    """Return the size of what a matrix of squares has for channels, above 0."""
+    return float(matrix.abs().double().mean()) or 1.0
+
+
+def _residual(factors: MetricFactors, weight: torch.Tensor, A: torch.Tensor | None, B: torch.Tensor | None) -> float:
+    """Return the largest relative error, seen by random vectors in float64, of what the factors have to fulfil.
+
+    `L R = W`, `L S² Lᵀ = W A Wᵀ` and `Lᵀ B L = I`, the errors in the metric B; infinite where one is not finite.
+    """
+    generator = torch.Generator().manual_seed(0)
+    *matrices, out_features, in_features = weight.shape
+    y, z = (
+        torch.randn(*matrices, size, PROBES, dtype=torch.float64, generator=generator).to(weight.device)
+        for size in (out_features, in_features)
+    )
+    L, R, S = (factor.double() for factor in factors)
+    W, y_metric = weight.double(), _times(None if B is None else B.double(), y)
+    through = _times(None if A is None else A.double(), W.mT @ y_metric)
+    pairs = (
+        (L @ (R @ z), W @ z),
+        (L @ (S.square()[..., None] * (L.mT @ y_metric)), W @ through),
+        (L @ (L.mT @ y_metric), y),
+    )
+    errors = [(_norm(found - wanted, B) / _norm(wanted, B)).max() for found, wanted in pairs]
+    return float(torch.stack(errors).nan_to_num(math.inf, math.inf).max())
+
+
+def _norm(vectors: torch.Tensor, B: torch.Tensor | None) -> torch.Tensor:
+    weighted = _times(None if B is None else B.double(), vectors)
+    return (vectors * weighted).sum((-2, -1)).clamp_min(0.0).sqrt()
