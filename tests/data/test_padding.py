@@ -8,7 +8,7 @@ from transformers import BertConfig, BertLMHeadModel, BertModel, EncoderDecoderM
 
 from hf_lossless_lr.data.padding import PaddingMasks
 from hf_lossless_lr.layers.targets import find_targets
-from hf_lossless_lr.statistics.collector import collect_statistics
+from hf_lossless_lr.statistics.collect import collect_statistics
 
 LENGTH = 8
 COUNT = 16

@@ -12,7 +12,7 @@ from hf_lossless_lr.factors.factorize import factorize
 from hf_lossless_lr.layers.layout import layout_of, weight_matrices
 from hf_lossless_lr.layers.targets import find_targets
 from hf_lossless_lr.ranks.paper import EXAMPLES, find_epsilon
-from hf_lossless_lr.statistics.collector import collect_statistics
+from hf_lossless_lr.statistics.collect import collect_statistics
 
 pytestmark = pytest.mark.numerical
 

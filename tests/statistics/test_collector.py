@@ -783,7 +783,7 @@ class TestWithoutGradientsOfWeights:
     """`G` is collected only where it is asked for; nothing else changes, and no weight gets a gradient."""
 
     @pytest.mark.parametrize(
-        "make", [bert_sequence_classification, llama, vit, resnet], ids=lambda make: make.__name__
+        "make", [bert_sequence_classification, albert, gpt2, llama, vit], ids=lambda make: make.__name__
     )
     def test_the_second_moments_are_the_same(self, make):
         model, batch = make()
