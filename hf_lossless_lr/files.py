@@ -1,16 +1,21 @@
-"""Writing files so that readers see the old content or the whole new one, also after a crash."""
+"""Writing files so that readers see the old content or the whole new one, also after a crash; one run at a time."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import secrets
 import socket
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
+
+from .errors import ConfigurationError
 
 PREFIX = ".hf-lossless-lr-"
 """How the name of each temporary file or folder begins, which stands beside what it will become."""
@@ -109,6 +114,61 @@ def temporary_name(path: Path) -> str:
 def lock_name(path: Path) -> str:
     """Return the name of the lock of a path."""
     return f"{PREFIX}{_key(path.name)}.lock"
+
+
+def hold_lock(path: Path, problem: str, undo: ExitStack) -> None:
+    """Hold the lock beside a path to the end of the run; the system lets go of it even if the process is killed.
+
+    Args:
+        path: what is locked; its directory exists.
+        problem: what it means that another run has it.
+        undo: lets go of it.
+
+    Raises:
+        ConfigurationError: if another run has it.
+    """
+    place = path.with_name(lock_name(path))
+    while True:
+        handle = os.open(place, os.O_RDWR | os.O_CREAT, 0o644)
+        undo.callback(os.close, handle)
+        if not _try_lock(handle):
+            raise ConfigurationError(f"{problem}: {_holder(place)}.")
+        try:
+            if os.path.samestat(os.fstat(handle), place.stat()):
+                break
+        except FileNotFoundError:
+            pass  # the last holder has just removed it
+    undo.callback(place.unlink, missing_ok=True)
+    os.ftruncate(handle, 0)
+    os.write(handle, json.dumps(this_run(path)).encode())
+
+
+def this_run(path: Path) -> dict[str, Any]:
+    """Return which process writes a path, and since when."""
+    since = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"pid": os.getpid(), "host": socket.gethostname(), "since": since, "output": str(path)}
+
+
+def _try_lock(handle: int) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+def _holder(path: Path) -> str:
+    try:
+        who = json.loads(path.read_text(encoding="utf-8"))
+        return f"process {who['pid']} on {who['host']}, since {who['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "one that has just begun"
 
 
 def leftovers(path: Path) -> list[Path]:

@@ -45,6 +45,12 @@ class CompressArguments(DataArguments):
     statistics: str | None = field(
         default=None, metadata={"help": "file of calibration statistics: read if it exists, else written, to resume"}
     )
+    max_memory: str | None = field(
+        default=None, metadata={"help": "memory of each process, such as 10GiB; default: what is free, less a tenth"}
+    )
+    work: str | None = field(
+        default=None, metadata={"help": "folder for what is finished, to go on after an interruption; kept at the end"}
+    )
 
 
 def add_parser(commands: Any) -> None:
@@ -98,15 +104,18 @@ def _run(arguments: Any, config: LosslessLowRankConfig, claim: Claim | None) -> 
         split = arguments.eval_split or "validation"
         count = arguments.eval_examples
         held_out = load_examples(arguments, task, [model], processor, arguments.eval_data_files, split, count)
-    compressor = LowRankCompressor(config)
-    compressor.calibrate(
-        model,
-        calibration,
-        eval_dataset=held_out,
-        data_collator=task.collator(processor),
-        statistics_path=arguments.statistics,
-    )
-    compressor.compress_to()
+    compressor = LowRankCompressor(config, max_memory=arguments.max_memory, work_dir=arguments.work)
+    try:
+        compressor.calibrate(
+            model,
+            calibration,
+            eval_dataset=held_out,
+            data_collator=task.collator(processor),
+            statistics_path=arguments.statistics,
+        )
+        compressor.compress_to()
+    finally:
+        compressor.release()
     report = compressor.report
     if report is None:
         raise ConfigurationError("the compressor left no report")

@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from ..errors import ConfigurationError, LosslessLowRankError
-from ..files import leftovers, lock_name, sync, temporary_name
+from ..files import hold_lock, leftovers, sync, temporary_name, this_run
 
 MARKER = "owner.json"
 """File in a temporary folder that says which process made it, and for what; without it, the folder is not ours."""
@@ -102,7 +99,7 @@ def _take(output: Path, undo: ExitStack) -> Claim:
         if not parent.is_dir():
             parent.mkdir(exist_ok=True)
             undo.callback(_remove_if_empty, parent)
-    _lock(output, undo)
+    hold_lock(output, f"--output: {output} is being written by another run", undo)
     output.mkdir()  # its name can be too long, for one
     output.rmdir()
     for other in leftovers(output):
@@ -111,7 +108,7 @@ def _take(output: Path, undo: ExitStack) -> Claim:
     temporary = output.with_name(temporary_name(output))
     undo.callback(shutil.rmtree, temporary, ignore_errors=True)
     temporary.mkdir(mode=0o700)
-    (temporary / MARKER).write_text(json.dumps(_who(output)), encoding="utf-8")
+    (temporary / MARKER).write_text(json.dumps(this_run(output)), encoding="utf-8")
     sync(temporary / MARKER)
     return Claim(output, temporary)
 
@@ -123,11 +120,6 @@ def _remove_if_empty(folder: Path) -> None:
         return
 
 
-def _who(output: Path) -> dict[str, Any]:
-    since = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return {"pid": os.getpid(), "host": socket.gethostname(), "since": since, "output": str(output)}
-
-
 def _is_ours(folder: Path, output: Path) -> bool:
     """Return whether a folder has our marker, for this output."""
     if folder.is_symlink() or not folder.is_dir():
@@ -136,43 +128,3 @@ def _is_ours(folder: Path, output: Path) -> bool:
         return bool(json.loads((folder / MARKER).read_text(encoding="utf-8"))["output"] == str(output))
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def _lock(output: Path, undo: ExitStack) -> None:
-    """Hold a lock beside the output to the end of the run; the system lets go of it even if the process is killed."""
-    path = output.with_name(lock_name(output))
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        undo.callback(os.close, handle)
-        if not _try_lock(handle):
-            raise ConfigurationError(f"--output: {output} is being written by another run: {_holder(path)}.")
-        try:
-            if os.path.samestat(os.fstat(handle), path.stat()):
-                break
-        except FileNotFoundError:
-            pass  # the last holder has just removed it
-    undo.callback(path.unlink, missing_ok=True)
-    os.ftruncate(handle, 0)
-    os.write(handle, json.dumps(_who(output)).encode())
-
-
-def _try_lock(handle: int) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return True
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
-
-
-def _holder(path: Path) -> str:
-    try:
-        who = json.loads(path.read_text(encoding="utf-8"))
-        return f"process {who['pid']} on {who['host']}, since {who['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "one that has just begun"

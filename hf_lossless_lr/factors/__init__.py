@@ -10,6 +10,7 @@ from .linalg import damped
 from .metrics import METRICS
 from .refit import RefitTarget, refit, refit_groups
 from .rounding import RoundedFactors, round_dense, round_factors, rounding_costs
+from .shelf import ShelvedFactorizations
 from .signal import silent_layers
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "RefitTarget",
     "RoundedFactors",
     "RoundingCost",
+    "ShelvedFactorizations",
     "damped",
     "factorize",
     "fill",

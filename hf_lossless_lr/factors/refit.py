@@ -17,7 +17,7 @@ nothing is re-implemented or run twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -52,13 +52,13 @@ class RefitTarget:
     Attributes:
         dense: the dense layer.
         layer: the layer that replaces it, factorized or rounded, with its numbers loaded; changed in place.
-        grad_covariance: B of the layer.  # shape: (groups, out, out)
+        grad_covariance: returns B of the layer, which need not stay in memory.  # shape: (groups, out, out)
         number_format: the format that its numbers are rounded to.
     """
 
     dense: nn.Module
     layer: Any
-    grad_covariance: torch.Tensor
+    grad_covariance: Callable[[], torch.Tensor]
     number_format: str = FLOAT
 
 
@@ -204,5 +204,5 @@ def _solve(target: RefitTarget, output_cross: torch.Tensor, input_gram: torch.Te
     weight = shifted_weight(weight_matrices(target.dense), output_cross, input_gram, RIDGE)
     inputs, factorization = damped(input_gram, damping), None
     if is_factorized(target.layer):
-        factorization = Factorization(metric_svd(weight, inputs, damped(target.grad_covariance, damping)))
+        factorization = Factorization(metric_svd(weight, inputs, damped(target.grad_covariance(), damping)))
     fill(target.layer, weight, factorization, inputs, target.number_format)

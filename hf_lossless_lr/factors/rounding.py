@@ -15,7 +15,7 @@ import torch
 
 from ..errors import ConfigurationError
 from ..formats import FORMATS, SHRINKS, Grid, NumberFormat, free_variances, round_matrix, search_grid
-from ..statistics import LayerStatistics
+from ..statistics import LayerStatistics, precision_of
 from .curves import RoundingCost
 from .factorize import SMALLEST_NORM, Factorization, FactorTensors
 from .linalg import damped
@@ -93,8 +93,11 @@ def round_factors(
     through = down.double()
     if pivot_inputs:
         through = torch.cat([torch.eye(rank).to(through), through], dim=1)
-    between = damped(through @ hessian @ through.T, BETWEEN)
-    up = torch.linalg.solve(between, through @ hessian @ weight.T).T
+    precision = precision_of(hessian.shape[-1])
+    through, hessian, weight = (matrix.to(precision) for matrix in (through, hessian, weight))
+    products = through @ hessian
+    between = damped(products @ through.T, BETWEEN)
+    up = torch.linalg.solve(between, (products @ weight.T).double()).T
     up, up_grid = round_dense(up, between, kind)
     return RoundedFactors(FactorTensors(down, up, order), down_grid, up_grid)
 
@@ -135,12 +138,13 @@ def rounding_costs(
     ranks = factorization.factors.left.shape[-1]
     dense, by_rank = dict.fromkeys(formats, 0.0), {name: np.zeros(ranks + 1) for name in formats}
     for index, matrix in enumerate(weight):
-        A, B = stats.input_covariance[index].double(), stats.grad_covariance[index].double()
+        A, B = stats.input_covariance[index], stats.grad_covariance[index]
         left, right = (factor[index].double() for factor in factorization.factors[:2])
         norms = left.norm(dim=0).clamp_min(SMALLEST_NORM)
         up, down = left / norms, right * norms[:, None]
-        free, passed_on = free_variances(damped(A, damping)), (down @ A * down).sum(-1)
-        of_rows, of_columns = B.diagonal(), (up * (B @ up)).sum(0)
+        passed_on = (down * (down.to(A.dtype) @ A)).sum(-1)
+        of_rows, of_columns = B.diagonal().double(), (up * (B @ up.to(B.dtype))).sum(0)
+        free = free_variances(damped(A, damping))
         lost = 1 - torch.arange(1, ranks + 1).to(free) / matrix.shape[1]
         for name in formats:
             kind = FORMATS[name]

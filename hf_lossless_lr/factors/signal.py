@@ -24,9 +24,9 @@ def cost_of_removal(weight: torch.Tensor, statistics: LayerStatistics) -> float:
     Returns:
         The cost, summed over the matrices of the layer.
     """
-    W = weight.double()
-    outputs = W @ statistics.input_covariance.double() @ W.mT
-    return 0.5 * float((statistics.grad_covariance.double() * outputs).sum())
+    W = weight.to(statistics.input_covariance.dtype)
+    outputs = (W @ statistics.input_covariance @ W.mT).to(statistics.grad_covariance.dtype)
+    return 0.5 * float((statistics.grad_covariance * outputs).sum(dtype=torch.float64))
 
 
 def silent_layers(weights: Mapping[str, torch.Tensor], statistics: Mapping[str, LayerStatistics]) -> dict[str, str]:
@@ -41,12 +41,16 @@ def silent_layers(weights: Mapping[str, torch.Tensor], statistics: Mapping[str, 
     Returns:
         Name of a layer to the reason.
     """
-    costs = {name: cost_of_removal(weight, statistics[name]) for name, weight in weights.items()}
-    largest = max(costs.values(), default=0.0)
-    reasons = {}
-    for name, cost in costs.items():
-        if not statistics[name].input_covariance.any():
+    costs, reasons = {}, {}
+    for name, weight in weights.items():
+        layer = statistics[name]  # which may be read from a disk
+        costs[name] = cost_of_removal(weight, layer)
+        if not layer.input_covariance.any():
             reasons[name] = NO_INPUT
-        elif cost <= NEGLIGIBLE * largest and weights[name].any():
+    largest = max(costs.values(), default=0.0)
+    for name, cost in costs.items():
+        if name in reasons:
+            continue
+        if cost <= NEGLIGIBLE * largest and weights[name].any():
             reasons[name] = NO_GRADIENT
     return reasons

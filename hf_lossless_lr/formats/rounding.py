@@ -34,8 +34,8 @@ def round_matrix(matrix: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> tor
     Source: Frantar et al. 2023, "GPTQ: Accurate post-training quantization for generative pre-trained transformers".
     """
     columns = matrix.shape[1]
-    order, factor = _elimination(hessian)
-    factor = factor.float()
+    order, lower = _elimination(hessian)
+    factor = torch.linalg.solve_triangular(lower, torch.eye(columns).to(lower), upper=False).flip(0, 1).float()
     left = matrix.float()[:, order]
     steps = grid.columns(columns)
     scale, zero = steps.scale[:, order], steps.zero[:, order]
@@ -58,21 +58,21 @@ def round_matrix(matrix: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> tor
 
 
 def _elimination(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the order of the columns, and the upper Cholesky factor of the inverse in that order.
+    """Return the order of the columns, and the lower Cholesky factor in the reverse of that order.
 
-    What is not positive definite to rounding gets a larger diagonal.
+    Its inverse, turned round, is the upper Cholesky factor of the inverse: from `J H J = L Lᵀ` with the reversal `J`
+    follows `H⁻¹ = Uᵀ U` with `U = J L⁻¹ J`. What is not positive definite to rounding gets a larger diagonal.
 
     Raises:
         NumericalError: if no small one helps.
     """
     order = hessian.diagonal().argsort(descending=True, stable=True)
-    ordered = hessian.double()[order][:, order]
+    reverse = order.flip(0)
+    reversed_ = hessian.double()[reverse][:, reverse]
     for ridge in RIDGES:
-        lower, failed = torch.linalg.cholesky_ex(ordered + torch.diag(ridge * ordered.diagonal()))
+        lower, failed = torch.linalg.cholesky_ex(reversed_ + torch.diag(ridge * reversed_.diagonal()))
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                return order, upper
+            return order, lower
     raise NumericalError("the second moments of the inputs of a layer are no such moments: raise `damping`.")
 
 
@@ -90,7 +90,7 @@ def free_variances(hessian: torch.Tensor) -> torch.Tensor:
 
     Source: Chee et al. 2023, "QuIP: 2-bit quantization of large language models with guarantees".
     """
-    order, factor = _elimination(hessian)
-    free = torch.empty_like(factor.diagonal())
-    free[order] = factor.diagonal().square().reciprocal()
+    order, lower = _elimination(hessian)
+    free = torch.empty_like(lower.diagonal())
+    free[order] = lower.diagonal().square().flip(0)
     return free

@@ -3,40 +3,47 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, gather_object, send_to_device
+from accelerate.utils import DataLoaderConfiguration, send_to_device
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..checkpoint import LosslessLowRankConfig
-from ..data import DataSplits, answering_layers, forward_loss, subset
-from ..errors import CheckpointError, NumericalError, TargetError
-from ..factors import Factorization, LossCurve, RoundingCost, factorize, loss_curve, rounding_costs, silent_layers
+from ..data import DataSplits, forward_loss, subset
+from ..errors import CheckpointError, ConfigurationError, TargetError
+from ..factors import Factorization, LossCurve
 from ..fingerprint import tensors_fingerprint
-from ..formats import FLOAT
 from ..layers import (
     Targets,
     checkpoint_bytes,
     evaluating,
-    find_targets,
-    layout_of,
     on_device,
-    other_weights,
-    weight_matrices,
 )
-from ..ranks import OBJECTIVES, default_multiple
-from ..report import SkippedWeight
-from ..statistics import CalibrationStatistics, collect_statistics, data_fingerprint, load_statistics, save_statistics
+from ..ranks import OBJECTIVES
+from ..report import MemoryPlan, SkippedWeight
+from ..statistics import (
+    CalibrationStatistics,
+    collect_in_windows,
+    collect_statistics,
+    data_fingerprint,
+    load_statistics,
+    save_statistics,
+)
 from ..timing import Clock
 from ..verdict import KeptAnswers
+from ..versions import __version__
+from .factoring import factorize_targets
+from .memory import memory_limit, plan_memory
+from .narrowing import called, heard, skipped_weights, without_heads
+from .workspace import Workspace
 
 logger = logging.get_logger(__name__)
 
@@ -73,7 +80,7 @@ class Factors:
 
     targets: Targets
     skipped: dict[str, SkippedWeight]
-    factorizations: dict[str, Factorization]
+    factorizations: Mapping[str, Factorization]
     curves: dict[str, LossCurve]
 
 
@@ -88,6 +95,8 @@ class Calibration:
         factors: what choices are made from.
         accelerator: the processes and the device.
         seconds: time of each stage.
+        memory: what was planned to be held in memory, and what on disk.
+        workspace: the folder of what is on disk, if anything is.
     """
 
     dense: Dense
@@ -96,6 +105,13 @@ class Calibration:
     factors: Factors
     accelerator: Accelerator
     seconds: Mapping[str, float]
+    memory: MemoryPlan
+    workspace: Workspace | None = None
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        if self.workspace is not None:
+            self.workspace.close()
 
     def first_batch(self) -> dict[str, Any]:
         """Return the first calibration batch, on the accelerator's device: what sizes and times are those of."""
@@ -108,6 +124,8 @@ def calibrate(
     parts: DataSplits,
     targets: Targets,
     statistics_path: str | os.PathLike[str] | None = None,
+    max_memory: int | str | None = None,
+    work_dir: str | os.PathLike[str] | None = None,
 ) -> Calibration:
     """Collect statistics and factorize every target.
 
@@ -117,30 +135,72 @@ def calibrate(
         parts: the loaders.
         targets: the layers to factorize.
         statistics_path: file of statistics: read if it exists, else written.
+        max_memory: bytes that a process may have; None for what is free, less a margin.
+        work_dir: folder that keeps finished stages and layers, to go on after an interruption; None for none.
 
     Returns:
         The calibration.
 
     Raises:
         CheckpointError: if the statistics file belongs to another model or to other data.
+        ConfigurationError: if a layer does not fit into the memory, or the folder cannot be used.
         NumericalError: if a loss, a gradient or a decomposition is not finite.
     """
     accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(even_batches=False))
-    clock = Clock()
-    with on_device(model, accelerator.device):
+    limit, clock = memory_limit(max_memory, accelerator.device), Clock()
+    with on_device(model, accelerator.device), ExitStack() as undo:
         fingerprint = tensors_fingerprint(model.state_dict())
         dense = Dense(model, fingerprint, model.num_parameters(), checkpoint_bytes(model), KeptAnswers())
         for loader in (parts.held_out, parts.selection):  # what is wrong with them shows now, not after the work
             if loader is not None:
                 _try_first(model, loader, accelerator)
-        targets = _without_heads(model, config, parts, targets, accelerator)
+        targets = without_heads(model, config, parts, targets, accelerator)
+        memory, windows = plan_memory(model, targets.chosen, parts, accelerator, limit)
+        workspace = None
+        if memory.disk or work_dir is not None:
+            _check_on_disk(config, memory, statistics_path)
+            (logger.warning if memory.disk and accelerator.is_main_process else logger.info)(memory.sentence)
+            inputs = _inputs(dense, config, parts, targets, accelerator)
+            workspace = Workspace(None if work_dir is None else Path(work_dir), accelerator, inputs)
+            undo.callback(workspace.close)
+        shelf = None if workspace is None else workspace.shelf
         with clock.timed("statistics"):
-            with_gradients = OBJECTIVES[config.objective].needs_noise
-            statistics = _statistics(dense, targets, parts, accelerator, statistics_path, with_gradients)
-        targets = _called(targets, statistics)
+            if shelf is not None:
+                loader = parts.calibration
+                statistics = collect_in_windows(model, targets.chosen, loader, accelerator, windows, shelf)
+            else:
+                with_gradients = OBJECTIVES[config.objective].needs_noise
+                statistics = _statistics(dense, targets, parts, accelerator, statistics_path, with_gradients)
+        targets = called(targets, statistics)
         with clock.timed("factorization"):
-            factors = _factorize(config, dense, _heard(config, targets, statistics), statistics)
-    return Calibration(dense, parts, statistics, factors, accelerator, clock.seconds)
+            targets = heard(config, targets, statistics)
+            skipped = skipped_weights(model, targets)
+            factors = Factors(targets, skipped, *factorize_targets(config, targets, statistics, accelerator, shelf))
+        undo.pop_all()
+    return Calibration(dense, parts, statistics, factors, accelerator, clock.seconds, memory, workspace)
+
+
+def _check_on_disk(config: LosslessLowRankConfig, memory: MemoryPlan, statistics_path: Any) -> None:
+    """Refuse what needs all statistics in memory, or the gradients of the weights."""
+    why = "max_memory is too little to hold them in memory" if memory.disk else "work_dir keeps them on disk"
+    if OBJECTIVES[config.objective].needs_noise:
+        raise ConfigurationError(f"objective={config.objective!r} needs all statistics in memory, and {why}.")
+    if statistics_path is not None:
+        raise ConfigurationError(f"statistics_path: one file of all statistics cannot be written or read, for {why}.")
+
+
+def _inputs(
+    dense: Dense, config: LosslessLowRankConfig, parts: DataSplits, targets: Targets, accelerator: Accelerator
+) -> dict[str, Any]:
+    """Return what statistics and factors depend on."""
+    options = ("metric", "damping", "storage", "size", "formats", "rank_multiple", "objective")
+    return {
+        "package": __version__,
+        "model": dense.fingerprint,
+        "data": data_fingerprint(parts.calibration, accelerator),
+        "layers": sorted(targets.chosen),
+        **{name: getattr(config, name) for name in options},
+    }
 
 
 def check_unchanged(calibration: Calibration) -> None:
@@ -172,21 +232,6 @@ def _try_first(model: PreTrainedModel, loader: DataLoader, accelerator: Accelera
             forward_loss(model, batch, 0)
 
 
-def _without_heads(
-    model: PreTrainedModel,
-    config: LosslessLowRankConfig,
-    parts: DataSplits,
-    targets: Targets,
-    accelerator: Accelerator,
-) -> Targets:
-    """Leave the layers dense, unless they are asked for, whose output is the model's answer."""
-    heads: list[str] = []
-    for batch in accelerator.prepare(subset(parts.calibration, [0])):  # one process has it
-        heads = answering_layers(model, targets.chosen, batch)
-    heads = list(dict.fromkeys(gather_object(heads)))
-    return find_targets(model, config.target_modules, config.ignore, heads) if heads else targets
-
-
 def _statistics(
     dense: Dense,
     targets: Targets,
@@ -212,82 +257,3 @@ def _statistics(
     if path is not None and accelerator.is_main_process:
         save_statistics(statistics, path, dense.fingerprint)
     return statistics
-
-
-def _called(targets: Targets, statistics: CalibrationStatistics) -> Targets:
-    """Leave layers dense that the data never reach: nothing is known of what they do."""
-    uncalled = [name for name in targets.chosen if name not in statistics.layers]
-    if not uncalled:
-        return targets
-    logger.warning(
-        "%d layers were never called in a forward pass over the calibration data and stay dense: %s.",
-        len(uncalled),
-        ", ".join(uncalled),
-    )
-    chosen = {name: module for name, module in targets.chosen.items() if name in statistics.layers}
-    return Targets(chosen, targets.skipped | dict.fromkeys(uncalled, "never called by the calibration data"))
-
-
-def _heard(config: LosslessLowRankConfig, targets: Targets, statistics: CalibrationStatistics) -> Targets:
-    """Leave the layers dense whose ranks would be chosen by a cost that the data say nothing about."""
-    if config.objective == "uniform" and config.metric not in ("kronecker", "fisher"):
-        return targets  # neither the ranks nor the factors depend on a gradient
-    weights = {name: weight_matrices(module) for name, module in targets.chosen.items()}
-    silent = silent_layers(weights, statistics.layers)
-    if len(silent) == len(weights):
-        raise NumericalError(
-            f"no layer can be compressed by what the calibration data show: {next(iter(silent))!r}, for one: "
-            f"{next(iter(silent.values()))}. Is the model run without gradients, or is its loss 0 on all examples?"
-        )
-    if silent:
-        names = list(silent)
-        logger.warning(
-            "%d layers stay dense, because the calibration data say nothing about them: %s%s",
-            len(names),
-            "; ".join(f"{name} ({silent[name]})" for name in names[:5]),
-            "; …" * (len(names) > 5),
-        )
-    chosen = {name: module for name, module in targets.chosen.items() if name not in silent}
-    return Targets(chosen, {**targets.skipped, **silent})
-
-
-def _skipped(dense: Dense, targets: Targets) -> dict[str, SkippedWeight]:
-    """Return what is not targeted, and say so where that is most of the model."""
-    others, total = other_weights(dense.model, targets), dense.parameters
-    skipped = {name: SkippedWeight(reason, size, size / total) for name, (reason, size) in others.items()}
-    inside = sum(weight_matrices(module).numel() for module in targets.chosen.values())
-    if inside < sum(size for _, size in others.values()):
-        shares: Counter[str] = Counter()
-        for reason, size in others.values():
-            shares[reason] += size
-        logger.warning(
-            "the targeted layers, which are all that gets smaller, hold %.0f %% of the model's parameters; the rest "
-            "is %s. `report.skipped` lists it.",
-            100 * inside / total,
-            ", ".join(f"{reason} ({100 * size / total:.0f} %)" for reason, size in shares.most_common(3)),
-        )
-    return skipped
-
-
-def _factorize(
-    config: LosslessLowRankConfig, dense: Dense, targets: Targets, statistics: CalibrationStatistics
-) -> Factors:
-    skipped = _skipped(dense, targets)
-    factorizations, curves = {}, {}
-    with_noise = OBJECTIVES[config.objective].needs_noise
-    storage = "fastest" if (config.storage, config.size) == ("auto", "latency") else config.storage
-    for name, module in logging.tqdm(targets.chosen.items(), desc="Factorizing"):
-        weight, stats = weight_matrices(module), statistics.layers[name]
-        try:
-            factorizations[name] = factorize(weight, stats, str(config.metric), config.damping)
-        except NumericalError as error:
-            raise NumericalError(f"{name!r}: {error}") from error
-        curve = loss_curve(weight, factorizations[name], stats, storage, with_noise)
-        rounded = [number_format for number_format in config.formats or () if number_format != FLOAT]
-        costs = rounding_costs(weight, factorizations[name], stats, config.damping, rounded) if rounded else {}
-        in_float: dict[str, RoundingCost | None] = {FLOAT: None} if FLOAT in (config.formats or ()) else {}
-        pivots_inputs = layout_of(module).pivots_narrow_side and curve.in_features < curve.out_features
-        multiple = config.rank_multiple or default_multiple(weight.device.type, min(weight.shape[-2:]))
-        choices: dict[str, Any] = {"rank_multiple": multiple, "pivots_inputs": pivots_inputs}
-        curves[name] = replace(curve, rounding={**in_float, **costs}, **choices)
-    return Factors(targets, skipped, factorizations, curves)

@@ -53,12 +53,27 @@ class LowRankCompressor:
             compressor.compress_to(keep_ratio).save_pretrained(f"compressed-{keep_ratio}")
         ```
 
+    Args:
+        config: the choices.
+        max_memory: what a process may have on the device of the work: bytes, or a text such as `10GiB`; default: what
+            is free, less a tenth. Where statistics and factors do not fit, they go to disk, and the layers are
+            taken in windows, with a pass over the calibration data for each. The results are the same.
+        work_dir: a folder for them that is kept: a run that was interrupted goes on with what is finished there, and
+            ends with the same result. It serves one model, data and options, and one run at a time.
+
     Attributes:
         config: the choices; never changed.
         report: the `CompressionReport` of the last successful compression, or None.
     """
 
-    def __init__(self, config: LosslessLowRankConfig | None = None) -> None:
+    def __init__(
+        self,
+        config: LosslessLowRankConfig | None = None,
+        *,
+        max_memory: int | str | None = None,
+        work_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.max_memory, self.work_dir = max_memory, work_dir
         self.config = config if config is not None else LosslessLowRankConfig()
         self.report: CompressionReport | None = None
         self._calibration: Calibration | None = None
@@ -163,11 +178,14 @@ class LowRankCompressor:
         try:
             with ExitStack() as undo:
                 undo.callback(vars(model.config).update, dict(vars(model.config)))  # a loss may set its problem_type
-                calibration = calibrate(model, self.config, parts, targets, statistics_path)
+                calibration = calibrate(
+                    model, self.config, parts, targets, statistics_path, self.max_memory, self.work_dir
+                )
         except BaseException:
             before.restore()
             raise
-        self._calibration, self._restore_dense, self._certified, self._budgets = calibration, [], [], {}
+        self.release()
+        self._calibration, self._certified = calibration, []
 
     def compress_to(self, keep_ratio: float | None = None) -> PreTrainedModel:
         """Compress the calibrated model, in place of an earlier compression of it.
@@ -230,6 +248,8 @@ class LowRankCompressor:
 
     def release(self) -> None:
         """Forget the calibration (statistics, factorizations, the dense layers); the compressed model stays."""
+        if self._calibration is not None:
+            self._calibration.close()
         self._calibration, self._restore_dense, self._budgets = None, [], {}
 
     def _budget(self, calibration: Calibration, config: LosslessLowRankConfig) -> Budget:

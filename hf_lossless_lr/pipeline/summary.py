@@ -112,6 +112,7 @@ def make_report(
         seconds=dict(seconds),
         compressed_fingerprint=tensors_fingerprint(dense_model.model.state_dict()),
         speed=speed,
+        memory=calibration.memory,
         notes=() if outcomes.explained else (UNEXPLAINED,),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from ..formats import FLOAT
 from ..layers import choose_storage, grids_in, layout_of, restore_grids, storage_in, weight_matrices
 from ..ranks import Choice, Choices
 from ..report import Difference
+from ..statistics import CalibrationStatistics
 from ..timing import Clock
 from ..verdict import (
     KeptAnswers,
@@ -193,7 +195,7 @@ def _refit(
 ) -> None:
     statistics, dense = calibration.statistics, calibration.factors.targets.chosen
     targets = {
-        name: RefitTarget(dense[name], layer, statistics.layers[name].grad_covariance, choices[name].format)
+        name: RefitTarget(dense[name], layer, partial(_grad_covariance, statistics, name), choices[name].format)
         for name, layer in layers.items()
         if name in choices
     }
@@ -206,6 +208,10 @@ def _refit(
             f"{len(left)} layers keep their closed-form factors, because they are called several times in a forward "
             f"pass or do not get the same rows in the compressed model: {', '.join(left[:5])}{', …' * (len(left) > 5)}"
         )
+
+
+def _grad_covariance(statistics: CalibrationStatistics, name: str) -> torch.Tensor:
+    return statistics.layers[name].grad_covariance
 
 
 def _outcomes(calibration: Calibration, layers: Mapping[str, nn.Module], clock: Clock) -> PairedOutcomes:

@@ -5,6 +5,7 @@ Computes nothing, and imports neither torch nor Transformers.
 
 from .card import CARD_NAME, is_unedited, model_card
 from .figures import write_figures
+from .memory import MemoryPlan, gibibytes
 from .records import (
     REPORT_NAME,
     Certificate,
@@ -28,12 +29,14 @@ __all__ = [
     "Difference",
     "LayerReport",
     "Measurement",
+    "MemoryPlan",
     "SkippedWeight",
     "Speed",
     "TrialRecord",
     "certificate_sentence",
     "comparison_table",
     "finite",
+    "gibibytes",
     "is_unedited",
     "layer_table",
     "model_card",

@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import CheckpointError
 from ..files import write_atomically
 from ..renamed import Renamed, with_present_names
+from .memory import MemoryPlan
 from .reading import contradiction, impossible, typed
 from .speed import Speed
 from .weights import LayerReport, SkippedWeight
@@ -165,6 +166,7 @@ class CompressionReport(Renamed):
             in a report of before.
         notes: what a reader has to know about the figures.
         speed: how long both models take for a batch of the calibration data, on the device of the compression.
+        memory: how the calibration kept within its memory.
     """
 
     model: str
@@ -187,6 +189,7 @@ class CompressionReport(Renamed):
     compressed_fingerprint: str | None = None
     notes: tuple[str, ...] = ()
     speed: Speed | None = None
+    memory: MemoryPlan | None = None
 
     @property
     def keep_ratio(self) -> float:

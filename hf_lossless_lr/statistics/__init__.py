@@ -4,18 +4,23 @@ Also forward passes that wait at a layer, for the refit.
 """
 
 from .collect import collect_statistics, data_fingerprint
-from .records import CalibrationStatistics, LayerStatistics
+from .records import CalibrationStatistics, Key, LayerStatistics
 from .rows import LARGE, gram, precision_of, real_rows
+from .shelf import Shelf
 from .store import load_statistics, save_statistics
 from .streams import Group, Pause, Stream, pausing
+from .windows import collect_in_windows
 
 __all__ = [
     "LARGE",
     "CalibrationStatistics",
     "Group",
+    "Key",
     "LayerStatistics",
     "Pause",
+    "Shelf",
     "Stream",
+    "collect_in_windows",
     "collect_statistics",
     "data_fingerprint",
     "gram",

@@ -231,17 +231,22 @@ class Collector:
                 sums[name] = accelerator.reduce(sums[name], "sum")
 
     def layer_statistics(self, units: int) -> dict[str, LayerStatistics]:
-        """Return the means of what was summed, for each target that was called."""
-        means = {key: total / self.input_counts[key] for key, total in self.input_sums.items()}
+        """Return the means of what was summed, for each target that was called; they take the place of the sums."""
+        keys = {name: [key for key in self.input_sums if name in key] for name in self.targets}
+        tokens = {name: sum(map(self.input_counts.__getitem__, found)) for name, found in keys.items()}
+        mixed = {  # of layers with several inputs, before the sums become means in their places
+            name: torch.stack([self.input_sums[key] for key in found]).sum(0) / tokens[name]
+            for name, found in keys.items()
+            if len(found) > 1
+        }
+        for key, total in self.input_sums.items():
+            total /= self.input_counts[key]
         result = {}
-        for name in self.targets:
-            keys = [key for key in means if name in key]
-            if not keys:  # a branch that the data do not take
+        for name, found in keys.items():
+            if not found:  # a branch that the data do not take
                 continue
-            tokens = sum(self.input_counts[key] for key in keys)
-            covariance = means[keys[0]]
-            if len(keys) > 1:
-                covariance = torch.stack([self.input_sums[key] for key in keys]).sum(0) / tokens
-            weight_grad = self.weight_grads[name] / units if name in self.weight_grads else None
-            result[name] = LayerStatistics(weight_grad, covariance, self.grad_sums[name] / units, tokens, units)
+            covariance = mixed[name] if name in mixed else self.input_sums[found[0]]
+            gradients = self.weight_grads[name].div_(units) if name in self.weight_grads else None
+            moments = self.grad_sums[name].div_(units)
+            result[name] = LayerStatistics(gradients, covariance, moments, tokens[name], units)
         return result

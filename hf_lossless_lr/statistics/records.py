@@ -12,7 +12,7 @@ Key = tuple[str, ...]
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Statistics of one layer, for each of its matrices; tensors are float64 on the device of the layer.
+    """Statistics of one layer, for each of its matrices, on its device; G in float64, others as `precision_of` says.
 
     Attributes:
         weight_grad: G, where it was asked for.  # shape: (groups, out, in)

@@ -87,7 +87,7 @@ def prepare(model, batches, storage="pivoted", share=3, damping=DAMPING) -> Prep
         layer = layout_of(module).factorized(module, rank, storage)
         factors = factorize(weight, layer_statistics, "kronecker", damping)
         layer.load_factors(*factors.truncate(rank, storage, layer.pivots_inputs), module.bias)
-        targets[name] = RefitTarget(module, layer, layer_statistics.grad_covariance)
+        targets[name] = RefitTarget(module, layer, functools.partial(getattr, layer_statistics, "grad_covariance"))
     return Prepared(model, statistics, targets, refit_groups(statistics, targets))
 
 
@@ -126,7 +126,7 @@ def oracle(prepared, before, examples, damping=DAMPING, **options):
         prepared.model,
         before,
         {name: target.layer.rank for name, target in prepared.targets.items()},
-        {name: target.grad_covariance[0].numpy() for name, target in prepared.targets.items()},
+        {name: target.grad_covariance()[0].numpy() for name, target in prepared.targets.items()},
         prepared.groups,
         examples,
         damping,
@@ -196,7 +196,7 @@ class TestOnEveryModel:
         for layer in names:
             handle[layer].remove()
             weight = get_matrix(prepared.targets[layer].dense)
-            P = roots(with_ridge(prepared.targets[layer].grad_covariance[0].numpy(), DAMPING))[0]
+            P = roots(with_ridge(prepared.targets[layer].grad_covariance()[0].numpy(), DAMPING))[0]
             outputs = np.concatenate(list(dense[layer].values())) @ weight.T
             inputs = torch.cat(shifted[layer]).numpy()
             old, new = (np.square((outputs - inputs @ s[layer].T) @ P).sum() for s in (before, after))
@@ -517,7 +517,7 @@ class TestTheEnd:
 
     def test_after_numbers_that_are_not_finite_is_the_same(self, prepared, streams):
         prepared, batches = prepared
-        list(prepared.targets.values())[4].grad_covariance[0, 0, 0] = torch.nan
+        list(prepared.targets.values())[4].grad_covariance()[0, 0, 0] = torch.nan
         before = Snapshot(prepared)
         with pytest.raises(NumericalError, match="B has entries that are not finite"):
             prepared.refit(batches)

@@ -1,0 +1,103 @@
+"""From statistics to the factors and the curves of every target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+from transformers.utils import logging
+
+from ..checkpoint import LosslessLowRankConfig
+from ..errors import NumericalError
+from ..factors import (
+    Factorization,
+    LossCurve,
+    RoundingCost,
+    ShelvedFactorizations,
+    factorize,
+    loss_curve,
+    rounding_costs,
+)
+from ..formats import FLOAT
+from ..layers import Targets, layout_of, weight_matrices
+from ..ranks import OBJECTIVES, default_multiple
+from ..statistics import CalibrationStatistics, LayerStatistics, Shelf
+
+
+def factorize_targets(
+    config: LosslessLowRankConfig,
+    targets: Targets,
+    statistics: CalibrationStatistics,
+    accelerator: Accelerator,
+    shelf: Shelf | None,
+) -> tuple[Mapping[str, Factorization], dict[str, LossCurve]]:
+    """Factorize every target, and predict its loss at every rank.
+
+    With a shelf, layers that are on it are not factorized again, and each process does a share of the others.
+
+    Args:
+        config: the choices.
+        targets: the layers to factorize.
+        statistics: their statistics.
+        accelerator: the processes.
+        shelf: where factors are kept; None to keep them in memory.
+
+    Returns:
+        Factors and curves by name.
+
+    Raises:
+        NumericalError: if a decomposition is not finite; it names the layer.
+    """
+    curves: dict[str, LossCurve] = {}
+    if shelf is None:
+        factorizations: dict[str, Factorization] = {}
+        for name, module in logging.tqdm(targets.chosen.items(), desc="Factorizing"):
+            factorizations[name], curves[name] = _factorized(name, module, statistics.layers[name], config)
+        return factorizations, curves
+    kept = ShelvedFactorizations(shelf, accelerator.device)
+    owner = _owners(targets, accelerator.num_processes)
+    missing = [name for name in targets.chosen if not kept.has(name) and owner[name] == accelerator.process_index]
+    accelerator.wait_for_everyone()
+    for name in logging.tqdm(missing, desc="Factorizing"):
+        kept.put(name, *_factorized(name, targets.chosen[name], statistics.layers[name], config))
+    accelerator.wait_for_everyone()
+    for name in targets.chosen:
+        curves[name] = kept.take(name)
+    return kept, curves
+
+
+def _owners(targets: Targets, processes: int) -> dict[str, int]:
+    """Return which process factorizes a layer: the largest ones first, each to the one with the least work so far."""
+    work, owner = [0.0] * processes, {}
+    costs = {name: _cost(module) for name, module in targets.chosen.items()}
+    for name in sorted(costs, key=lambda each: -costs[each]):
+        owner[name] = work.index(min(work))
+        work[owner[name]] += costs[name]
+    return owner
+
+
+def _cost(module: nn.Module) -> float:
+    groups, out, size = weight_matrices(module).shape
+    return float(groups * min(out, size) * (out + size) ** 2)
+
+
+def _factorized(
+    name: str, module: Any, stats: LayerStatistics, config: LosslessLowRankConfig
+) -> tuple[Factorization, LossCurve]:
+    weight = weight_matrices(module)
+    storage = "fastest" if (config.storage, config.size) == ("auto", "latency") else config.storage
+    try:
+        factorization = factorize(weight, stats, str(config.metric), config.damping)
+    except NumericalError as error:
+        raise NumericalError(f"{name!r}: {error}") from error
+    curve = loss_curve(weight, factorization, stats, storage, OBJECTIVES[config.objective].needs_noise)
+    rounded = [number_format for number_format in config.formats or () if number_format != FLOAT]
+    costs = rounding_costs(weight, factorization, stats, config.damping, rounded) if rounded else {}
+    in_float: dict[str, RoundingCost | None] = {FLOAT: None} if FLOAT in (config.formats or ()) else {}
+    pivots_inputs = layout_of(module).pivots_narrow_side and curve.in_features < curve.out_features
+    multiple = config.rank_multiple or default_multiple(weight.device.type, min(weight.shape[-2:]))
+    choices: dict[str, Any] = {"rank_multiple": multiple, "pivots_inputs": pivots_inputs}
+    return factorization, replace(curve, rounding={**in_float, **costs}, **choices)

@@ -1,0 +1,197 @@
+"""The memory plan: what of a calibration is held in memory, in how many passes over the data it is collected."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.utils import convert_file_size_to_int
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..data import DataSplits, dataset_size, subset
+from ..errors import ConfigurationError, DataError
+from ..layers import weight_matrices
+from ..report import MemoryPlan, gibibytes
+from ..statistics import Key, collect_statistics, precision_of
+
+MARGIN = 0.1  # of the free memory, for everything else
+WORKSPACE = 48  # bytes of a decomposition for each number of both second moments: damped, in another dtype, products
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that one layer needs.
+
+    Attributes:
+        statistics: of A and B.
+        factors: of nested factors.
+        work: of its decomposition, for a while.
+    """
+
+    statistics: int
+    factors: int
+    work: int
+
+
+def needs_of(module: nn.Module) -> Needs:
+    """Return what the calibration of a layer needs.
+
+    Args:
+        module: the dense layer.
+
+    Returns:
+        The bytes.
+    """
+    groups, out, size = weight_matrices(module).shape
+    rank = min(out, size)
+    moments = [features**2 * precision_of(features).itemsize for features in (out, size)]
+    factors = (out + size) * rank * precision_of(rank).itemsize
+    return Needs(groups * sum(moments), groups * factors, groups * (WORKSPACE * (out**2 + size**2) + 3 * factors))
+
+
+def memory_limit(max_memory: int | str | None, device: torch.device) -> int:
+    """Return the bytes that this process may have on a device: those it has, and what is free, less a margin.
+
+    Args:
+        max_memory: bytes, or a text such as `10GiB`; None for that.
+        device: the device of the model.
+
+    Returns:
+        The bytes.
+
+    Raises:
+        ConfigurationError: if the text is no size.
+    """
+    if max_memory is None:
+        if device.type == "cuda":
+            return int((1 - MARGIN) * torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_allocated(device)
+        return int((1 - MARGIN) * psutil.virtual_memory().available) + psutil.Process().memory_info().rss
+    try:
+        limit = convert_file_size_to_int(max_memory)
+    except ValueError:
+        limit = 0
+    if isinstance(max_memory, bool) or limit <= 0:
+        raise ConfigurationError(f"max_memory: {max_memory!r} is no number of bytes, nor a text such as '10GiB'.")
+    return int(limit)
+
+
+def resident(device: torch.device) -> int:
+    """Return the bytes that this process has on a device now."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)
+
+
+def plan_memory(
+    model: PreTrainedModel,
+    targets: Mapping[str, nn.Module],
+    parts: DataSplits,
+    accelerator: Accelerator,
+    limit: int,
+) -> tuple[MemoryPlan, list[Key]]:
+    """Decide how the statistics are collected, and where they and the factors are kept.
+
+    Where all of it fits, that is one pass, and memory. Else the activations of the first batch are measured, and
+    layers are taken in windows whose second moments fit beside them; statistics and factors go to disk.
+
+    Args:
+        model: the dense model, on the accelerator's device.
+        targets: the layers, by name.
+        parts: the data.
+        accelerator: the processes and the device.
+        limit: bytes that a process may have.
+
+    Returns:
+        The plan, and the layers of each pass; the same on each process.
+
+    Raises:
+        ConfigurationError: if one layer does not fit.
+    """
+    needs = {name: needs_of(module) for name, module in targets.items()}
+    base, work = resident(accelerator.device), max(each.work for each in needs.values())
+    base = _largest(base, accelerator)
+    statistics, factors = (sum(getattr(each, kind) for each in needs.values()) for kind in ("statistics", "factors"))
+    layers = sum(weight_matrices(module).numel() * weight_matrices(module).itemsize for module in targets.values())
+    whole = base + statistics + factors + 2 * layers + work
+    if whole <= limit:
+        return MemoryPlan(limit, whole, 1, 0), [tuple(targets)]
+    activations, seconds = _first_batch(model, targets, parts, accelerator)
+    room = limit - base - activations - max(each.statistics for each in needs.values())  # of one product
+    windows = windows_of({name: each.statistics for name, each in needs.items()}, room)
+    expected = max(limit - max(room, 0) + min(room, statistics), base + 2 * layers + work)
+    batches = -(-dataset_size(parts.calibration) // (parts.calibration.batch_size or 1) // accelerator.num_processes)
+    disk = statistics * 9 // 16 + factors
+    return MemoryPlan(limit, expected, len(windows), disk, len(windows) * batches * seconds), windows
+
+
+def _largest(number: float, accelerator: Accelerator) -> int:
+    """Return the largest number that a process has."""
+    numbers = accelerator.gather(torch.tensor([number], dtype=torch.float64, device=accelerator.device))
+    return int(numbers.max())
+
+
+def windows_of(statistics: Mapping[str, int], room: int) -> list[Key]:
+    """Return windows of layers, in their order, whose statistics fit into a room; blocks stay whole where they can.
+
+    Args:
+        statistics: bytes of the statistics of each layer.
+        room: bytes that there are for them.
+
+    Returns:
+        The names of the layers of each window.
+
+    Raises:
+        ConfigurationError: if one layer does not fit.
+    """
+    blocks: dict[str, list[str]] = {}
+    for name in statistics:
+        numbered = re.match(r".*?\.\d+(?=\.)", name)
+        blocks.setdefault(numbered.group() if numbered else name, []).append(name)
+    pieces: list[list[str]] = []
+    for block in blocks.values():
+        fits = sum(map(statistics.__getitem__, block)) <= room
+        pieces += [block] if fits else [[name] for name in block]
+    windows: list[list[str]] = []
+    left = 0
+    for piece in pieces:
+        size = sum(map(statistics.__getitem__, piece))
+        if size > room:
+            raise ConfigurationError(
+                f"max_memory: the statistics of {piece[0]!r} take {gibibytes(size)}, and beside the model and the "
+                f"activations of a batch there are {gibibytes(max(room, 0))}. Give more, or a smaller batch_size."
+            )
+        if size > left:
+            windows.append([])
+            left = room
+        windows[-1] += piece
+        left -= size
+    return [tuple(window) for window in windows]
+
+
+def _first_batch(
+    model: PreTrainedModel, targets: Mapping[str, nn.Module], parts: DataSplits, accelerator: Accelerator
+) -> tuple[int, float]:
+    """Return the bytes that the backward of the first batch needs of its forward, and the seconds of both."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    saved: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    name = next(iter(targets))  # where the backward ends
+    batch = subset(parts.calibration, range(parts.calibration.batch_size or 1))
+    start = time.perf_counter()
+    # Without a labelled unit in it, what its forward keeps is known all the same.
+    with suppress(DataError), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        collect_statistics(model, {name: targets[name]}, batch, accelerator)
+    return _largest(sum(saved.values()), accelerator), time.perf_counter() - start

@@ -1,0 +1,90 @@
+"""Which of the chosen layers are factorized after all: what the data reach, and say something about."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..checkpoint import LosslessLowRankConfig
+from ..data import DataSplits, answering_layers, subset
+from ..errors import NumericalError
+from ..factors import silent_layers
+from ..layers import Targets, find_targets, other_weights, weight_matrices
+from ..report import SkippedWeight
+from ..statistics import CalibrationStatistics
+
+logger = logging.get_logger(__name__)
+
+
+def without_heads(
+    model: PreTrainedModel,
+    config: LosslessLowRankConfig,
+    parts: DataSplits,
+    targets: Targets,
+    accelerator: Accelerator,
+) -> Targets:
+    """Leave the layers dense, unless they are asked for, whose output is the model's answer."""
+    heads: list[str] = []
+    for batch in accelerator.prepare(subset(parts.calibration, [0])):  # one process has it
+        heads = answering_layers(model, targets.chosen, batch)
+    heads = list(dict.fromkeys(gather_object(heads)))
+    return find_targets(model, config.target_modules, config.ignore, heads) if heads else targets
+
+
+def called(targets: Targets, statistics: CalibrationStatistics) -> Targets:
+    """Leave layers dense that the data never reach: nothing is known of what they do."""
+    uncalled = [name for name in targets.chosen if name not in statistics.layers]
+    if not uncalled:
+        return targets
+    logger.warning(
+        "%d layers were never called in a forward pass over the calibration data and stay dense: %s.",
+        len(uncalled),
+        ", ".join(uncalled),
+    )
+    chosen = {name: module for name, module in targets.chosen.items() if name in statistics.layers}
+    return Targets(chosen, targets.skipped | dict.fromkeys(uncalled, "never called by the calibration data"))
+
+
+def heard(config: LosslessLowRankConfig, targets: Targets, statistics: CalibrationStatistics) -> Targets:
+    """Leave the layers dense whose ranks would be chosen by a cost that the data say nothing about."""
+    if config.objective == "uniform" and config.metric not in ("kronecker", "fisher"):
+        return targets  # neither the ranks nor the factors depend on a gradient
+    weights = {name: weight_matrices(module) for name, module in targets.chosen.items()}
+    silent = silent_layers(weights, statistics.layers)
+    if len(silent) == len(weights):
+        raise NumericalError(
+            f"no layer can be compressed by what the calibration data show: {next(iter(silent))!r}, for one: "
+            f"{next(iter(silent.values()))}. Is the model run without gradients, or is its loss 0 on all examples?"
+        )
+    if silent:
+        names = list(silent)
+        logger.warning(
+            "%d layers stay dense, because the calibration data say nothing about them: %s%s",
+            len(names),
+            "; ".join(f"{name} ({silent[name]})" for name in names[:5]),
+            "; …" * (len(names) > 5),
+        )
+    chosen = {name: module for name, module in targets.chosen.items() if name not in silent}
+    return Targets(chosen, {**targets.skipped, **silent})
+
+
+def skipped_weights(model: PreTrainedModel, targets: Targets) -> dict[str, SkippedWeight]:
+    """Return what is not targeted, and say so where that is most of the model."""
+    others, total = other_weights(model, targets), model.num_parameters()
+    skipped = {name: SkippedWeight(reason, size, size / total) for name, (reason, size) in others.items()}
+    inside = sum(weight_matrices(module).numel() for module in targets.chosen.values())
+    if inside < sum(size for _, size in others.values()):
+        shares: Counter[str] = Counter()
+        for reason, size in others.values():
+            shares[reason] += size
+        logger.warning(
+            "the targeted layers, which are all that gets smaller, hold %.0f %% of the model's parameters; the rest "
+            "is %s. `report.skipped` lists it.",
+            100 * inside / total,
+            ", ".join(f"{reason} ({100 * size / total:.0f} %)" for reason, size in shares.most_common(3)),
+        )
+    return skipped

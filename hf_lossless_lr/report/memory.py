@@ -1,0 +1,39 @@
+"""What a calibration was planned to take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a calibration keeps within its memory.
+
+    Attributes:
+        limit: bytes that a process may have.
+        expected: bytes that it was expected to have at most.
+        passes: passes over the calibration data, each for a window of layers.
+        disk: bytes of statistics and factors on disk; 0 where they stay in memory.
+        seconds: expected time of the passes; None where nothing was measured.
+    """
+
+    limit: int
+    expected: int
+    passes: int
+    disk: int
+    seconds: float | None = None
+
+    @property
+    def sentence(self) -> str:
+        """The plan in words."""
+        where = f"statistics and factors on disk ({gibibytes(self.disk)})" if self.disk else "all of it in memory"
+        time = "" if self.seconds is None else f", about {self.seconds / 60:.1f} minutes for the passes"
+        return (
+            f"calibration in {self.passes} {'pass' if self.passes == 1 else 'passes'} over the data, {where}; "
+            f"{gibibytes(self.expected)} of memory expected, {gibibytes(self.limit)} allowed{time}"
+        )
+
+
+def gibibytes(size: float) -> str:
+    """Return a number of bytes as text."""
+    return f"{size / 2**30:.2f} GiB"

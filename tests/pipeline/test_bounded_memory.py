@@ -1,0 +1,246 @@
+"""Statistics in windows and on disk, and runs that go on after an interruption: the same model, to the last bit."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support.tiny_models import TINY_MODELS, llama, split_batch
+
+import hf_lossless_lr.pipeline.memory as memory
+import hf_lossless_lr.statistics.windows as windows_module
+from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
+from hf_lossless_lr.errors import CheckpointError, ConfigurationError
+from hf_lossless_lr.pipeline.memory import memory_limit, needs_of, windows_of
+from hf_lossless_lr.statistics.shelf import SLABS, Shelf, pack, unpack
+
+GIBIBYTE = 2**30
+EXAMPLES = 32
+TESTS = Path(__file__).resolve().parent.parent
+
+
+def options(**changes):
+    return LosslessLowRankConfig(**{"keep_ratio": 0.5, "selection_fraction": 0.25, "batch_size": 2, **changes})
+
+
+def compressed(make=llama, *, config=None, **settings):
+    model, batch = make(EXAMPLES)
+    compressor = LowRankCompressor(config or options(), **settings)
+    data = split_batch(batch, 1)
+    compressor.compress(model, data[: len(data) * 3 // 4], eval_dataset=data[len(data) * 3 // 4 :])
+    return model, compressor.report
+
+
+def small(monkeypatch, model, share=0.4):
+    """Let the memory hold the model and a share of the statistics, whatever this process has."""
+    monkeypatch.setattr(memory, "resident", lambda device: 0)
+    monkeypatch.setattr(memory, "_first_batch", lambda *_: (0, 0.5))
+    needs = [needs_of(m).statistics for m in model.modules() if type(m).__name__ in ("Linear", "Conv1D")]
+    return int(share * sum(needs)) + max(needs)
+
+
+def same(one, other):
+    assert one.state_dict().keys() == other.state_dict().keys()
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 8, 9, 40])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_symmetric_matrix_is_stored_once_and_comes_back_bit_for_bit(size, groups):
+    rows = torch.randn(groups, size + 3, size, generator=torch.Generator().manual_seed(size))
+    matrix = rows.mT @ rows
+    matrix = matrix + matrix.mT
+    slabs = pack(matrix)
+    assert torch.equal(unpack(slabs), matrix)
+    if size >= 5 * SLABS:
+        assert sum(slab.numel() for slab in slabs.values()) < 0.6 * matrix.numel()
+
+
+class TestShelf:
+    def test_gives_back_what_was_put(self, tmp_path):
+        shelf = Shelf(tmp_path / "deep" / "shelf")
+        shelf.put("a/b", {"x": torch.arange(3.0)}, {"z": 1, "a": [2, None]})
+        tensors, about = Shelf(tmp_path / "deep" / "shelf").get("a/b")
+        assert torch.equal(tensors["x"], torch.arange(3.0))
+        assert list(about.items()) == [("z", 1), ("a", [2, None])]
+        assert "a/b" in shelf
+        assert "other" not in shelf
+
+    def test_refuses_a_file_that_was_changed(self, tmp_path):
+        Shelf(tmp_path).put("a", {"x": torch.arange(3.0)}, {"n": 1})
+        file = Shelf(tmp_path).path("a")
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"damaged.*checksum"):
+            Shelf(tmp_path).get("a")
+
+    def test_refuses_what_is_no_file_of_its_kind(self, tmp_path):
+        save_file({"x": torch.zeros(1)}, Shelf(tmp_path).path("a"))
+        Shelf(tmp_path).path("b").write_bytes(b"nothing")
+        for key in "ab":
+            with pytest.raises(CheckpointError, match="damaged"):
+                Shelf(tmp_path).get(key)
+
+
+class TestWindows:
+    STATISTICS = {f"model.layers.{n}.{name}": 10 for n in range(3) for name in ("q", "k", "mlp.up")} | {"head": 5}
+
+    def test_hold_whole_blocks_where_these_fit(self):
+        found = windows_of(self.STATISTICS, 65)
+        assert [len(window) for window in found] == [6, 4]
+        assert [name for window in found for name in window] == list(self.STATISTICS)
+
+    def test_hold_single_layers_where_no_block_fits(self):
+        assert [len(window) for window in windows_of(self.STATISTICS, 20)] == [2, 2, 2, 2, 2]
+
+    def test_refuse_a_layer_that_does_not_fit(self):
+        with pytest.raises(ConfigurationError, match=r"statistics of 'model.layers.0.q' take .* smaller batch_size"):
+            windows_of(self.STATISTICS, 9)
+
+
+class TestLimit:
+    @pytest.mark.parametrize(("text", "expected"), [("10GiB", 10 * GIBIBYTE), ("1MB", 10**6), (12345, 12345)])
+    def test_is_bytes_or_a_text(self, text, expected):
+        assert memory_limit(text, torch.device("cpu")) == expected
+
+    @pytest.mark.parametrize("wrong", ["ten", "", 0, -1, True, "10 elephants"])
+    def test_of_another_kind_is_refused(self, wrong):
+        with pytest.raises(ConfigurationError, match="max_memory"):
+            memory_limit(wrong, torch.device("cpu"))
+
+    def test_is_what_is_free_by_default(self):
+        assert memory_limit(None, torch.device("cpu")) > 0
+
+
+@pytest.mark.parametrize("name", ["bert-sequence-classification", "albert", "gpt2", "llama", "t5", "vit"])
+def test_in_windows_and_on_disk_the_result_is_the_same(name, monkeypatch):
+    make = TINY_MODELS[name]
+    expected, plain = compressed(make)
+    found, report = compressed(make, max_memory=small(monkeypatch, make()[0]))
+    assert plain.memory.passes == 1
+    assert plain.memory.disk == 0
+    assert report.memory.passes > 1
+    assert report.memory.disk > 0
+    assert report.memory.seconds > 0
+    same(expected, found)
+    assert report.layers == plain.layers
+    assert report.calibration == plain.calibration
+
+
+def test_number_formats_and_measured_objectives_work_from_disk(tmp_path):
+    config = options(keep_ratio=0.15, formats=["int8", "int4"])
+    expected, found = compressed(config=config)[0], compressed(config=config, work_dir=tmp_path)[0]
+    same(expected, found)
+
+
+def test_what_was_on_disk_is_removed_without_a_folder_of_the_user(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    seen = []
+    put = Shelf.put
+    monkeypatch.setattr(Shelf, "put", lambda self, *rest: (seen.append(self.folder), put(self, *rest)))
+    compressed(max_memory=small(monkeypatch, llama()[0]))
+    assert {folder.parent for folder in seen} == {tmp_path}
+    assert list(tmp_path.iterdir()) == []
+
+
+class TestAWorkFolder:
+    def test_is_used_again(self, tmp_path, monkeypatch):
+        first, _ = compressed(work_dir=tmp_path / "work")
+        files = {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*.safetensors")}
+        monkeypatch.setattr(windows_module, "one_pass", None)
+        second, report = compressed(work_dir=tmp_path / "work")
+        same(first, second)
+        assert {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*.safetensors")} == files
+        assert report.calibration["examples"] > 0
+
+    @pytest.mark.parametrize(
+        ("changed", "named"),
+        [
+            ({"config": options(damping=0.1)}, "damping"),
+            ({"config": options(formats=["int8"], keep_ratio=0.2)}, "size, formats"),
+            ({"make": lambda count: llama(count, seed=1)}, "data"),
+        ],
+        ids=["option", "formats", "data"],
+    )
+    def test_of_other_inputs_is_refused_with_what_changed(self, tmp_path, changed, named):
+        compressed(work_dir=tmp_path / "work")
+        with pytest.raises(ConfigurationError, match=f"what changed: {named}"):
+            compressed(work_dir=tmp_path / "work", **changed)
+
+    def test_belongs_to_one_run_at_a_time(self, tmp_path):
+        model, batch = llama(EXAMPLES)
+        compressor = LowRankCompressor(options(), work_dir=tmp_path / "work")
+        data = split_batch(batch, 1)
+        compressor.calibrate(model, data[:24], eval_dataset=data[24:])
+        with pytest.raises(ConfigurationError, match="in use by another run: process"):
+            compressed(work_dir=tmp_path / "work")
+        compressor.release()
+        compressed(work_dir=tmp_path / "work")
+
+    def test_with_other_files_is_refused(self, tmp_path):
+        (tmp_path / "mine.txt").write_text("x")
+        with pytest.raises(ConfigurationError, match="has other files"):
+            compressed(work_dir=tmp_path)
+        assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+    def test_with_a_damaged_journal_is_refused(self, tmp_path):
+        (tmp_path / "journal.json").write_text("{")
+        with pytest.raises(ConfigurationError, match="is damaged"):
+            compressed(work_dir=tmp_path)
+
+    def test_is_refused_for_what_needs_everything_in_memory(self, tmp_path):
+        with pytest.raises(ConfigurationError, match=r"paper-lossless.*needs all statistics"):
+            compressed(config=LosslessLowRankConfig(objective="paper-lossless", epsilon=1.0), work_dir=tmp_path / "w")
+        model, batch = llama(EXAMPLES)
+        with pytest.raises(ConfigurationError, match="statistics_path"):
+            LowRankCompressor(options(), work_dir=tmp_path / "v").calibrate(
+                model, split_batch(batch, 1), statistics_path=tmp_path / "statistics"
+            )
+
+    def test_that_cannot_be_written_is_an_error_of_its_name(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(ConfigurationError, match=r"work_dir: .* cannot be written"):
+            compressed(work_dir=tmp_path / "file" / "work")
+
+
+KILLED_AFTER = """
+import os, signal, sys
+from hf_lossless_lr.statistics.shelf import Shelf
+from pipeline.test_bounded_memory import compressed
+
+put, left = Shelf.put, [int(sys.argv[1])]
+
+def put_or_die(self, key, *rest):
+    left[0] -= 1
+    if left[0] < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    put(self, key, *rest)
+    print(key, flush=True)
+
+Shelf.put = put_or_die
+compressed(work_dir=sys.argv[2])[0].save_pretrained(sys.argv[3])
+"""
+
+
+def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(tmp_path):
+    """Killed twice: in the statistics, whose pass begins again, and in the factors, of which none is repeated."""
+    work, output = tmp_path / "work", tmp_path / "output"
+    expected = tmp_path / "expected"
+    compressed()[0].save_pretrained(expected)
+    written = []
+    for puts in (5, 40, 10_000):
+        arguments = [sys.executable, "-c", KILLED_AFTER, str(puts), str(work), str(output)]
+        run = subprocess.run(arguments, cwd=TESTS, capture_output=True, text=True, check=False)
+        assert run.returncode == (0 if puts == 10_000 else -signal.SIGKILL), run.stderr
+        written.append(run.stdout.splitlines())
+    assert len(written[0]) == 5
+    factors = [key for key in written[1] + written[2] if key.startswith("curve of")]
+    assert len(factors) == len(set(factors)) == 14
+    assert any(key.startswith("curve of") for key in written[1])
+    assert not any(key.startswith("window") for key in written[2])
+    assert (output / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
