@@ -3,9 +3,9 @@ r"""Compress a model of TinyLlama's configuration, with random weights, within a
     python studies/scale.py --layers 22 --max-memory 10GiB --tokenizer FOLDER --text FILE \
         --records studies/results/scale.jsonl
 
-Each run is a process of its own: a model with so many layers, in bfloat16; statistics and refit on real tokens, 16 other
-sequences that judge the refit; keep 0.8 of the parameters as int8 factors; saved, loaded again, and compared. The
-peak is that of the resident memory. `--layers 2 4 8 22 --sequences 8 16 32 64` runs all pairs.
+Each run is a process of its own: a model with so many layers, in bfloat16; statistics and refit on real tokens, and
+16 other sequences that judge the refit; keep 0.8 of the parameters as int8 factors; saved, loaded again, and compared.
+The peak is that of the resident memory. `--layers 2 4 8 22 --sequences 8 16 32 64` runs all pairs.
 """
 
 import argparse

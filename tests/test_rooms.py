@@ -15,6 +15,7 @@ GROUND = (
     "errors",
     "files",
     "fingerprint",
+    "processes",
     "renamed",
     "timing",
     "versions",

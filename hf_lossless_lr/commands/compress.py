@@ -7,12 +7,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from ..checkpoint import CompressionOptions, LosslessLowRankConfig
 from ..errors import ConfigurationError
 from ..files import write_atomically
 from ..pipeline import LowRankCompressor
+from ..processes import joined_processes, print_once
 from ..report import CompressionReport, comparison_table, report_rows, verdict_sentence
 from .data_options import (
     NOT_AS_REQUIRED,
@@ -79,6 +78,7 @@ def compress(arguments: Any) -> int:
     """
     config = LosslessLowRankConfig(**{f.name: getattr(arguments, f.name) for f in fields(CompressionOptions)})
     check_arguments(arguments)
+    print_once()
     if arguments.eval_examples is not None and not _names_held_out(arguments):
         raise ConfigurationError(
             "--eval_examples: name the held-out data with --eval_split or --eval_data_files; without them, a fifth "
@@ -121,7 +121,7 @@ def _run(arguments: Any, config: LosslessLowRankConfig, claim: Claim | None) -> 
         raise ConfigurationError("the compressor left no report")
     nothing = all(layer.rank is None for layer in report.layers.values())
     problem = complaint(report.certificate, arguments.require)
-    processes = PartialState()  # all of them have the same model and report
+    processes = joined_processes()  # all of them have the same model and report
     try:
         if claim is not None:
             _finish(arguments, model, processor, report, None if nothing else claim, problem)

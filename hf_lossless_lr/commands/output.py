@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from ..errors import ConfigurationError, LosslessLowRankError
 from ..files import hold_lock, leftovers, sync, temporary_name, this_run
+from ..processes import joined_processes
 
 MARKER = "owner.json"
 """File in a temporary folder that says which process made it, and for what; without it, the folder is not ours."""
@@ -72,7 +72,7 @@ def claimed(output: Path) -> Iterator[Claim | None]:
     Raises:
         ConfigurationError: if the output exists, cannot be written, or belongs to another run.
     """
-    processes = PartialState()
+    processes = joined_processes()
     with ExitStack() as undo:
         problem: list[str | None] = [None]
         claim = None

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, send_to_device
+from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -27,6 +27,7 @@ from ..layers import (
     evaluating,
     on_device,
 )
+from ..processes import make_accelerator
 from ..ranks import OBJECTIVES
 from ..report import MemoryPlan, SkippedWeight
 from ..statistics import (
@@ -146,7 +147,7 @@ def calibrate(
         ConfigurationError: if a layer does not fit into the memory, or the folder cannot be used.
         NumericalError: if a loss, a gradient or a decomposition is not finite.
     """
-    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(even_batches=False))
+    accelerator = make_accelerator()
     limit, clock = memory_limit(max_memory, accelerator.device), Clock()
     with on_device(model, accelerator.device), ExitStack() as undo:
         fingerprint = tensors_fingerprint(model.state_dict())

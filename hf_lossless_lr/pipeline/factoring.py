@@ -52,16 +52,17 @@ def factorize_targets(
         NumericalError: if a decomposition is not finite; it names the layer.
     """
     curves: dict[str, LossCurve] = {}
+    is_main = accelerator.is_main_process
     if shelf is None:
         factorizations: dict[str, Factorization] = {}
-        for name, module in logging.tqdm(targets.chosen.items(), desc="Factorizing"):
+        for name, module in logging.tqdm(targets.chosen.items(), desc="Factorizing", disable=not is_main):
             factorizations[name], curves[name] = _factorized(name, module, statistics.layers[name], config)
         return factorizations, curves
     kept = ShelvedFactorizations(shelf, accelerator.device)
     owner = _owners(targets, accelerator.num_processes)
     missing = [name for name in targets.chosen if not kept.has(name) and owner[name] == accelerator.process_index]
     accelerator.wait_for_everyone()
-    for name in logging.tqdm(missing, desc="Factorizing"):
+    for name in logging.tqdm(missing, desc="Factorizing", disable=not is_main):
         kept.put(name, *_factorized(name, targets.chosen[name], statistics.layers[name], config))
     accelerator.wait_for_everyone()
     for name in targets.chosen:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
 from transformers import PreTrainedModel
 
 from ..data import combined_digest, examine, make_dataloader
 from ..errors import CertificateError
 from ..layers import on_device
+from ..processes import make_accelerator
 from ..renamed import refusing_old_names
 from ..report import Certificate
 from ..verdict import certify, paired_outcomes
@@ -65,7 +64,7 @@ def verify(
     fingerprint = combined_digest(examine(loader, dense, "eval_dataset")[0])
     if fingerprint in used:
         raise CertificateError("eval_dataset is data that the compressed model was made from; give other examples.")
-    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(even_batches=False))
+    accelerator = make_accelerator()
     with on_device(dense, accelerator.device), on_device(compressed, accelerator.device):
         outcomes = paired_outcomes(dense, compressed, loader, accelerator, "Comparing", temperatures=True)
     return certify(outcomes, loss_margin, accuracy_margin, confidence, fingerprint)

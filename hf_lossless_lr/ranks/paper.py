@@ -88,7 +88,9 @@ def find_epsilon(
     few = subset(loader, range(min(dataset_size(loader), EXAMPLES)))
     statistics = collect_statistics(model, targets, few, accelerator, weight_grads=True)
     epsilon = {}
-    for name, module in logging.tqdm(targets.items(), desc="Calibrating epsilon"):
+    for name, module in logging.tqdm(
+        targets.items(), desc="Calibrating epsilon", disable=not accelerator.is_main_process
+    ):
         weight = weight_matrices(module).double().clone()
         approximation = factorizations[name].weight
         first_order: Any = loss_curve(weight, factorizations[name], statistics.layers[name]).first_order
