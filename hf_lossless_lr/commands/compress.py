@@ -41,6 +41,11 @@ class CompressArguments(DataArguments):
     eval_examples: int | None = field(
         default=None, metadata={"help": "held-out examples, from the start; default all"}
     )
+    refit_data_files: list[str] | None = field(
+        default=None, metadata={"help": "files with more examples for the refit, whose labels play no part"}
+    )
+    refit_split: str | None = field(default=None, metadata={"help": "split with more examples for the refit"})
+    refit_examples: int | None = field(default=None, metadata={"help": "examples to take of these; default all"})
     statistics: str | None = field(
         default=None, metadata={"help": "file of calibration statistics: read if it exists, else written, to resume"}
     )
@@ -104,12 +109,17 @@ def _run(arguments: Any, config: LosslessLowRankConfig, claim: Claim | None) -> 
         split = arguments.eval_split or "validation"
         count = arguments.eval_examples
         held_out = load_examples(arguments, task, [model], processor, arguments.eval_data_files, split, count)
+    more = None
+    if arguments.refit_data_files is not None or arguments.refit_split is not None:
+        split, files = arguments.refit_split or "train", arguments.refit_data_files
+        more = load_examples(arguments, task, [model], processor, files, split, arguments.refit_examples)
     compressor = LowRankCompressor(config, max_memory=arguments.max_memory, work_dir=arguments.work)
     try:
         compressor.calibrate(
             model,
             calibration,
             eval_dataset=held_out,
+            refit_dataset=more,
             data_collator=task.collator(processor),
             statistics_path=arguments.statistics,
         )

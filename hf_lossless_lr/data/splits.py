@@ -218,12 +218,14 @@ class DataSplits:
         selection: for choosing by measurement (is the refit kept, which point of the path); None where nothing is.
         held_out: for the certificate; read once a compressed model, and for nothing else.
         fingerprints: SHA-256 of the examples of each part, and of the whole `calib_dataset`, whatever their order.
+        refit: more data for the refit, which need no labels; None for none.
     """
 
     calibration: DataLoader
     selection: DataLoader | None
     held_out: DataLoader
     fingerprints: dict[str, str]
+    refit: DataLoader | None = None
 
 
 def split_data(
@@ -231,6 +233,7 @@ def split_data(
     calib_dataset: Any,
     eval_dataset: Any,
     *,
+    refit_dataset: Any = None,
     batch_size: int,
     seed: int,
     selection_fraction: float,
@@ -246,6 +249,7 @@ def split_data(
         model: the model.
         calib_dataset: what the user passed.
         eval_dataset: what the user passed, or None.
+        refit_dataset: what the user passed, or None; what the other parts have is left out.
         batch_size: examples per batch, where the data has none of its own.
         seed: seed of the splits.
         selection_fraction: share of the calibration examples kept apart for choosing by measurement; 0 for none.
@@ -277,6 +281,7 @@ def split_data(
         labelled = [flag for flag, item in zip(labelled, digests, strict=True) if not item & seen]
         calibration, digests = without(calibration, digests, held_out_digests)
     fingerprints["held_out"] = combined_digest(held_out_digests)
+    parts = [held_out_digests]
     selection, most = None, selection_fraction * sum(map(len, digests))
     if selection_fraction and (selection_needed or most >= fewest_selected):
         shortage = "choosing by measurement; pass more (and smaller) items"
@@ -285,6 +290,27 @@ def split_data(
         kept, chosen = split_holdout(calibration, digests, seed + 1, selection_fraction, shortage, labelled)
         fingerprints["selection"] = combined_digest(digests[index] for index in chosen)
         selection = subset(calibration, chosen)
+        parts.append([digests[index] for index in chosen])
         calibration, digests = subset(calibration, kept), [digests[index] for index in kept]
     fingerprints["calibration"] = combined_digest(digests)
-    return DataSplits(calibration, selection, held_out, fingerprints)
+    parts.append(digests)
+    refit = None
+    if refit_dataset is not None:
+        refit, found = _apart(make_dataloader(refit_dataset, model, name="refit_dataset", **options), model, parts)
+        fingerprints["refit"] = combined_digest(found)
+    return DataSplits(calibration, selection, held_out, fingerprints, refit)
+
+
+def _apart(loader: DataLoader, model: PreTrainedModel, parts: Sequence[Digests]) -> tuple[DataLoader, Digests]:
+    """Return a loader of the items that no other part has, and their digests."""
+    digests, seen = item_digests(loader, model), frozenset[str]().union(*(item for part in parts for item in part))
+    kept = [index for index, item in enumerate(digests) if not item & seen]
+    if not kept:
+        raise DataError("refit_dataset: all of its items are in calib_dataset or eval_dataset, too; pass others.")
+    if len(kept) < len(digests):
+        logger.warning(
+            "%d of %d items of refit_dataset are in calib_dataset or eval_dataset, too; they are left out of it.",
+            len(digests) - len(kept),
+            len(digests),
+        )
+    return subset(loader, kept), [digests[index] for index in kept]

@@ -76,7 +76,7 @@ def refit(
     model: PreTrainedModel,
     targets: Mapping[str, RefitTarget],
     groups: Sequence[Group],
-    loader: DataLoader,
+    loaders: Sequence[DataLoader],
     accelerator: Accelerator,
     damping: float,
     clock: Clock,
@@ -88,7 +88,7 @@ def refit(
         model: the dense model; it is dense again afterwards.
         targets: layers, by name; the numbers in `layer` are replaced.
         groups: from `refit_groups`.
-        loader: calibration data.
+        loaders: calibration data, and more; labels play no part.
         accelerator: made with `even_batches=False`.
         damping: relative damping of the metric.
         clock: the times of the forward passes, of the products of their inputs and of the solves are added here.
@@ -102,7 +102,7 @@ def refit(
     layers = {**others, **{name: target.layer for name, target in targets.items()}}
     masks = PaddingMasks(model)  # what it knows of the model serves all streams
     with evaluating(model), pausing(model, masks.encoder, _pauses(targets, groups)):
-        batches = list(accelerator.prepare(loader))
+        batches = [batch for loader in loaders for batch in accelerator.prepare(loader)]
         dense = [Stream(model, batch, copy(masks)) for batch in batches]
         compressed = [Stream(model, batch, copy(masks)) for batch in batches]
         finished: set[Group] = set()

@@ -88,6 +88,7 @@ class LowRankCompressor:
         calib_dataset: Any,
         *,
         eval_dataset: Any = None,
+        refit_dataset: Any = None,
         data_collator: Any = None,
         processing_class: Any = None,
     ) -> PreTrainedModel:
@@ -105,6 +106,8 @@ class LowRankCompressor:
             eval_dataset: held-out data of the same kinds, for the figures and the certificate in the report. Default:
                 a fifth of `calib_dataset`, which then takes no part in the calibration. Examples that are in both are
                 left out of the calibration, with a warning.
+            refit_dataset: more examples of the same kinds for the refit, which need no labels; several times the
+                calibration data improve it. Default: none.
             data_collator: collator for examples; default as in `Trainer`.
             processing_class: tokenizer or processor, for the default collator.
 
@@ -125,6 +128,7 @@ class LowRankCompressor:
                     model,
                     calib_dataset,
                     eval_dataset=eval_dataset,
+                    refit_dataset=refit_dataset,
                     data_collator=data_collator,
                     processing_class=processing_class,
                 )
@@ -143,6 +147,7 @@ class LowRankCompressor:
         calib_dataset: Any,
         *,
         eval_dataset: Any = None,
+        refit_dataset: Any = None,
         data_collator: Any = None,
         processing_class: Any = None,
         statistics_path: str | os.PathLike[str] | None = None,
@@ -153,6 +158,7 @@ class LowRankCompressor:
             model: a trained dense model; unchanged.
             calib_dataset: as in `compress`.
             eval_dataset: as in `compress`.
+            refit_dataset: as in `compress`.
             data_collator: as in `compress`.
             processing_class: as in `compress`.
             statistics_path: a safetensors file for the statistics. If it exists it is read, which saves the pass over
@@ -165,6 +171,7 @@ class LowRankCompressor:
             model,
             calib_dataset,
             eval_dataset,
+            refit_dataset=refit_dataset,
             batch_size=config.batch_size,
             seed=config.seed,
             selection_fraction=config.selection_fraction or 0.0,

@@ -201,8 +201,10 @@ def _refit(
     }
     others = {name: layer for name, layer in layers.items() if name not in choices}
     groups = refit_groups(statistics, targets)
+    more, accelerator = calibration.parts.refit, calibration.accelerator
+    loaders = [data] if more is None else [data, more]
     with clock.timed("refit"):
-        left = refit(calibration.dense.model, targets, groups, data, calibration.accelerator, damping, clock, others)
+        left = refit(calibration.dense.model, targets, groups, loaders, accelerator, damping, clock, others)
     if left:
         logger.warning_once(
             f"{len(left)} layers keep their closed-form factors, because they are called several times in a forward "

@@ -66,7 +66,7 @@ class Prepared(NamedTuple):
         return {name: target.layer.dense_weight().detach().numpy().copy() for name, target in self.targets.items()}
 
     def refit(self, batches, damping: float = DAMPING) -> dict[str, np.ndarray]:
-        refit(self.model, self.targets, self.groups, loader_of(batches), accelerator(), damping, Clock())
+        refit(self.model, self.targets, self.groups, [loader_of(batches)], accelerator(), damping, Clock())
         return self.products()
 
 

@@ -167,9 +167,9 @@ class TestRefitOnFewExamples:
 
         plain = trials_module.refit
 
-        def refit(model, targets, groups, data, *rest):
-            fitted.append(list(getattr(data.dataset, "indices", [])))
-            return plain(model, targets, groups, data, *rest)
+        def refit(model, targets, groups, loaders, *rest):
+            fitted.append(list(getattr(loaders[0].dataset, "indices", [])))
+            return plain(model, targets, groups, loaders, *rest)
 
         calibration, choices, config = make_case(selection_fraction=0.17)
         monkeypatch.setattr(trials_module, "paired_outcomes", outcomes)
