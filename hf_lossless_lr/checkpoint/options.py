@@ -17,6 +17,7 @@ from ..renamed import Renamed, refuse_old_names
 
 SIZES = ("parameters", "bytes", "flops", "latency")
 AUTO = "auto"
+LABELS = ("data", "model")
 SCOPES = ("targeted", "model")
 DEFAULT_KEEP_RATIO = 0.5
 DEFAULT_SELECTION = 1 / 16  # for judging a refit, where that is enough examples to judge it
@@ -64,7 +65,10 @@ class CompressionOptions(Renamed):
             objectives with a refit where that is 16 examples or more, else none.
         max_examples: examples to take from `calib_dataset`, from the start, and from an `eval_dataset` that is a
             stream; None for all. A stream without an end needs it.
-        seed: seed of the splits.
+        labels: `data`, or `model` for labels that are drawn from the dense model's predictions, for data without any:
+            the loss increase is then an estimate of the divergence from them. An `eval_dataset` that has labels
+            keeps them.
+        seed: seed of the splits, and of those labels.
         batch_size: examples per forward pass.
         loss_margin: largest acceptable loss increase, in nats per labelled unit.
         accuracy_margin: largest acceptable drop of the accuracy, as a fraction (0.01 is one point).
@@ -105,7 +109,8 @@ class CompressionOptions(Renamed):
     max_examples: int | None = _option(
         None, "examples to take from the calibration data, and from streams; default all"
     )
-    seed: int = _option(0, "seed of the held-out split")
+    labels: str = _option("data", "where labels come from; model: drawn from the dense model", choices=LABELS)
+    seed: int = _option(0, "seed of the held-out split, and of drawn labels")
     batch_size: int = _option(32, "examples per forward pass")
     loss_margin: float = _option(0.01, "largest acceptable loss increase in nats")
     accuracy_margin: float = _option(0.01, "largest acceptable drop of the accuracy, as a fraction")
@@ -129,6 +134,7 @@ class CompressionOptions(Renamed):
         self._resolve_formats(paper)
         _choice("size", self.size, SIZES)
         _choice("scope", self.scope, SCOPES)
+        _choice("labels", self.labels, LABELS)
         _choice("storage", self.storage, STORAGE_CHOICES)
         if objective.sized:
             self.keep_ratio = DEFAULT_KEEP_RATIO if self.keep_ratio is None else self.keep_ratio

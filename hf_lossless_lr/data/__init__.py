@@ -4,6 +4,7 @@ Also what a batch's labels and loss mean, and which rows are padding.
 """
 
 from .cutting import comes_apart, part_of, unpadded
+from .drawn_labels import draw_labels
 from .forward import forward_loss, mean_loss, run_batch, run_watching
 from .heads import answering_layers
 from .labels import IGNORE_INDEX, Question, Reading, batch_examples, correct_predictions
@@ -24,6 +25,7 @@ __all__ = [
     "comes_apart",
     "correct_predictions",
     "dataset_size",
+    "draw_labels",
     "examine",
     "forward_loss",
     "learn_steady_rows",

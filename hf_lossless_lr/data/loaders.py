@@ -202,7 +202,7 @@ def _repeatable(collate: Any) -> Any:
         with _seeded("".join(map(content_digest, items))):
             return collate(items)
 
-    collate_again.plain = _is_plain(collate)  # type: ignore[attr-defined]
+    collate_again.plain = getattr(collate, "plain", _is_plain(collate))  # type: ignore[attr-defined]
     return collate_again
 
 

@@ -20,9 +20,10 @@ from ..checkpoint import (
     record_of,
     unmark_compressed,
 )
-from ..data import split_data
+from ..data import draw_labels, split_data
 from ..errors import ConfigurationError
 from ..layers import ModelState, check_model, find_targets, finish, on_device, own_config, replace_modules
+from ..processes import make_accelerator
 from ..ranks import OBJECTIVES, Budget, LatencyTable
 from ..report import CompressionReport
 from ..timing import Clock
@@ -167,6 +168,10 @@ class LowRankCompressor:
         check_model(model)
         targets = find_targets(model, self.config.target_modules, self.config.ignore)
         config = self.config
+        if config.labels == "model":
+            calib_dataset, eval_dataset = self._with_drawn_labels(
+                model, calib_dataset, eval_dataset, data_collator, processing_class
+            )
         parts = split_data(
             model,
             calib_dataset,
@@ -193,6 +198,19 @@ class LowRankCompressor:
             raise
         self.release()
         self._calibration, self._certified = calibration, []
+
+    def _with_drawn_labels(
+        self, model: PreTrainedModel, calib_dataset: Any, eval_dataset: Any, collator: Any, processing_class: Any
+    ) -> tuple[Any, Any]:
+        config, device = self.config, make_accelerator().device
+        options = {"batch_size": config.batch_size, "data_collator": collator, "processing_class": processing_class}
+        with on_device(model, device):
+            most = config.max_examples
+            calib_dataset = draw_labels(calib_dataset, model, device, config.seed, most, **options)
+            options["name"] = "eval_dataset"
+            if eval_dataset is not None:
+                eval_dataset = draw_labels(eval_dataset, model, device, config.seed + 1, keep=True, **options)
+        return calib_dataset, eval_dataset
 
     def compress_to(self, keep_ratio: float | None = None) -> PreTrainedModel:
         """Compress the calibrated model, in place of an earlier compression of it.

@@ -32,6 +32,11 @@ UNEXPLAINED = (
     "the loss does not show which logits answer to which labels, so there is no accuracy, and units are all labels "
     "that are not ignored"
 )
+DRAWN = (
+    "labels of the calibration data, and of held-out data that had none, were drawn from the dense model's "
+    "predictions: there, the loss increase is an estimate of the divergence from them, and the accuracy that of "
+    "agreeing with draws"
+)
 
 
 def visited_point(curves: Mapping[str, LossCurve], trial: Trial, config: LosslessLowRankConfig) -> TrialRecord:
@@ -113,7 +118,7 @@ def make_report(
         compressed_fingerprint=tensors_fingerprint(dense_model.model.state_dict()),
         speed=speed,
         memory=calibration.memory,
-        notes=() if outcomes.explained else (UNEXPLAINED,),
+        notes=(UNEXPLAINED,) * (not outcomes.explained) + (DRAWN,) * (config.labels == "model"),
     )
 
 

@@ -47,6 +47,7 @@ def full_config():
         rank_multiple=8,
         max_examples=300,
         selection_fraction=0.25,
+        labels="model",
         seed=3,
         batch_size=4,
         loss_margin=0.5,
