@@ -183,7 +183,8 @@ def _residual(factors: MetricFactors, weight: torch.Tensor, A: torch.Tensor | No
         for size in (out_features, in_features)
     )
     L, R, S = (factor.double() for factor in factors)
-    W, y_metric = weight.double(), _times(None if B is None else B.double(), y)
+    B = None if B is None else B.double()
+    W, y_metric = weight.double(), _times(B, y)
     through = _times(None if A is None else A.double(), W.mT @ y_metric)
     pairs = (
         (L @ (R @ z), W @ z),
@@ -195,5 +196,4 @@ def _residual(factors: MetricFactors, weight: torch.Tensor, A: torch.Tensor | No
 
 
 def _norm(vectors: torch.Tensor, B: torch.Tensor | None) -> torch.Tensor:
-    weighted = _times(None if B is None else B.double(), vectors)
-    return (vectors * weighted).sum((-2, -1)).clamp_min(0.0).sqrt()
+    return (vectors * _times(B, vectors)).sum((-2, -1)).clamp_min(0.0).sqrt()

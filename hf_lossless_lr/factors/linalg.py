@@ -14,6 +14,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from ..errors import NumericalError
+from ..statistics import precision_of
 from .decomposition import MetricFactors
 
 
@@ -37,11 +38,13 @@ def damped(matrix: torch.Tensor, damping: float) -> torch.Tensor:
         damping: relative damping, dimensionless, at least 0.
 
     Returns:
-        The damped matrix in float64, of the same shape.
+        The damped matrix, of the same shape, in float64; a large one in float32 stays in float32.
     """
-    matrix = matrix.double()
+    wide = matrix.dtype == torch.float64 or precision_of(matrix.shape[-1]) == torch.float64
+    matrix = matrix.to(torch.float64 if wide else torch.float32, copy=True)
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-    return matrix + torch.diag_embed(damped_diagonal(diagonal, damping) - diagonal)
+    diagonal.copy_(damped_diagonal(diagonal, damping))
+    return matrix
 
 
 def damped_diagonal(diagonal: torch.Tensor, damping: float) -> torch.Tensor:

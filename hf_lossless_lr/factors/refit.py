@@ -34,7 +34,7 @@ from transformers.utils import logging
 from ..data import PaddingMasks
 from ..formats import FLOAT
 from ..layers import evaluating, in_place, is_factorized, weight_matrices
-from ..statistics import CalibrationStatistics, Group, Pause, Stream, gram, pausing
+from ..statistics import CalibrationStatistics, Group, Pause, Stream, gram, pausing, precision_of
 from ..timing import Clock
 from .decomposition import metric_svd
 from .factorize import Factorization
@@ -172,20 +172,20 @@ def _products(
     weights = [weight_matrices(target.dense) for target in group]
     stacked, outputs = torch.cat(weights, dim=-2), _compares_outputs(group)
     matrices, out, size = stacked.shape
-    cross = stacked.new_zeros((matrices, out if outputs else size, size), dtype=torch.float64)
+    cross = stacked.new_zeros((matrices, out if outputs else size, size), dtype=precision_of(size))
     input_gram = cross.new_zeros((matrices, size, size))
     pairs = [(dense.rows, compressed.rows) for dense, compressed in streams]
     paired = [(d, c) for d, c in pairs if d is not None and c is not None and d.shape[-2] == c.shape[-2]]
     for dense_rows, shifted_rows in _chunks(paired):
         cross += dense_rows.mT @ shifted_rows
         input_gram += gram(shifted_rows)
-    counts = cross.new_tensor([sum(d.shape[-2] for d, _ in paired), len(pairs) - len(paired)])
+    counts = torch.tensor([sum(d.shape[-2] for d, _ in paired), len(pairs) - len(paired)], device=cross.device)
     cross, input_gram, counts = (accelerator.reduce(total, "sum") for total in (cross, input_gram, counts))
     rows, unpaired = counts.tolist()
     if rows == 0 or unpaired:
         return None
     if not outputs:
-        cross = stacked.double() @ cross
+        cross = stacked.to(cross.dtype) @ cross
     return _Products(torch.split(cross / rows, [weight.shape[-2] for weight in weights], dim=-2), input_gram / rows)
 
 

@@ -96,7 +96,7 @@ def round_factors(
     precision = precision_of(hessian.shape[-1])
     through, hessian, weight = (matrix.to(precision) for matrix in (through, hessian, weight))
     products = through @ hessian
-    between = damped(products @ through.T, BETWEEN)
+    between = damped((products @ through.T).double(), BETWEEN)
     up = torch.linalg.solve(between, (products @ weight.T).double()).T
     up, up_grid = round_dense(up, between, kind)
     return RoundedFactors(FactorTensors(down, up, order), down_grid, up_grid)

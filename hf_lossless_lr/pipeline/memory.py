@@ -189,7 +189,8 @@ def _first_batch(
         return tensor
 
     name = next(iter(targets))  # where the backward ends
-    batch = subset(parts.calibration, range(parts.calibration.batch_size or 1))
+    loader = parts.calibration
+    batch = subset(loader, range(min(loader.batch_size or 1, dataset_size(loader))))
     start = time.perf_counter()
     # Without a labelled unit in it, what its forward keeps is known all the same.
     with suppress(DataError), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):

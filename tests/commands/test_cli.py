@@ -177,6 +177,35 @@ class TestCompress:
         assert main([*command, "--json", str(tmp_path / "report.json")]) == 0
         assert (tmp_path / "report.json").read_text() == (tmp_path / "out" / "compression_report.json").read_text()
 
+    def test_keeps_within_its_memory_and_goes_on_from_a_work_folder(self, command, tmp_path, capsys):
+        options = ["--max-memory", "8GiB", "--work", str(tmp_path / "work")]
+        assert main([*command, *options]) == 0
+        report = json.loads((tmp_path / "out" / "compression_report.json").read_text())
+        assert report["memory"]["limit"] == 8 * 2**30
+        content = folder_content(tmp_path / "out")
+        files = folder_content(tmp_path / "work")
+        assert "journal.json" in files
+        shutil.rmtree(tmp_path / "out")
+        assert main([*command, *options]) == 0
+        assert folder_content(tmp_path / "work") == files
+        assert folder_content(tmp_path / "out")["model.safetensors"] == content["model.safetensors"]
+        shutil.rmtree(tmp_path / "out")
+        assert main([*command, *options, "--damping", "0.2"]) == 1
+        assert "what changed: damping" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("memory", ["little", "1KB"])
+    def test_refuses_a_memory_that_is_none_or_too_small(self, memory, command, tmp_path, capsys):
+        assert main([*command, "--max-memory", memory]) == 1
+        assert "max_memory" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+    def test_takes_more_data_for_the_refit(self, command, tmp_path):
+        lines = write_lines(tmp_path / "more.jsonl", text_rows(24, 900))
+        assert main([*command, "--refit-data-files", str(lines), "--refit-examples", "20"]) == 0
+        report = json.loads((tmp_path / "out" / "compression_report.json").read_text())
+        assert len(report["fingerprints"]["refit"]) == 64
+
     def test_writes_json_also_where_one_example_gives_no_bound(self, command, tmp_path):
         assert main(command) == 0
         text = (tmp_path / "out" / "compression_report.json").read_text()

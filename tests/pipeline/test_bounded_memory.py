@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.tiny_models import TINY_MODELS, llama, split_batch
+from support.processes import accelerator
+from support.tiny_models import TINY_MODELS, as_examples, llama, split_batch
 
 import hf_lossless_lr.pipeline.memory as memory
 import hf_lossless_lr.statistics.windows as windows_module
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
+from hf_lossless_lr.data import split_data
 from hf_lossless_lr.errors import CheckpointError, ConfigurationError
+from hf_lossless_lr.layers import find_targets
 from hf_lossless_lr.pipeline.memory import memory_limit, needs_of, windows_of
 from hf_lossless_lr.statistics.shelf import SLABS, Shelf, pack, unpack
 
@@ -244,3 +247,17 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(tmp_path):
     assert any(key.startswith("curve of") for key in written[1])
     assert not any(key.startswith("window") for key in written[2])
     assert (output / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+
+
+def test_the_activations_of_a_batch_are_those_that_its_backward_keeps():
+    """More examples keep more, in proportion; and weights do not count."""
+    model, batch = llama(EXAMPLES)
+    targets = find_targets(model).chosen
+    found = []
+    for size in (4, 8, 16, 100):
+        parts = split_data(model, as_examples(batch), None, batch_size=size, seed=0, selection_fraction=0.0)
+        found.append(memory._first_batch(model, targets, parts, accelerator())[0])
+    assert found[0] > 0
+    assert found[1] == pytest.approx(2 * found[0], rel=0.1)
+    assert found[2] == pytest.approx(4 * found[0], rel=0.1)
+    assert found[3] > found[2]
