@@ -1,4 +1,4 @@
-"""Large layers are summed and decomposed in float32: with every layer taken for a large one, the result is the same."""
+"""Large layers are summed and decomposed in float32: with every layer taken for large, the result is the same."""
 
 import pytest
 from support.tiny_models import bert_sequence_classification, gpt2, llama, split_batch
