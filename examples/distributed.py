@@ -34,9 +34,11 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=256, help="blocks of each text at most; default 256")
     parser.add_argument("--max-length", type=int, default=128, help="tokens of a block; default 128")
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--max-memory", help="of each process, such as 24GiB; default: what is free, less a tenth")
+    parser.add_argument("--work", help="folder for what is finished, to go on after an interruption")
     parser.add_argument("--output", type=Path, required=True, help="folder for one checkpoint a ratio")
     arguments = parser.parse_args()
-    state = PartialState(cpu=not torch.accelerator.is_available())  # on CPUs, Accelerate has to be told
+    state = PartialState(cpu=not torch.accelerator.is_available())  # on CPUs, Accelerate has to be told, here
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     with state.main_process_first():
@@ -45,7 +47,8 @@ def main() -> None:
             for name in ("calibration", "heldout")
         )
 
-    compressor = LowRankCompressor(LosslessLowRankConfig(batch_size=arguments.batch_size))
+    config = LosslessLowRankConfig(batch_size=arguments.batch_size)
+    compressor = LowRankCompressor(config, max_memory=arguments.max_memory, work_dir=arguments.work)
     compressor.calibrate(model, calibration, eval_dataset=held_out)
     for keep_ratio in sorted(arguments.keep_ratios, reverse=True):
         compressed = compressor.compress_to(keep_ratio)
@@ -57,6 +60,7 @@ def main() -> None:
             compressed.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         state.wait_for_everyone()
+    compressor.release()
 
 
 if __name__ == "__main__":
