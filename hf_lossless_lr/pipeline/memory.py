@@ -22,7 +22,7 @@ from ..report import MemoryPlan, gibibytes
 from ..statistics import Key, collect_statistics, precision_of
 
 MARGIN = 0.1  # of the free memory, for everything else
-WORKSPACE = 48  # bytes of a decomposition for each number of both second moments: damped, in another dtype, products
+WORKSPACE = 80  # bytes of a solve for each number of both second moments: damped, rounded, products; as measured
 
 
 @dataclass(frozen=True)

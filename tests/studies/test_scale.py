@@ -1,0 +1,87 @@
+"""The studies of large models: they run at a small size, and what is kept of them is what the documents promise."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from support.studies import RESULTS, ROOT
+from transformers import LlamaConfig
+
+GIBIBYTE = 2**30
+
+
+@pytest.fixture
+def records(study):
+    return study("records").read_records(RESULTS / "scale.jsonl")
+
+
+@pytest.fixture
+def whole(records):
+    """The run at the size of TinyLlama."""
+    return max(records, key=lambda record: record["layers"])
+
+
+def test_tinyllama_fits_into_ten_gibibytes_and_ninety_minutes(whole):
+    assert (whole["layers"], whole["tokens"]) == (22, 32 * 256)
+    assert whole["peak"] <= 10 * GIBIBYTE
+    assert whole["seconds"]["all of it"] <= 90 * 60
+    assert whole["equal_after_loading"]
+
+
+def test_time_and_memory_grow_no_faster_than_the_model_and_the_data(records):
+    """Exponents between the smallest and the largest run: of the layers at one number of tokens, and the reverse."""
+    same_tokens = {r["layers"]: r for r in records if r["tokens"] == 16 * 256}
+    same_layers = {r["tokens"]: r for r in records if r["layers"] == 2}
+    for found in (same_tokens, same_layers):
+        assert len(found) >= 2
+        low, high = min(found), max(found)
+        for value in (lambda r: r["seconds"]["all of it"], lambda r: r["peak"]):
+            growth = np.log(value(found[high]) / value(found[low])) / np.log(high / low)
+            assert growth <= 1.1
+
+
+def test_the_figures_of_the_document_are_those_of_the_records(records):
+    text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    for record in records:
+        row = (
+            f"| {record['layers']} | {record['tokens']:,} | {record['passes']} | {record['peak'] / GIBIBYTE:.2f} GiB |"
+        )
+        assert row in text
+
+
+def test_a_model_is_compressed_within_its_memory(study, monkeypatch, tmp_path, capsys):
+    module, file = study("scale"), tmp_path / "records.jsonl"
+    tiny = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2}
+    monkeypatch.setattr(module, "config", lambda layers: LlamaConfig(**tiny, num_hidden_layers=layers, vocab_size=100))
+    ids = torch.randint(100, (80, 1, 16), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(module, "sequences", lambda _, count: [{"input_ids": x, "labels": x} for x in ids[:count]])
+    arguments = ["scale.py", "--layers", "2", "--sequences", "8", "--length", "16", "--tokenizer", "", "--text", ""]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--records", str(file)])
+    module.main()
+    (record,) = module_records = study("records").read_records(file)
+    assert len(module_records) == 1
+    assert record["equal_after_loading"]
+    assert (record["layers"], record["tokens"]) == (2, 128)
+    assert record["bytes_ratio"] <= 0.4
+    assert record["peak"] >= record["calibration_peak"] > 0
+
+
+def test_larger_models_are_counted_and_not_made(study, monkeypatch, capsys):
+    module = study("scale_on_paper")
+    monkeypatch.setattr(sys, "argv", ["scale_on_paper.py", "--max-memory", "10GiB", "256GiB"])
+    module.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(module.MODELS)
+    assert lines[2].startswith("| TinyLlama 1.1B | 2.0 GiB |")
+    assert "| too little |" in lines[-1]
+    documented = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert all(
+        line.split(" | ")[:5] == row.split(" | ")[:5] for line, row in zip(lines[2:], rows(documented), strict=True)
+    )
+
+
+def rows(documented):
+    """The rows of the table on paper."""
+    part = documented[documented.index("## Larger models, on paper") :]
+    return [line for line in part.splitlines() if line.startswith(("| TinyLlama", "| Llama"))]
