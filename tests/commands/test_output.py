@@ -217,7 +217,7 @@ def test_what_cannot_be_written_is_one_sentence_before_the_work(case, option, co
 
 
 def test_folders_made_for_nothing_are_removed(command, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_lossless_lr.commands.output._lock", lambda *_: exec("raise OSError('no locks')"))
+    monkeypatch.setattr("hf_lossless_lr.commands.output.hold_lock", lambda *_: exec("raise OSError('no locks')"))
     assert main([*command, str(tmp_path / "a" / "b" / "out")]) == 1
     assert list(tmp_path.iterdir()) == []
 

@@ -56,7 +56,7 @@ def check_same_model(model, other):
 
 def facts(report):
     """All but what depends on the ratios before: the certificate (see test_reporting.py)."""
-    return report.to_dict() | dict.fromkeys(("seconds", "speed", "certificate", "uncertified", "verdict"))
+    return report.to_dict() | dict.fromkeys(("seconds", "speed", "memory", "certificate", "uncertified", "verdict"))
 
 
 class TestManyRatios:
@@ -74,7 +74,9 @@ class TestManyRatios:
     def test_do_not_calibrate_again(self, monkeypatch):
         compressor, _ = calibrated()
         monkeypatch.setattr(calibration_module, "collect_statistics", lambda *_: pytest.fail("a second pass"))
-        monkeypatch.setattr(calibration_module, "factorize", lambda *_: pytest.fail("a second factorization"))
+        monkeypatch.setattr(
+            "hf_lossless_lr.pipeline.factoring.factorize", lambda *_: pytest.fail("a second factorization")
+        )
         reports = []
         for ratio in (0.7, 0.4):
             compressor.compress_to(ratio)
@@ -429,7 +431,9 @@ class TestLayersWithoutASignal:
     def test_stay_dense_with_the_reason_and_a_warning_that_names_them(self, metric, monkeypatch):
         model, batch = self.frozen_part()
         warnings = []
-        monkeypatch.setattr(calibration_module.logger, "warning", lambda text, *parts: warnings.append(text % parts))
+        monkeypatch.setattr(
+            "hf_lossless_lr.pipeline.narrowing.logger.warning", lambda text, *parts: warnings.append(text % parts)
+        )
         compressor = LowRankCompressor(LosslessLowRankConfig(metric=metric, refit=False))
         compressor.compress(model, split_batch(batch, 2), eval_dataset=[other_inputs(batch)])
         report = compressor.report

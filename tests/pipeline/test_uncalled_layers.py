@@ -14,7 +14,7 @@ IDLE = ["bert.idle", "bert.unused"]
 def said(monkeypatch):
     said = []
     monkeypatch.setattr(
-        "hf_lossless_lr.pipeline.calibration.logger.warning", lambda text, *values: said.append(text % values)
+        "hf_lossless_lr.pipeline.narrowing.logger.warning", lambda text, *values: said.append(text % values)
     )
     return said
 
