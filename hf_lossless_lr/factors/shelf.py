@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..statistics import Shelf
+from ..statistics import Shelved
 from .curves import LossCurve, RoundingCost
 from .decomposition import MetricFactors
 from .factorize import Factorization
@@ -17,17 +16,8 @@ from .factorize import Factorization
 ARRAYS = ("first_order", "second_order", "max_noise")  # of a curve
 
 
-class ShelvedFactorizations(Mapping[str, Factorization]):
-    """Nested factors of layers on a shelf, each with its curve; read when asked for.
-
-    Args:
-        shelf: the shelf.
-        device: where the tensors are wanted.
-    """
-
-    def __init__(self, shelf: Shelf, device: torch.device) -> None:
-        self.shelf, self.device = shelf, device
-        self._names: list[str] = []
+class ShelvedFactorizations(Shelved[Factorization]):
+    """Nested factors of layers on a shelf, each with its curve."""
 
     def has(self, name: str) -> bool:
         """Return whether the factors and the curve of a layer are on the shelf."""
@@ -51,7 +41,7 @@ class ShelvedFactorizations(Mapping[str, Factorization]):
             kind: None if dense is None else RoundingCost(held[f"rounding {kind}"], dense)
             for kind, dense in numbers.pop("rounding").items()
         }
-        self._names += [name] if name not in self._names else []
+        self.add([name])
         return LossCurve(**numbers, **{field: held.get(field) for field in ARRAYS}, rounding=rounding)  # type: ignore
 
     def __getitem__(self, name: str) -> Factorization:
@@ -60,11 +50,3 @@ class ShelvedFactorizations(Mapping[str, Factorization]):
             raise KeyError(name)
         tensors, _ = self.shelf.get(f"factors of {name}")
         return Factorization(MetricFactors(**{field: tensor.to(self.device) for field, tensor in tensors.items()}))
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the names of the layers."""
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        """Return the number of layers."""
-        return len(self._names)

@@ -49,8 +49,6 @@ def silent_layers(weights: Mapping[str, torch.Tensor], statistics: Mapping[str, 
             reasons[name] = NO_INPUT
     largest = max(costs.values(), default=0.0)
     for name, cost in costs.items():
-        if name in reasons:
-            continue
-        if cost <= NEGLIGIBLE * largest and weights[name].any():
+        if name not in reasons and cost <= NEGLIGIBLE * largest and weights[name].any():
             reasons[name] = NO_GRADIENT
     return reasons

@@ -6,7 +6,7 @@ Also forward passes that wait at a layer, for the refit.
 from .collect import collect_statistics, data_fingerprint
 from .records import CalibrationStatistics, Key, LayerStatistics
 from .rows import LARGE, gram, precision_of, real_rows
-from .shelf import Shelf
+from .shelf import Shelf, Shelved
 from .store import load_statistics, save_statistics
 from .streams import Group, Pause, Stream, pausing
 from .windows import collect_in_windows
@@ -19,6 +19,7 @@ __all__ = [
     "LayerStatistics",
     "Pause",
     "Shelf",
+    "Shelved",
     "Stream",
     "collect_in_windows",
     "collect_statistics",

@@ -48,10 +48,11 @@ def collect_statistics(
     loader: DataLoader,
     accelerator: Accelerator,
     weight_grads: bool = False,
+    any_called: bool = True,
 ) -> CalibrationStatistics:
     """Collect `A` and `B` of every target, and `G` if asked for, in one forward and backward pass over the data.
 
-    The model is left as it was: modes, `requires_grad`, gradients and hooks. Dropout is off. See `one_pass`.
+    The model is left as it was: modes, `requires_grad`, gradients and hooks. Dropout is off.
 
     Args:
         model: the dense model, on `accelerator.device`.
@@ -59,6 +60,7 @@ def collect_statistics(
         loader: batches with labels; prepared here, so that each process sees its own share.
         accelerator: made with `even_batches=False`, so that no example is seen twice.
         weight_grads: whether to collect `G`.
+        any_called: whether a pass that calls no target is an error.
 
     Returns:
         The statistics, the same on each process.
@@ -68,35 +70,6 @@ def collect_statistics(
         NumericalError: if a loss or a gradient is not finite.
         TargetError: if no target takes part in the forward pass.
     """
-    statistics = one_pass(model, targets, loader, accelerator, weight_grads)
-    check_called(statistics)
-    return statistics
-
-
-def check_called(statistics: CalibrationStatistics) -> None:
-    """Refuse statistics of no layer.
-
-    Args:
-        statistics: the statistics.
-
-    Raises:
-        TargetError: if no target took part in the forward pass.
-    """
-    if not statistics.layers:
-        raise TargetError(
-            f"none of the chosen layers was called in the forward pass ({', '.join(statistics.uncalled)}); choose "
-            "others with `target_modules`."
-        )
-
-
-def one_pass(
-    model: PreTrainedModel,
-    targets: Mapping[str, nn.Module],
-    loader: DataLoader,
-    accelerator: Accelerator,
-    weight_grads: bool = False,
-) -> CalibrationStatistics:
-    """Do what `collect_statistics` does, also where the pass calls no target."""
     collector = Collector(model, targets, weight_grads)
     totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # units * loss, units, examples
     digests: list[str] = []
@@ -123,4 +96,23 @@ def one_pass(
     uncalled = tuple(name for name in targets if name not in layers)
     groups = collector.groups()
     mean_loss, examples = float(totals[0]) / total_units, int(totals[2])
-    return CalibrationStatistics(layers, mean_loss, examples, total_units, digest, groups, uncalled)
+    statistics = CalibrationStatistics(layers, mean_loss, examples, total_units, digest, groups, uncalled)
+    if any_called:
+        check_called(statistics)
+    return statistics
+
+
+def check_called(statistics: CalibrationStatistics) -> None:
+    """Refuse statistics of no layer.
+
+    Args:
+        statistics: the statistics.
+
+    Raises:
+        TargetError: if no target took part in the forward pass.
+    """
+    if not statistics.layers:
+        raise TargetError(
+            f"none of the chosen layers was called in the forward pass ({', '.join(statistics.uncalled)}); choose "
+            "others with `target_modules`."
+        )

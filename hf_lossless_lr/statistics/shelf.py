@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +16,8 @@ from ..errors import CheckpointError
 from ..files import replacing
 from ..fingerprint import tensors_fingerprint
 from .records import CalibrationStatistics, LayerStatistics
+
+Value = TypeVar("Value")
 
 SLABS = 8  # of the rows of a symmetric matrix: 9/16 of it are stored
 
@@ -87,8 +89,8 @@ class Shelf:
         return tensors, about
 
 
-class ShelvedStatistics(Mapping[str, LayerStatistics]):
-    """Statistics of layers on a shelf; symmetric matrices are stored once, and not both of their halves.
+class Shelved(Mapping[str, Value]):
+    """What layers have on a shelf, by their names; read when asked for.
 
     Args:
         shelf: the shelf.
@@ -97,7 +99,31 @@ class ShelvedStatistics(Mapping[str, LayerStatistics]):
 
     def __init__(self, shelf: Shelf, device: torch.device) -> None:
         self.shelf, self.device = shelf, device
-        self._names: list[str] = []
+        self._names: dict[str, None] = {}
+
+    def add(self, names: Iterable[str]) -> None:
+        """Take in layers that are on the shelf."""
+        self._names.update(dict.fromkeys(names))
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names of the layers."""
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        """Return the number of layers."""
+        return len(self._names)
+
+
+class ShelvedStatistics(Shelved[LayerStatistics]):
+    """Statistics of layers on a shelf; symmetric matrices are stored once, and not both of their halves.
+
+    Args:
+        shelf: the shelf.
+        device: where the tensors are wanted.
+    """
+
+    def __init__(self, shelf: Shelf, device: torch.device) -> None:
+        super().__init__(shelf, device)
         self._last: tuple[str, torch.Tensor] | None = None  # inputs that the next layer may share
 
     def put(self, statistics: CalibrationStatistics, writes: bool) -> None:
@@ -116,10 +142,6 @@ class ShelvedStatistics(Mapping[str, LayerStatistics]):
                     self.shelf.put(f"inputs of {name}", pack(layer.input_covariance), {})
                 self.shelf.put(name, pack(layer.grad_covariance), about)
 
-    def add(self, names: Iterable[str]) -> None:
-        """Take in layers that are on the shelf."""
-        self._names += names
-
     def __getitem__(self, name: str) -> LayerStatistics:
         """Read the statistics of a layer."""
         if name not in self._names:
@@ -130,14 +152,6 @@ class ShelvedStatistics(Mapping[str, LayerStatistics]):
             self._last = owner, unpack(self.shelf.get(f"inputs of {owner}")[0]).to(self.device)
         grad_covariance = unpack(outputs).to(self.device)
         return LayerStatistics(None, self._last[1], grad_covariance, about["tokens"], about["units"])
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the names of the layers."""
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        """Return the number of layers."""
-        return len(self._names)
 
 
 def pack(matrix: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from accelerate import Accelerator
@@ -11,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from .collect import check_called, one_pass
+from .collect import check_called, collect_statistics
 from .records import CalibrationStatistics, Key
 from .shelf import Shelf, ShelvedStatistics
 
@@ -44,10 +43,10 @@ def collect_in_windows(
     """
     layers = ShelvedStatistics(shelf, accelerator.device)
     parts = []
-    for index, names in enumerate(windows):
-        key = f"window {index + 1} of {len(windows)}"
+    for names in windows:
+        key = f"window {' '.join(names)}"  # other limits of memory have other windows
         if key not in shelf:
-            found = one_pass(model, {name: targets[name] for name in names}, loader, accelerator)
+            found = collect_statistics(model, {n: targets[n] for n in names}, loader, accelerator, any_called=False)
             layers.put(found, accelerator.is_main_process)
             if accelerator.is_main_process:
                 shelf.put(key, {}, {**_about(found), "layers": list(found.layers)})
@@ -68,4 +67,4 @@ def collect_in_windows(
 
 def _about(statistics: CalibrationStatistics) -> dict[str, Any]:
     """Return all but the layers, for JSON."""
-    return {name: value for name, value in vars(replace(statistics, layers={})).items() if name != "layers"}
+    return {name: value for name, value in vars(statistics).items() if name != "layers"}

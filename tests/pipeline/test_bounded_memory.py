@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.processes import accelerator
+from support.processes import accelerator, loader_of
 from support.tiny_models import TINY_MODELS, as_examples, llama, split_batch
 
 import hf_lossless_lr.pipeline.memory as memory
@@ -18,6 +18,7 @@ from hf_lossless_lr.data import split_data
 from hf_lossless_lr.errors import CheckpointError, ConfigurationError
 from hf_lossless_lr.layers import find_targets
 from hf_lossless_lr.pipeline.memory import memory_limit, needs_of, windows_of
+from hf_lossless_lr.statistics import collect_in_windows
 from hf_lossless_lr.statistics.shelf import SLABS, Shelf, pack, unpack
 
 GIBIBYTE = 2**30
@@ -155,7 +156,7 @@ class TestAWorkFolder:
     def test_is_used_again(self, tmp_path, monkeypatch):
         first, _ = compressed(work_dir=tmp_path / "work")
         files = {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*.safetensors")}
-        monkeypatch.setattr(windows_module, "one_pass", None)
+        monkeypatch.setattr(windows_module, "collect_statistics", None)
         second, report = compressed(work_dir=tmp_path / "work")
         same(first, second)
         assert {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*.safetensors")} == files
@@ -213,6 +214,7 @@ class TestAWorkFolder:
 
 KILLED_AFTER = """
 import os, signal, sys
+from hf_lossless_lr.statistics import collect_in_windows
 from hf_lossless_lr.statistics.shelf import Shelf
 from pipeline.test_bounded_memory import compressed
 
@@ -261,3 +263,18 @@ def test_the_activations_of_a_batch_are_those_that_its_backward_keeps():
     assert found[1] == pytest.approx(2 * found[0], rel=0.1)
     assert found[2] == pytest.approx(4 * found[0], rel=0.1)
     assert found[3] > found[2]
+
+
+def test_windows_of_another_limit_take_nothing_for_finished_that_is_not(tmp_path, monkeypatch):
+    """As many windows, cut elsewhere, after a run that finished the first one."""
+    model, batch = llama(EXAMPLES)
+    targets, loader, shelf = find_targets(model).chosen, loader_of(split_batch(batch, 4)), Shelf(tmp_path)
+    names = tuple(targets)
+    with monkeypatch.context() as patch:
+        passes = iter([windows_module.collect_statistics])  # one, then no more
+        patch.setattr(windows_module, "collect_statistics", lambda *a, **k: next(passes)(*a, **k))
+        with pytest.raises(StopIteration):
+            collect_in_windows(model, targets, loader, accelerator(), [names[:5], names[5:]], shelf)
+    found = collect_in_windows(model, targets, loader, accelerator(), [names[:7], names[7:]], shelf)
+    assert tuple(found.layers) == names
+    assert found.uncalled == ()
