@@ -14,12 +14,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError, ConfigurationError
 from ..formats import FLOAT, FORMATS
-from ..layers import METHOD, STORAGES, format_of, grid_of, is_factorized, storage_in
+from ..layers import CHANNEL, FORMS, METHOD, STORAGES, format_of, grid_of, is_factorized, storage_in
 from ..renamed import refuse_old_names, with_present_names
 from .options import CompressionOptions
 
-FORMAT_VERSION = 3  # 1 had other names of some options, 2 no number formats
+FORMAT_VERSION = 4  # 1 had other names of some options, 2 no number formats, 3 no forms
 COMPUTES = ("dequantized", "stored")
+
+
+UNWRITTEN = (("format", FLOAT), ("form", CHANNEL))
 
 
 @dataclass
@@ -30,15 +33,17 @@ class ModuleRecord:
         rank: rank of the factors.
         storage: `pivoted` or `two-factor`.
         format: number format of the weight or of the factors; `float` is not written.
+        form: which matrix of a kernel the factors are of; `channel` is not written.
     """
 
     rank: int | None
     storage: str | None
     format: str = FLOAT
+    form: str = CHANNEL
 
     def to_dict(self) -> dict[str, Any]:
         """Return what the manifest has of the module."""
-        return {name: value for name, value in vars(self).items() if (name, value) != ("format", FLOAT)}
+        return {name: value for name, value in vars(self).items() if (name, value) not in UNWRITTEN}
 
 
 @dataclass(repr=False)
@@ -49,7 +54,8 @@ class LosslessLowRankConfig(CompressionOptions, QuantizationConfigMixin):
 
     Attributes:
         modules: the manifest, module name to `{"rank": int, "storage": str}`, with `"format": str` where numbers are
-            rounded; rank and storage are None where the module is dense. Empty until a model is compressed.
+            rounded and `"form": str` where factors are those of a spatial form; rank and storage are None where the
+            module is dense. Empty until a model is compressed.
         compute: what the weights in memory are: `dequantized` when the model is loaded to the floating-point numbers
             that they stand for, or, for `int8`, as they are `stored`.
         format_version: version of the checkpoint format.
@@ -124,17 +130,24 @@ class LosslessLowRankConfig(CompressionOptions, QuantizationConfigMixin):
 def record_of(layer: Any) -> ModuleRecord | None:
     """Return the manifest's record of a layer; None where it is neither factorized nor rounded."""
     if is_factorized(layer):
-        return ModuleRecord(layer.rank, layer.storage, format_of(layer.down))
+        return ModuleRecord(layer.rank, layer.storage, format_of(layer.down), layer.form)
     return None if grid_of(layer) is None else ModuleRecord(None, None, format_of(layer))
 
 
 def _checked_record(name: str, record: Any) -> dict[str, Any]:
     expected = {f.name for f in fields(ModuleRecord)}
-    if not isinstance(record, Mapping) or {"format", *record} != expected:
+    if not isinstance(record, Mapping) or {"format", "form", *record} != expected:
         raise CheckpointError(
-            f"modules[{name!r}]: expected the keys ['rank', 'storage'], and perhaps 'format', got {record!r}."
+            f"modules[{name!r}]: expected the keys ['rank', 'storage'], and perhaps 'format' and 'form', got "
+            f"{record!r}."
         )
     rank, storage, number_format = record["rank"], record["storage"], record.get("format", FLOAT)
+    form = record.get("form", CHANNEL)
+    if form not in FORMS or (form != CHANNEL and storage != "two-factor"):
+        raise CheckpointError(
+            f"modules[{name!r}]: form must be one of {', '.join(FORMS)}, other forms than {CHANNEL} go with "
+            f"two-factor storage; got {form!r} and {storage!r}."
+        )
     if number_format not in (FLOAT, *FORMATS):
         known = ", ".join((FLOAT, *FORMATS))
         raise CheckpointError(f"modules[{name!r}]: format must be one of {known}, got {number_format!r}.")
@@ -146,4 +159,4 @@ def _checked_record(name: str, record: Any) -> dict[str, Any]:
         raise CheckpointError(f"modules[{name!r}]: storage must be one of {', '.join(STORAGES)}, got {storage!r}.")
     if storage_in(number_format, storage) != storage:
         raise CheckpointError(f"modules[{name!r}]: {storage} storage does not go with the format {number_format!r}.")
-    return ModuleRecord(rank, storage, number_format).to_dict()
+    return ModuleRecord(rank, storage, number_format, form).to_dict()

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import ConfigurationError
 from ..factors import METRICS
 from ..formats import FLOAT, FORMATS
-from ..layers import STORAGE_CHOICES
+from ..layers import CHANNEL, FORMS, STORAGE_CHOICES
 from ..ranks import OBJECTIVES
 from ..renamed import Renamed, refuse_old_names
 
@@ -45,8 +45,9 @@ class CompressionOptions(Renamed):
             with number formats other than `float`, else `parameters`.
         scope: whether the size is that of the `targeted` weights or of the whole `model`.
         metric: metric of the factorization (default `kronecker`, and `identity` for the paper's objectives).
-        target_modules: patterns of layers to factorize; None means every attention and MLP projection. A pattern is an
-            exact name (or the end of one), `re:` and a regular expression, a glob, or a layer type such as `Linear`.
+        target_modules: patterns of layers to factorize; None means every projection and convolution of the base model.
+            A pattern is an exact name (or the end of one), `re:` and a regular expression, a glob, or a layer type
+            such as `Linear`.
         ignore: patterns of layers to leave dense.
         damping: relative damping of the second moments, at least 0.
         storage: `pivoted`, `two-factor`, `fastest` (pivoted only where that saves more time than it costs), or `auto`
@@ -55,6 +56,9 @@ class CompressionOptions(Renamed):
         formats: number formats that a layer, dense or factorized, may be stored in: `float` (as it was given), `int8`
             (one scale for each row), `int6` to `int3` (a scale and a zero for each group of 64 in a row), or `auto`
             for all of them. The weights in memory are what the stored numbers stand for.
+        forms: which matrices of a convolution's kernel may be factorized: `channel`, a convolution to fewer channels
+            and then a pointwise one, or `spatial`, `kh × 1` and then `1 × kw`. Default: both with the metric
+            `kronecker`, and `channel` for other metrics, which have no spatial form, and for the paper's objectives.
         embeddings: number format of the embeddings, and of what shares their weights.
         rank_multiple: ranks are multiples of this. Default: what the device multiplies well, 8 on a CPU and 64 on
             others, or the largest power of two that leaves 32 ranks to choose from.
@@ -88,13 +92,16 @@ class CompressionOptions(Renamed):
     scope: str = _option("targeted", "what keep_ratio is a share of: targeted weights or whole model", choices=SCOPES)
     metric: str | None = _option(None, "metric of the factorization; default kronecker", choices=tuple(METRICS))
     target_modules: list[str] | None = _option(
-        None, "layers to factorize: names, re:regex, globs or types; default all attention and MLP projections"
+        None, "layers to factorize: names, re:regex, globs or types; default all projections and convolutions"
     )
     ignore: list[str] | None = _option(None, "layers to leave dense, same patterns")
     damping: float = _option(0.03, "relative damping of the second moments")
     storage: str = _option("auto", "how factors are stored", choices=STORAGE_CHOICES)
     formats: list[str] | None = _option(
         None, "number formats that layers may be stored in; default float", choices=(*NUMBER_FORMATS, AUTO)
+    )
+    forms: list[str] | None = _option(
+        None, "forms of a convolution's kernel: channel, spatial; default both with kronecker", choices=FORMS
     )
     embeddings: str = _option(FLOAT, "number format of the embeddings", choices=NUMBER_FORMATS)
     rank_multiple: int | None = _option(
@@ -132,6 +139,7 @@ class CompressionOptions(Renamed):
             self.metric = objective.default_metric
         _choice("metric", self.metric, METRICS)
         self._resolve_formats(paper)
+        self._resolve_forms(paper)
         _choice("size", self.size, SIZES)
         _choice("scope", self.scope, SCOPES)
         _choice("labels", self.labels, LABELS)
@@ -192,6 +200,22 @@ class CompressionOptions(Renamed):
             raise ConfigurationError(
                 f"storage='pivoted' contradicts the format {without_pivots[0]!r}: with so few bits, the errors of "
                 "pivots pass into all other outputs. Use storage='auto' or 'two-factor'."
+            )
+
+    def _resolve_forms(self, paper: bool) -> None:
+        possible = self.metric == "kronecker" and not paper
+        names = (
+            (list(FORMS) if possible else [CHANNEL]) if self.forms is None else _patterns("forms", self.forms) or []
+        )
+        for name in names:
+            _choice("forms", name, FORMS)
+        self.forms = [name for name in FORMS if name in names]
+        if CHANNEL not in self.forms:
+            raise ConfigurationError("forms: 'channel' must be among them; it is the only form of a pointwise kernel.")
+        if len(self.forms) > 1 and not possible:
+            raise ConfigurationError(
+                f"forms={self.forms!r} contradicts metric={self.metric!r}, objective={self.objective!r}: the spatial "
+                "form needs metric='kronecker' and none of the paper's objectives."
             )
 
     def _resolve_refit(self, paper: bool) -> None:

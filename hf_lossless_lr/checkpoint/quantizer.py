@@ -112,7 +112,7 @@ def _empty(module: Any, record: ModuleRecord) -> Factorized | Stored:
         if type(module) is not nn.Embedding:
             layout_of(module)  # refuses what is no layer of a known type
         return Stored(module, record.format)
-    layer = layout_of(module).factorized(module, record.rank, record.storage)
+    layer = layout_of(module).factorized(module, record.rank, record.storage, record.form)
     if record.format != FLOAT:
         layer.down = Stored(layer.down, record.format, guarded=False)
         layer.up = Stored(layer.up, record.format, guarded=False)

@@ -97,7 +97,7 @@ def _gradients(answer: torch.Tensor, outputs: list[tuple[str, torch.Tensor]]) ->
 
 def _moves_two(layer: nn.Module, grad: torch.Tensor) -> bool:
     """Return whether a gradient reaches two of a layer's features alone, of three or more."""
-    features = layout_of(layer).output_rows(grad).flatten(-2)
+    features = layout_of(layer).output_rows(layer, grad).flatten(-2)
     return features.shape[-1] >= CLASSES and int((features.flatten(0, -2) != 0).any(0).sum()) == 2
 
 

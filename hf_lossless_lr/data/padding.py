@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..layers import layout_of
 from .architectures import TOKENS_FIRST
 from .cutting import sequence_masks
 from .labels import batch_examples
@@ -95,7 +96,7 @@ class PaddingMasks:
 
         Asked once the batch went through the whole model, it knows all masks; before, some may not be made yet.
         """
-        own, shape = self.main, x.shape[:-1]
+        own, shape = self.main, layout_of(module).row_shape(module, x)
         if self.encoder is not None and id(module) not in self.in_encoder and id(x) not in self.encoded:
             own = self.decoder
         nearest = [mask for place in self.around.get(id(module), ()) for mask in self.handed.get(place, ())]

@@ -3,6 +3,7 @@
 `linalg` and `decomposition` know tensors only.
 """
 
+from .batch_norms import batch_norms, shifted_batch_norms
 from .curves import LossCurve, RoundingCost
 from .factorize import Factorization, factorize, loss_curve
 from .filling import fill
@@ -10,25 +11,44 @@ from .linalg import damped
 from .metrics import METRICS
 from .refit import RefitTarget, refit, refit_groups
 from .rounding import RoundedFactors, round_dense, round_factors, rounding_costs
-from .shelf import ShelvedFactorizations
+from .shelf import Forms, ShelvedFactorizations
 from .signal import silent_layers
+from .spatial import (
+    SpatialFactorization,
+    factorize_spatially,
+    has_spatial_candidates,
+    spatial_curve,
+    spatial_matrix,
+    spatial_metric,
+    spatial_needs,
+)
 
 __all__ = [
     "METRICS",
     "Factorization",
+    "Forms",
     "LossCurve",
     "RefitTarget",
     "RoundedFactors",
     "RoundingCost",
     "ShelvedFactorizations",
+    "SpatialFactorization",
+    "batch_norms",
     "damped",
     "factorize",
+    "factorize_spatially",
     "fill",
+    "has_spatial_candidates",
     "loss_curve",
     "refit",
     "refit_groups",
     "round_dense",
     "round_factors",
     "rounding_costs",
+    "shifted_batch_norms",
     "silent_layers",
+    "spatial_curve",
+    "spatial_matrix",
+    "spatial_metric",
+    "spatial_needs",
 ]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..formats import FLOAT
-from ..layers import break_even_rank, factorized_parameters, storage_in
+from ..layers import CHANNEL, break_even_rank, factorized_parameters, storage_in
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,9 @@ class LossCurve:
         rank_multiple: multiple that ranks of this layer are restricted to.
         pivots_inputs: whether pivots, where there are any, are inputs of the layer rather than outputs.
         rounding: what each number format costs that the layer may be stored in, finest first; None where nothing.
+        form: which matrix of a kernel this is about: `channel`, or `spatial`, of `(out · kw, in · kh)`.
+        width: `kw` in the spatial form.
+        others: the curves of the other forms that the layer may take.
     """
 
     out_features: int
@@ -58,6 +61,13 @@ class LossCurve:
     rank_multiple: int = 1
     pivots_inputs: bool = False
     rounding: Mapping[str, RoundingCost | None] = field(default_factory=lambda: {FLOAT: None})
+    form: str = CHANNEL
+    width: int = 1
+    others: Mapping[str, LossCurve] = field(default_factory=dict)
+
+    def in_form(self, form: str) -> LossCurve:
+        """Return the curve of a form of the layer."""
+        return self if form == self.form else self.others[form]
 
     @property
     def dense_parameters(self) -> int:

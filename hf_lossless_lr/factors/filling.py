@@ -6,18 +6,19 @@ from typing import Any
 
 import torch
 
-from ..formats import FLOAT, FORMATS, Grid
+from ..formats import FLOAT, FORMATS, Grid, NumberFormat
 from ..layers import as_matrix, set_grid
 from .decomposition import MetricFactors
-from .factorize import Factorization, FactorTensors
-from .rounding import round_dense, round_factors
+from .factorize import SMALLEST_NORM, Factorization, FactorTensors
+from .rounding import RoundedFactors, round_dense, round_factors
+from .spatial import SpatialFactorization, solved_second
 
 
 @torch.no_grad()
 def fill(
     layer: Any,
     weight: torch.Tensor,
-    factorization: Factorization | None,
+    factorization: Factorization | SpatialFactorization | None,
     hessian: torch.Tensor | None,
     number_format: str = FLOAT,
 ) -> None:
@@ -41,17 +42,34 @@ def fill(
         rounded = [round_dense(weight[n], hessian[n], kind) for n in matrices]
         _load_dense(layer, torch.cat([matrix for matrix, _ in rounded]), _below([grid for _, grid in rounded]))
         return
-    parts = [Factorization(MetricFactors(*each)) for each in zip(*factorization.factors, strict=True)]
-    found = [
-        round_factors(part, layer.rank, layer.storage, layer.pivots_inputs, weight[n], hessian[n], kind)
-        for n, part in enumerate(parts)
-    ]
+    if isinstance(factorization, SpatialFactorization):
+        first = factorization.truncate(layer.rank).down
+        found = [_rounded_filters(first[n], weight[n], hessian[n], factorization.width, kind) for n in matrices]
+    else:
+        parts = [Factorization(MetricFactors(*each)) for each in zip(*factorization.factors, strict=True)]
+        found = [
+            round_factors(part, layer.rank, layer.storage, layer.pivots_inputs, weight[n], hessian[n], kind)
+            for n, part in enumerate(parts)
+        ]
     down, up, orders = zip(*(each.factors for each in found), strict=True)
     layer.load_factors(
         *FactorTensors(torch.stack(down), torch.stack(up), None if orders[0] is None else torch.stack(orders))
     )
     set_grid(layer.down, _below([each.down for each in found]))
     set_grid(layer.up, _below([each.up for each in found]))
+
+
+def _rounded_filters(
+    first: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor, width: int, kind: NumberFormat
+) -> RoundedFactors:
+    """Round the filters of a spatial form: the first ones, then the second as they fit best to these."""
+    up, _ = solved_second(first, weight, hessian, width)
+    norms = up.unflatten(-1, (len(first), width)).norm(dim=(0, -1)).clamp_min(SMALLEST_NORM)
+    vertical = hessian.unflatten(-1, (-1, width)).unflatten(0, (-1, width)).diagonal(dim1=1, dim2=3).mean(-1)
+    down, down_grid = round_dense(first * norms[:, None], vertical, kind)  # those of a group share their grids
+    up, between = solved_second(down.double(), weight, hessian, width)
+    up, up_grid = round_dense(up, between, kind)
+    return RoundedFactors(FactorTensors(down, up, None), down_grid, up_grid)
 
 
 def _below(grids: list[Grid]) -> Grid:

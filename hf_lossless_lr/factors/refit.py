@@ -33,16 +33,18 @@ from transformers.utils import logging
 
 from ..data import PaddingMasks
 from ..formats import FLOAT
-from ..layers import evaluating, in_place, is_factorized, weight_matrices
-from ..statistics import CalibrationStatistics, Group, Pause, Stream, gram, pausing, precision_of
+from ..layers import SPATIAL, evaluating, in_place, is_factorized, weight_matrices
+from ..statistics import CalibrationStatistics, Group, Pause, Stream, gram, pausing, precision_of, rows_of
 from ..timing import Clock
 from .decomposition import metric_svd
 from .factorize import Factorization
 from .filling import fill
 from .linalg import damped, shifted_weight
+from .spatial import factorize_spatially
 
 CHUNK = 4096  # rows that small batches are joined to, for their products
-RIDGE = 0.2  # of each channel, towards the weight; below, it overfits 1,024 examples where little is compressed
+RIDGE = 6.0  # times features / rows, of each channel, towards the weight: docs/method.md
+LARGEST_RIDGE = 0.5
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,8 @@ def refit(
                 if products is not None:
                     left -= set(group)
                     with clock.timed("refit_solves"):
-                        for name, output_cross in zip(group, products.output_cross, strict=True):
-                            _solve(targets[name], output_cross, products.input_gram, damping)
+                        for place, name in enumerate(group):
+                            _solve(targets[name], products, place, damping)
         finally:
             for stream in dense + compressed:
                 stream.throw(greenlet.GreenletExit)
@@ -134,8 +136,8 @@ def _pauses(targets: Mapping[str, RefitTarget], groups: Sequence[Group]) -> list
         behind = _compares_outputs([targets[name] for name in group])
         for name in group:
             target = targets[name]
-            pauses.append(Pause(group, target.dense, target.dense, behind))
-            pauses.append(Pause(group, target.layer, target.dense, behind=False))
+            pauses.append(Pause(group, target.dense, rows_of(target.dense), behind))
+            pauses.append(Pause(group, target.layer, rows_of(target.dense), behind=False))
     return pauses
 
 
@@ -145,10 +147,12 @@ class _Products(NamedTuple):
     Attributes:
         output_cross: `W X X'ᵀ` of each layer of the group.
         input_gram: `X' X'ᵀ`.
+        ridge: of the fit to them; the fewer rows for each feature, the more.
     """
 
     output_cross: tuple[torch.Tensor, ...]
     input_gram: torch.Tensor
+    ridge: float
 
 
 def _compares_outputs(group: Sequence[RefitTarget]) -> bool:
@@ -174,35 +178,53 @@ def _products(
     matrices, out, size = stacked.shape
     cross = stacked.new_zeros((matrices, out if outputs else size, size), dtype=precision_of(size))
     input_gram = cross.new_zeros((matrices, size, size))
-    pairs = [(dense.rows, compressed.rows) for dense, compressed in streams]
-    paired = [(d, c) for d, c in pairs if d is not None and c is not None and d.shape[-2] == c.shape[-2]]
-    for dense_rows, shifted_rows in _chunks(paired):
+    rows_seen = unpaired = 0
+    for dense_rows, shifted_rows in _chunks(streams):
+        if dense_rows is None or shifted_rows is None:
+            unpaired += 1
+            continue
+        rows_seen += dense_rows.shape[-2]
         cross += dense_rows.mT @ shifted_rows
         input_gram += gram(shifted_rows)
-    counts = torch.tensor([sum(d.shape[-2] for d, _ in paired), len(pairs) - len(paired)], device=cross.device)
+    counts = torch.tensor([rows_seen, unpaired], device=cross.device)
     cross, input_gram, counts = (accelerator.reduce(total, "sum") for total in (cross, input_gram, counts))
     rows, unpaired = counts.tolist()
     if rows == 0 or unpaired:
         return None
     if not outputs:
         cross = stacked.to(cross.dtype) @ cross
-    return _Products(torch.split(cross / rows, [weight.shape[-2] for weight in weights], dim=-2), input_gram / rows)
+    ridge = min(RIDGE * size / rows, LARGEST_RIDGE)
+    output_cross = torch.split(cross / rows, [weight.shape[-2] for weight in weights], dim=-2)
+    return _Products(output_cross, input_gram / rows, ridge)
 
 
-def _chunks(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Join the rows of small batches: one product of many rows costs less than many products of few."""
+def _chunks(streams: Sequence[tuple[Stream, Stream]]) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None]]:
+    """Yield the rows of pairs of streams, those of small batches joined: one product of many rows costs less.
+
+    Rows are made one pair after the other, and a pair of streams with other rows in one than in the other is None.
+    """
     chunk: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for index, pair in enumerate(pairs):
-        chunk.append(pair)
-        if sum(rows.shape[-2] for rows, _ in chunk) >= CHUNK or index == len(pairs) - 1:
+    for index, (dense, compressed) in enumerate(streams):
+        rows = None if dense.rows is None or compressed.rows is None else (dense.rows(), compressed.rows())
+        if rows is None or rows[0].shape[-2] != rows[1].shape[-2]:
+            yield None, None
+        else:
+            chunk.append(rows)
+        if chunk and (sum(rows.shape[-2] for rows, _ in chunk) >= CHUNK or index == len(streams) - 1):
             dense_rows, shifted_rows = zip(*chunk, strict=True)
             yield torch.cat(dense_rows, dim=-2), torch.cat(shifted_rows, dim=-2)
             chunk = []
 
 
-def _solve(target: RefitTarget, output_cross: torch.Tensor, input_gram: torch.Tensor, damping: float) -> None:
-    weight = shifted_weight(weight_matrices(target.dense), output_cross, input_gram, RIDGE)
+def _solve(target: RefitTarget, products: _Products, place: int, damping: float) -> None:
+    input_gram, output_cross = products.input_gram, products.output_cross[place]
+    weight = shifted_weight(weight_matrices(target.dense), output_cross, input_gram, products.ridge)
     inputs, factorization = damped(input_gram, damping), None
+    if is_factorized(target.layer) and target.layer.form == SPATIAL:
+        kernel, rank = target.layer.kernel_size, target.layer.rank
+        spatial = factorize_spatially(weight, input_gram, target.grad_covariance(), kernel, damping, rank)
+        fill(target.layer, weight, spatial, inputs, target.number_format)
+        return
     if is_factorized(target.layer):
         factorization = Factorization(metric_svd(weight, inputs, damped(target.grad_covariance(), damping)))
     fill(target.layer, weight, factorization, inputs, target.number_format)

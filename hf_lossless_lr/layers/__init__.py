@@ -4,7 +4,7 @@ A layer type is one file: its layout (how its weight is one or several matrices)
 room tests for a layer type.
 """
 
-from .conv2d import FactorizedConv2d
+from .convolution import FactorizedConv1d, FactorizedConv2d
 from .coverage import other_weights
 from .factorized import METHOD, Factorized, called_with, is_factorized, layers_in
 from .layout import Layout, layout_of, to_dense, weight_matrices
@@ -24,6 +24,9 @@ from .rounded import (
     stored_bytes,
 )
 from .storage import (
+    CHANNEL,
+    FORMS,
+    SPATIAL,
     STORAGE_CHOICES,
     STORAGES,
     break_even_rank,
@@ -36,10 +39,14 @@ from .stored import Stored, is_complete, stored_in
 from .targets import Targets, check_model, find_targets
 
 __all__ = [
+    "CHANNEL",
+    "FORMS",
     "METHOD",
+    "SPATIAL",
     "STORAGES",
     "STORAGE_CHOICES",
     "Factorized",
+    "FactorizedConv1d",
     "FactorizedConv2d",
     "FactorizedLinear",
     "Layout",

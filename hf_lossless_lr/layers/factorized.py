@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..errors import ConfigurationError
-from .storage import STORAGES
+from .storage import CHANNEL, STORAGES
 
 METHOD = "lossless_lr"
 """Name of our format among Transformers' quantization methods."""
@@ -45,6 +45,8 @@ class Factorized(nn.Module):
     """Shape of the guard."""
 
     feature_dim = -1
+    form = CHANNEL
+    groups = 1
     pivots_inputs = False
     layer_type: str
     down: Any  # a linear layer or a convolution, or what holds its weight in another form
@@ -66,9 +68,10 @@ class Factorized(nn.Module):
 
     def _finish(self, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
         """Register the bias, the permutation and the guard; `down` and `up` exist already."""
-        parameter = nn.Parameter(torch.zeros(self.out_features, device=device, dtype=dtype)) if bias else None
+        outputs = self.groups * self.out_features
+        parameter = nn.Parameter(torch.zeros(outputs, device=device, dtype=dtype)) if bias else None
         self.register_parameter("bias", parameter)
-        permuted = self.in_features if self.pivots_inputs else self.out_features
+        permuted = self.in_features if self.pivots_inputs else outputs
         order = torch.arange(permuted, device=device, dtype=torch.int32)
         self.register_buffer("permutation", order if self.storage == "pivoted" else None)
         self.register_buffer("weight", torch.zeros(self.guard_shape, device=device, dtype=dtype))
@@ -96,14 +99,16 @@ class Factorized(nn.Module):
 
     def _with_bias(self, up: Any, z: torch.Tensor) -> torch.Tensor:
         """Apply `up` and the bias; in one product, where that can be, which spares a pass over the outputs."""
-        if _is_plain(up):
+        if is_plain(up, nn.Linear):
             return F.linear(z, up.weight, self._parameters["bias"])
         return self._plus_bias(up(z))
 
     def _plus_bias(self, y: torch.Tensor) -> torch.Tensor:
-        if self.bias is None:
-            return y
-        return y + (self.bias if self.feature_dim == -1 else self.bias[:, None, None])
+        return y if self.bias is None else y + self.bias
+
+    def _order_stored(self, permutation: torch.Tensor) -> torch.Tensor:
+        """Return the order as it is stored, of all matrices of the layer together."""
+        return permutation
 
     @torch.no_grad()
     def load_factors(
@@ -116,9 +121,9 @@ class Factorized(nn.Module):
         """Copy factors into the layer, casting them once to its dtype.
 
         Args:
-            down: right factor, pivot rows, or coefficients of other inputs.  # shape: (rank, in or in - rank)
-            up: left factor, pivot columns, or coefficients of other outputs.  # shape: (out or out - rank, rank)
-            permutation: order of the outputs or of the inputs, for pivoted storage.  # shape: (out,) or (in,)
+            down: right factor, pivot rows, or coefficients of other inputs.  # shape: (..., rank, in or in - rank)
+            up: left factor, pivot columns, or coefficients of other outputs.  # shape: (..., out or out - rank, rank)
+            permutation: order of the outputs or of the inputs, for pivoted storage.  # shape: (..., out) or (in,)
             bias: bias of the dense layer, if it has one.  # shape: (out,)
 
         Raises:
@@ -131,7 +136,7 @@ class Factorized(nn.Module):
         self.down.weight.copy_(down.reshape(self.down.weight.shape))
         self.up.weight.copy_(up.reshape(self.up.weight.shape))
         if self.permutation is not None and permutation is not None:
-            self.permutation.copy_(permutation.reshape(self.permutation.shape))
+            self.permutation.copy_(self._order_stored(permutation).reshape(self.permutation.shape))
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
 
@@ -162,9 +167,9 @@ class Factorized(nn.Module):
         )
 
 
-def _is_plain(factor: Any) -> bool:
-    """Return whether a factor is a linear layer on which nothing hangs: no adapter, no hook, no other weight."""
-    if type(factor) is not nn.Linear or "forward" in vars(factor):
+def is_plain(factor: Any, layer_type: type[nn.Module]) -> bool:
+    """Return whether a factor is of that type and nothing hangs on it: no adapter, no hook, no other weight."""
+    if type(factor) is not layer_type or "forward" in vars(factor):
         return False
     return not (
         factor._forward_hooks or factor._forward_pre_hooks or factor._backward_hooks or factor._backward_pre_hooks
@@ -173,7 +178,7 @@ def _is_plain(factor: Any) -> bool:
 
 def _applied(factor: Any, x: torch.Tensor) -> torch.Tensor:
     """Apply a factor; a plain one without the cost of calling a module, which counts for a few rows."""
-    return F.linear(x, factor.weight) if _is_plain(factor) else factor(x)
+    return F.linear(x, factor.weight) if is_plain(factor, nn.Linear) else factor(x)
 
 
 def layers_in(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, tuple[int, ...]]]:

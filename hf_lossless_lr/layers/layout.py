@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import TargetError
 from .factorized import Factorized
+from .storage import CHANNEL
 
 
 class Layout(Protocol):
@@ -22,15 +23,28 @@ class Layout(Protocol):
     A linear layer is one matrix, a convolution in `g` groups `g` of them. Matrices of a layer have the same shape.
 
     Attributes:
-        by_default: whether layers of this type are targets where none are named.
         pivots_narrow_side: whether pivots are inputs where these are fewer than the outputs; else they are outputs.
     """
 
-    by_default: bool
     pivots_narrow_side: bool
 
-    def matrices(self, weight: torch.Tensor) -> torch.Tensor:
+    def refusal(self, module: nn.Module) -> str | None:
+        """Return why a layer of this type cannot be factorized; None if it can."""
+
+    def forms(self, module: nn.Module) -> tuple[str, ...]:
+        """Return the forms that a layer may be factorized in: `channel` first."""
+
+    def kernel_size(self, module: nn.Module) -> tuple[int, ...]:
+        """Return the sizes of a kernel; nothing for a layer that has none."""
+
+    def matrices(self, module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
         """Return a weight, or its gradient, as matrices that share its memory.  # shape: (groups, out, in)."""
+
+    def row_shape(self, module: nn.Module, x: torch.Tensor) -> torch.Size:
+        """Return the shape of the rows that the layer returns for an input, as a mask of these rows would have it."""
+
+    def positions(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+        """Return which rows of each example stand for all of them, as `input_rows` has them; None for all."""
 
     def input_rows(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """Return the layer input as rows that the matrices act on.  # shape: (..., groups, in)."""
@@ -41,10 +55,10 @@ class Layout(Protocol):
     def random_input(self, module: nn.Module, rows: int) -> torch.Tensor:
         """Return an input that is at least `rows` rows, and hardly more, on the module's device and in its dtype."""
 
-    def output_rows(self, y: torch.Tensor) -> torch.Tensor:
-        """Return a layer output, or its gradient, as what the matrices return.  # shape: (..., groups, out)."""
+    def output_rows(self, module: nn.Module, y: torch.Tensor) -> torch.Tensor:
+        """Return all rows of a layer output, or of its gradient, by matrix.  # shape: (..., groups, out)."""
 
-    def factorized(self, module: nn.Module, rank: int, storage: str) -> Factorized:
+    def factorized(self, module: nn.Module, rank: int, storage: str, form: str = CHANNEL) -> Factorized:
         """Return an uninitialized factorized layer on the module's device and in its dtype."""
 
     def dense(self, module: Any) -> nn.Module:
@@ -66,7 +80,8 @@ def fill_dense(layer: Any, source: Factorized, weight: torch.Tensor) -> nn.Modul
 LAYOUTS: dict[type[nn.Module], Layout] = {}
 """Dense layer types that can be factorized, each entered by its own file.
 
-Matched exactly: a subclass may keep its weight in another form.
+A subclass has the layout of its base; whether it answers as that says is for the choice of targets to find out, for it
+may keep its weight in another form.
 """
 
 
@@ -84,7 +99,7 @@ def layout_of(module: nn.Module) -> Layout:
     """Return the layout of a dense layer.
 
     Args:
-        module: a layer whose exact type is in `LAYOUTS`.
+        module: a layer whose type is in `LAYOUTS`, or a subclass of one that is.
 
     Returns:
         Its layout.
@@ -92,15 +107,21 @@ def layout_of(module: nn.Module) -> Layout:
     Raises:
         TargetError: if the type is not supported.
     """
-    if type(module) not in LAYOUTS:
+    layout = find_layout(module)
+    if layout is None:
         known = ", ".join(sorted(known.__name__ for known in LAYOUTS))
         raise TargetError(f"layers of type {type(module).__name__} cannot be factorized; supported are {known}.")
-    return LAYOUTS[type(module)]
+    return layout
+
+
+def find_layout(module: nn.Module) -> Layout | None:
+    """Return the layout of a dense layer, or None for a module that is none."""
+    return next((LAYOUTS[kind] for kind in type(module).__mro__ if kind in LAYOUTS), None)
 
 
 def weight_matrices(module: Any) -> torch.Tensor:
     """Return the weight of a dense layer as matrices that share its memory.  # shape: (groups, out, in)."""
-    return layout_of(module).matrices(module.weight.detach())
+    return layout_of(module).matrices(module, module.weight.detach())
 
 
 def to_dense(module: nn.Module) -> nn.Module:

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..errors import ConfigurationError
 from .factorized import Factorized
 from .layout import fill_dense, register
+from .storage import CHANNEL
 
 
 class FactorizedLinear(Factorized):
@@ -51,11 +53,25 @@ class FactorizedLinear(Factorized):
 
 
 class _LinearLayout:
-    by_default = True
     pivots_narrow_side = True
 
-    def matrices(self, weight: torch.Tensor) -> torch.Tensor:
+    def refusal(self, module: nn.Module) -> str | None:
+        return None
+
+    def forms(self, module: nn.Module) -> tuple[str, ...]:
+        return (CHANNEL,)
+
+    def kernel_size(self, module: nn.Module) -> tuple[int, ...]:
+        return ()
+
+    def matrices(self, module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
         return weight[None]
+
+    def row_shape(self, module: nn.Module, x: torch.Tensor) -> torch.Size:
+        return x.shape[:-1]
+
+    def positions(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+        return None
 
     def input_rows(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return x.unsqueeze(-2)
@@ -65,20 +81,22 @@ class _LinearLayout:
 
     def random_input(self, module: Any, rows: int) -> torch.Tensor:
         weight = module.weight
-        return torch.randn(rows, self.matrices(weight).shape[-1], device=weight.device, dtype=weight.dtype)
+        return torch.randn(rows, self.matrices(module, weight).shape[-1], device=weight.device, dtype=weight.dtype)
 
-    def output_rows(self, y: torch.Tensor) -> torch.Tensor:
+    def output_rows(self, module: nn.Module, y: torch.Tensor) -> torch.Tensor:
         return y.unsqueeze(-2)
 
-    def factorized(self, module: Any, rank: int, storage: str) -> FactorizedLinear:
-        _, out_features, in_features = self.matrices(module.weight).shape
+    def factorized(self, module: Any, rank: int, storage: str, form: str = CHANNEL) -> FactorizedLinear:
+        if form != CHANNEL:
+            raise ConfigurationError(f"form: a {type(module).__name__} has no {form} form.")
+        _, out_features, in_features = self.matrices(module, module.weight).shape
         return FactorizedLinear(
             in_features,
             out_features,
             rank,
             bias=module.bias is not None,
             storage=storage,
-            layer_type=type(module).__name__,
+            layer_type="Conv1D" if isinstance(module, Conv1D) else "Linear",
             device=module.weight.device,
             dtype=module.weight.dtype,
         )
@@ -91,7 +109,7 @@ class _LinearLayout:
 
 
 class _Conv1DLayout(_LinearLayout):
-    def matrices(self, weight: torch.Tensor) -> torch.Tensor:
+    def matrices(self, module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
         return weight.T[None]
 
     def dense(self, module: FactorizedLinear) -> nn.Module:

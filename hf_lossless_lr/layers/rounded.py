@@ -10,7 +10,7 @@ from torch import nn
 
 from ..formats import FLOAT, FORMATS, Grid
 from .factorized import is_factorized
-from .layout import LAYOUTS
+from .layout import find_layout
 
 ATTRIBUTE = "number_grid"  # no buffer: neither a cast nor a state dict is to see it
 
@@ -68,9 +68,8 @@ def as_matrix(module: Any, weight: torch.Tensor) -> torch.Tensor:
     Returns:
         The matrix, those of a layer below one another.  # shape: (rows, columns)
     """
-    if type(module) in LAYOUTS:
-        return LAYOUTS[type(module)].matrices(weight).flatten(0, 1)
-    return weight.flatten(1)
+    layout = find_layout(module)
+    return weight.flatten(1) if layout is None else layout.matrices(module, weight).flatten(0, 1)
 
 
 def from_matrix(module: Any, matrix: torch.Tensor, shape: torch.Size) -> torch.Tensor:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from ..formats import FLOAT, FORMATS
 
+CHANNEL, SPATIAL = FORMS = ("channel", "spatial")
+"""Which matrix of a kernel is factorized: `(out, in * kh * kw)`, or `(out * kw, in * kh)`; a plain weight has one."""
+
 PERMUTATION_BYTES = 4  # for each output, or input
 STORAGES = ("pivoted", "two-factor")
 STORAGE_CHOICES = ("auto", "fastest", *STORAGES)
@@ -93,6 +96,7 @@ def weight_bytes(
     number_format: str,
     itemsize: int,
     pivots_inputs: bool,
+    width: int = 1,
 ) -> int:
     """Return the bytes that a checkpoint holds of a weight: factors, scales, permutation; no bias and no guard.
 
@@ -104,6 +108,7 @@ def weight_bytes(
         number_format: `float` or a key of `FORMATS`.
         itemsize: bytes of a number in `float`.
         pivots_inputs: whether pivots, where there are any, are inputs rather than outputs.
+        width: rows of the weight that are one row of `up`: the width of a kernel in its spatial form.
 
     Returns:
         The bytes.
@@ -113,5 +118,5 @@ def weight_bytes(
     stored = choose_storage(out_features, in_features, rank, storage_in(number_format, storage))
     pivots = rank if stored == "pivoted" else 0
     down = matrix_bytes(rank, in_features - pivots * pivots_inputs, number_format, itemsize)
-    up = matrix_bytes(out_features - pivots * (not pivots_inputs), rank, number_format, itemsize)
+    up = matrix_bytes(out_features // width - pivots * (not pivots_inputs), rank * width, number_format, itemsize)
     return down + up + (PERMUTATION_BYTES * (in_features if pivots_inputs else out_features) if pivots else 0)

@@ -11,7 +11,7 @@ import difflib
 import fnmatch
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 
 from ..errors import TargetError
 from .factorized import METHOD, is_factorized
-from .layout import LAYOUTS
+from .layout import LAYOUTS, find_layout
+from .subclasses import answers_as_its_base
 
 EXACT, SUFFIX, REGEX, GLOB, TYPE, NO_MATCH = 5, 4, 3, 2, 1, 0
 
@@ -43,7 +44,8 @@ def match_specificity(pattern: str, name: str, module: nn.Module) -> int:
     """Return how specifically a pattern matches a module: `EXACT` … `TYPE`, or `NO_MATCH`.
 
     Args:
-        pattern: exact name or end of a name, `re:` and a regular expression (matched in full), glob, or type name.
+        pattern: exact name or end of a name, `re:` and a regular expression (matched in full), glob, or name of its
+            type or of a base of it.
         name: qualified name of the module.
         module: the module.
 
@@ -64,7 +66,7 @@ def match_specificity(pattern: str, name: str, module: nn.Module) -> int:
         return SUFFIX
     if any(c in pattern for c in "*?[") and fnmatch.fnmatchcase(name, pattern):
         return GLOB
-    return TYPE if pattern == type(module).__name__ else NO_MATCH
+    return TYPE if pattern in {kind.__name__ for kind in type(module).__mro__[:-1]} - {"Module"} else NO_MATCH
 
 
 def _best(patterns: Sequence[str], name: str, module: nn.Module) -> int:
@@ -79,9 +81,10 @@ def find_targets(
 ) -> Targets:
     """Choose the layers to factorize.
 
-    By default: every `nn.Linear` and `Conv1D` of the base model. Tied weights, output embeddings, task heads and
-    poolers stay dense unless a name, regular expression or glob in `target_modules` asks for them; tied weights
-    cannot be asked for. Convolutions are chosen by name or by the type `Conv2d`.
+    By default: every `nn.Linear`, `Conv1D`, `nn.Conv1d` and `nn.Conv2d` of the base model, and subclasses that answer
+    as these do. Tied weights, output embeddings, task heads and poolers stay dense unless a name, regular expression
+    or glob in `target_modules` asks for them; tied weights cannot be asked for. Depthwise convolutions, and layers
+    that compute something else than their type, stay dense always.
 
     Args:
         model: the dense model.
@@ -105,11 +108,13 @@ def find_targets(
         wanted = _best(target_modules or (), name, module)
         unwanted = _best(ignore or (), name, module)
         if target_modules is None:
-            wanted = TYPE if _is_quantized(module) or LAYOUTS[type(module)].by_default else NO_MATCH
+            wanted = TYPE
         if unwanted and unwanted >= wanted:
             skipped[name] = "in `ignore`"
         elif not wanted:
-            skipped[name] = "a convolution" if target_modules is None else "not in `target_modules`"
+            skipped[name] = "not in `target_modules`"
+        elif refusal := _refusal(module):
+            skipped[name] = refusal
         elif name in reasons and (wanted <= TYPE or reasons[name] == "tied"):
             if wanted > TYPE:
                 raise TargetError(f"{name!r} shares its weight with another module and cannot be factorized.")
@@ -126,16 +131,26 @@ def find_targets(
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers that could be targets; an encoder layer of torch reads its layers' weights and skips them."""
+    """Return the layers that could be targets: not those whose weights a module around them reads by itself."""
     modules = dict(model.named_modules())
-    readers = (module for module in modules.values() if isinstance(module, nn.TransformerEncoderLayer))
+    readers = (m for m in modules.values() if isinstance(m, (nn.TransformerEncoderLayer, nn.MultiheadAttention)))
     read = {id(child) for module in readers for child in module.children()}
     return {name: module for name, module in modules.items() if _is_layer(module) and id(module) not in read}
 
 
 def _is_layer(module: nn.Module) -> bool:
     """A layer of a known type whose weight is its own parameter, not computed from others (by a weight norm)."""
-    return _is_quantized(module) or (type(module) in LAYOUTS and "weight" in _own_parameters(module))
+    return _is_quantized(module) or (find_layout(module) is not None and "weight" in _own_parameters(module))
+
+
+def _refusal(module: nn.Module) -> str | None:
+    """Return why a layer cannot be factorized, whoever asks for it; quantized ones are an error later on."""
+    layout = find_layout(module)
+    if layout is None or _is_quantized(module) or module.weight.is_meta:
+        return None
+    if not answers_as_its_base(module):
+        return f"{type(module).__name__} computes something else than its base type"
+    return layout.refusal(module)
 
 
 def _is_quantized(module: nn.Module) -> bool:
@@ -164,6 +179,7 @@ def _default_skips(model: PreTrainedModel) -> dict[str, str]:
     """Return the reason for each module that the defaults leave alone."""
     reasons: dict[str, str] = {}
     outside = _outside_of_bases(model)
+    heads = {id(module) for module in _classifiers(model)}
     places = Counter(id(parameter) for module in model.modules() for parameter in _own_parameters(module).values())
     tied_keys = getattr(model, "all_tied_weights_keys", None) or {}
     tied_keys = set(tied_keys) | set(tied_keys.values())
@@ -175,9 +191,19 @@ def _default_skips(model: PreTrainedModel) -> dict[str, str]:
             reasons[name] = "output embeddings"
         elif "pooler" in name.split("."):
             reasons[name] = "pooler"
-        elif id(module) in outside:
+        elif id(module) in outside or id(module) in heads:
             reasons[name] = "task head"
     return reasons
+
+
+def _classifiers(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules of the classifiers that models inside name by themselves, as timm's do."""
+    for whole in model.modules():
+        ask = getattr(whole, "get_classifier", None)
+        found = ask() if callable(ask) else ()
+        for head in found if isinstance(found, (tuple, list)) else (found,):
+            if isinstance(head, nn.Module):
+                yield from head.modules()
 
 
 def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -209,15 +235,13 @@ def _check_patterns(option: str, patterns: Sequence[str] | None, candidates: dic
 
 def _nothing_left(model: PreTrainedModel, skipped: dict[str, str]) -> str:
     name = type(model).__name__
-    own = sorted({type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear) and type(m) not in LAYOUTS})
-    if own:
-        return f"{name} has no layer that can be factorized: its linear layers are of a type of their own ({own[0]})."
     if not skipped:
-        return f"{name} has no layer that can be factorized (Linear, Conv1D or Conv2d)."
+        known = ", ".join(kind.__name__ for kind in LAYOUTS)
+        return f"{name} has no layer that can be factorized ({known})."
     listed = "; ".join(f"{layer} ({reason})" for layer, reason in list(skipped.items())[:5])
     return (
         f"no layer of {name} is left to factorize; skipped: {listed}{' …' if len(skipped) > 5 else ''}. Name layers "
-        "in `target_modules`, for instance target_modules=['Conv2d'] for a convolutional network."
+        "in `target_modules`."
     )
 
 

@@ -52,7 +52,7 @@ def budget_of(
     examples = batch_examples(batch)
     flops = forward_flops(dense.model, targets, batch, examples)
     if config.size == "flops":
-        return Budget(flop_sizes(curves, flops.rows), flops.fixed if whole else 0.0)
+        return Budget(flop_sizes(curves, flops.rows, flops.widening), flops.fixed if whole else 0.0)
     measured: list[Any] = [None]
     if accelerator.is_main_process:
         rows = {name: math.ceil(count * examples) for name, count in flops.rows.items()}

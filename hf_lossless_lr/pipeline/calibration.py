@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ..checkpoint import LosslessLowRankConfig
 from ..data import DataSplits, forward_loss, subset
 from ..errors import CheckpointError, ConfigurationError, TargetError
-from ..factors import Factorization, LossCurve
+from ..factors import Forms, LossCurve
 from ..fingerprint import tensors_fingerprint
 from ..layers import (
     Targets,
@@ -75,13 +75,13 @@ class Factors:
     Attributes:
         targets: which layers are factorized, and why others are not.
         skipped: the same about every other weight, with its size.
-        factorizations: nested factors of each target.
+        factorizations: nested factors of each target, by form.
         curves: predicted loss of each target.
     """
 
     targets: Targets
     skipped: dict[str, SkippedWeight]
-    factorizations: Mapping[str, Factorization]
+    factorizations: Mapping[str, Forms]
     curves: dict[str, LossCurve]
 
 
@@ -194,7 +194,7 @@ def _inputs(
     dense: Dense, config: LosslessLowRankConfig, parts: DataSplits, targets: Targets, accelerator: Accelerator
 ) -> dict[str, Any]:
     """Return what statistics and factors depend on."""
-    options = ("metric", "damping", "storage", "size", "formats", "rank_multiple", "objective")
+    options = ("metric", "damping", "storage", "size", "formats", "rank_multiple", "objective", "forms")
     return {
         "package": __version__,
         "model": dense.fingerprint,

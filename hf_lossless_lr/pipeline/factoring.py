@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers.utils import logging
@@ -14,15 +15,22 @@ from ..checkpoint import LosslessLowRankConfig
 from ..errors import NumericalError
 from ..factors import (
     Factorization,
+    Forms,
     LossCurve,
     RoundingCost,
     ShelvedFactorizations,
+    SpatialFactorization,
     factorize,
+    factorize_spatially,
+    has_spatial_candidates,
     loss_curve,
     rounding_costs,
+    spatial_curve,
+    spatial_matrix,
+    spatial_metric,
 )
 from ..formats import FLOAT
-from ..layers import Targets, layout_of, weight_matrices
+from ..layers import CHANNEL, SPATIAL, Targets, layout_of, weight_matrices
 from ..ranks import OBJECTIVES, default_multiple
 from ..statistics import CalibrationStatistics, LayerStatistics, Shelf
 
@@ -33,7 +41,7 @@ def factorize_targets(
     statistics: CalibrationStatistics,
     accelerator: Accelerator,
     shelf: Shelf | None,
-) -> tuple[Mapping[str, Factorization], dict[str, LossCurve]]:
+) -> tuple[Mapping[str, Forms], dict[str, LossCurve]]:
     """Factorize every target, and predict its loss at every rank.
 
     With a shelf, layers that are on it are not factorized again, and each process does a share of the others.
@@ -54,7 +62,7 @@ def factorize_targets(
     curves: dict[str, LossCurve] = {}
     is_main = accelerator.is_main_process
     if shelf is None:
-        factorizations: dict[str, Factorization] = {}
+        factorizations: dict[str, Forms] = {}
         for name, module in logging.tqdm(targets.chosen.items(), desc="Factorizing", disable=not is_main):
             factorizations[name], curves[name] = _factorized(name, module, statistics.layers[name], config)
         return factorizations, curves
@@ -87,18 +95,48 @@ def _cost(module: nn.Module) -> float:
 
 def _factorized(
     name: str, module: Any, stats: LayerStatistics, config: LosslessLowRankConfig
-) -> tuple[Factorization, LossCurve]:
-    weight = weight_matrices(module)
+) -> tuple[Forms, LossCurve]:
+    """Return the factorizations of a layer in each of its forms, and its curve, with those of the other forms."""
+    weight, layout = weight_matrices(module), layout_of(module)
     storage = "fastest" if (config.storage, config.size) == ("auto", "latency") else config.storage
     try:
         factorization = factorize(weight, stats, str(config.metric), config.damping)
+        spatial = _spatial(module, weight, stats, config)
     except NumericalError as error:
         raise NumericalError(f"{name!r}: {error}") from error
     curve = loss_curve(weight, factorization, stats, storage, OBJECTIVES[config.objective].needs_noise)
+    pivots_inputs = layout.pivots_narrow_side and curve.in_features < curve.out_features
+    curve = replace(_finished(curve, weight, factorization, stats, config), pivots_inputs=pivots_inputs)
+    if spatial is None:
+        return {CHANNEL: factorization}, curve
+    return {CHANNEL: factorization, SPATIAL: spatial[0]}, replace(curve, others={SPATIAL: spatial[1]})
+
+
+def _spatial(
+    module: Any, weight: torch.Tensor, stats: LayerStatistics, config: LosslessLowRankConfig
+) -> tuple[SpatialFactorization, LossCurve] | None:
+    layout = layout_of(module)
+    kernel = layout.kernel_size(module)
+    wanted = SPATIAL in (config.forms or ()) and SPATIAL in layout.forms(module)
+    if not wanted or not has_spatial_candidates(tuple(weight.shape), kernel):
+        return None
+    A, B = stats.input_covariance, stats.grad_covariance
+    spatial = factorize_spatially(weight, A, B, kernel, config.damping)
+    curve, matrix = spatial_curve(weight, spatial, A, B), spatial_matrix(weight, kernel)
+    seen = LayerStatistics(None, *spatial_metric(A, B, kernel), stats.tokens, stats.units)
+    return spatial, _finished(curve, matrix, Factorization(spatial.factors), seen, config)
+
+
+def _finished(
+    curve: LossCurve,
+    weight: torch.Tensor,
+    factorization: Factorization,
+    stats: LayerStatistics,
+    config: LosslessLowRankConfig,
+) -> LossCurve:
+    """Return a curve with the costs of rounding, and with the multiple that its ranks are taken from."""
     rounded = [number_format for number_format in config.formats or () if number_format != FLOAT]
     costs = rounding_costs(weight, factorization, stats, config.damping, rounded) if rounded else {}
     in_float: dict[str, RoundingCost | None] = {FLOAT: None} if FLOAT in (config.formats or ()) else {}
-    pivots_inputs = layout_of(module).pivots_narrow_side and curve.in_features < curve.out_features
     multiple = config.rank_multiple or default_multiple(weight.device.type, min(weight.shape[-2:]))
-    choices: dict[str, Any] = {"rank_multiple": multiple, "pivots_inputs": pivots_inputs}
-    return factorization, replace(curve, rounding={**in_float, **costs}, **choices)
+    return replace(curve, rounding={**in_float, **costs}, rank_multiple=multiple)

@@ -42,7 +42,9 @@ DRAWN = (
 def visited_point(curves: Mapping[str, LossCurve], trial: Trial, config: LosslessLowRankConfig) -> TrialRecord:
     """Return the record of a trial for the report."""
     predicted = sum(
-        curves[name].predicted_loss(*choice) for name, choice in trial.choices.items() if choice != Choice()
+        curves[name].in_form(choice.form).predicted_loss(choice.rank, choice.format)
+        for name, choice in trial.choices.items()
+        if choice != Choice()
     )
     record = TrialRecord(kept_share(curves, trial.choices), predicted, trial.refitted)
     if trial.loss is not None:
@@ -154,7 +156,8 @@ def _stored_as(skipped: Mapping[str, SkippedWeight], layers: Mapping[str, Any]) 
 
 
 def _layer_report(module: Any, curve: LossCurve, choice: Choice, layer: Any) -> LayerReport:
-    rank, number_format = choice
+    rank, number_format, form = choice
+    curve = curve.in_form(form)
     rounding = None if choice == Choice() else curve.rounding[number_format]
     return LayerReport(
         layer_type=type(module).__name__,
@@ -167,6 +170,8 @@ def _layer_report(module: Any, curve: LossCurve, choice: Choice, layer: Any) -> 
         first_order=None if curve.first_order is None else 0.0 if rank is None else float(curve.first_order[rank]),
         second_order=0.0 if rank is None else float(curve.second_order[rank]),
         format=number_format,
+        form=form,
+        groups=curve.groups,
         rounding=0.0 if rounding is None else rounding.at(rank),
         dense_bytes=stored_bytes(module),
         bytes=stored_bytes(module if layer is None else layer),

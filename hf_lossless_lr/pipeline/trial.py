@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ..checkpoint import FEWEST_JUDGES, LosslessLowRankConfig
 from ..data import dataset_size, subset
-from ..factors import RefitTarget, damped, fill, refit, refit_groups
+from ..factors import RefitTarget, batch_norms, damped, fill, refit, refit_groups, shifted_batch_norms
 from ..formats import FLOAT
 from ..layers import choose_storage, grids_in, layout_of, restore_grids, storage_in, weight_matrices
 from ..ranks import Choice, Choices
@@ -76,9 +76,10 @@ def build_layers(
     """Return what takes the place of dense layers, and of embeddings; what stays as it is is left out."""
     layers: dict[str, Any] = dict(rounded_embeddings(calibration.dense.model, config.embeddings))
     factors = calibration.factors
-    for name, (rank, number_format) in choices.items():
+    for name, choice in choices.items():
+        rank, number_format, form = choice
         module: Any = factors.targets.chosen[name]
-        if (rank, number_format) == (None, FLOAT):
+        if choice == Choice():
             continue
         hessian = None
         if number_format != FLOAT:
@@ -87,11 +88,11 @@ def build_layers(
             layers[name] = deepcopy(module)
             fill(layers[name], weight_matrices(module), None, hessian, number_format)
             continue
-        curve = factors.curves[name]
+        curve = factors.curves[name].in_form(form)
         storage = storage_in(number_format, curve.storage)
         stored = choose_storage(curve.out_features, curve.in_features, rank, storage)
-        layers[name] = layout_of(module).factorized(module, rank, stored)
-        fill(layers[name], weight_matrices(module), factors.factorizations[name], hessian, number_format)
+        layers[name] = layout_of(module).factorized(module, rank, stored, form)
+        fill(layers[name], weight_matrices(module), factors.factorizations[name][form], hessian, number_format)
         if module.bias is not None:
             with torch.no_grad():
                 layers[name].bias.copy_(module.bias)
@@ -99,7 +100,7 @@ def build_layers(
 
 
 def run_trial(calibration: Calibration, choices: Choices, config: LosslessLowRankConfig, clock: Clock) -> Trial:
-    """Build a choice, refit it, and keep the refit only if it brings predictions closer to the dense model's.
+    """Build a choice, refit it, and shift its batch normalizations; keep what brings predictions closer to the dense.
 
     That is judged on the selection split. Where this has fewer than `FEWEST_JUDGES` examples, a refit is made only if
     cross-validation over the calibration data shows that it helps.
@@ -129,6 +130,11 @@ def run_trial(calibration: Calibration, choices: Choices, config: LosslessLowRan
                 measured = after
             else:
                 _load(layers, plain)
+        if enough and not refitted and batch_norms(calibration.dense.model):
+            norms = _shifted_norms(calibration, layers, clock)
+            after = _outcomes(calibration, {**layers, **norms}, clock)
+            if _clearly_closer(measured, after, config.confidence):
+                layers, measured = {**layers, **norms}, after
     if calibration.parts.selection is None or measured is None:
         return Trial(dict(choices), layers, refitted, None, None)
     loss = loss_difference(measured.loss_increase, measured.units, config.confidence, bootstrap=False)
@@ -212,6 +218,13 @@ def _refit(
         )
 
 
+def _shifted_norms(calibration: Calibration, layers: Mapping[str, Any], clock: Clock) -> dict[str, nn.Module]:
+    parts = calibration.parts
+    loaders = [parts.calibration] if parts.refit is None else [parts.calibration, parts.refit]
+    with clock.timed("batch_norms"):
+        return shifted_batch_norms(calibration.dense.model, layers, loaders, calibration.accelerator)
+
+
 def _grad_covariance(statistics: CalibrationStatistics, name: str) -> torch.Tensor:
     return statistics.layers[name].grad_covariance
 
@@ -224,16 +237,23 @@ def _outcomes(calibration: Calibration, layers: Mapping[str, nn.Module], clock: 
 
 
 def _distances(outcomes: PairedOutcomes) -> np.ndarray:
-    """Return the summed distance of each cluster from the dense model's predictions; see `_distance`."""
+    """Return the summed distance of each cluster from the dense model's predictions.
+
+    It is the root of the KL divergence, or the loss where there is none. The divergence is much less noisy than a
+    difference of losses, for the labels play no part; of its root, a few outliers do not make up the most.
+    """
     if outcomes.divergence is None or outcomes.cluster_of_unit is None:
         return np.asarray(outcomes.loss[1])
-    return np.bincount(outcomes.cluster_of_unit, outcomes.divergence, minlength=outcomes.clusters)
+    roots = np.sqrt(np.maximum(outcomes.divergence, 0.0))
+    return np.bincount(outcomes.cluster_of_unit, roots, minlength=outcomes.clusters)
+
+
+def _clearly_closer(before: PairedOutcomes, after: PairedOutcomes, confidence: float) -> bool:
+    """Return whether predictions are closer beyond doubt, and the loss is no higher: a shift may make them bolder."""
+    bound = mean_upper_bound(_distances(after) - _distances(before), before.units, confidence)
+    return bound < 0 and after.mean_loss[1] <= before.mean_loss[1]
 
 
 def _distance(outcomes: PairedOutcomes) -> float:
-    """Return how far the predictions are from the dense model's: the KL divergence, or the loss where there is none.
-
-    The divergence is much less noisy than a difference of losses: the labels play no part.
-    """
-    divergence = outcomes.mean_divergence
-    return outcomes.mean_loss[1] if divergence is None else divergence
+    """Return how far the predictions are from the dense model's, in the mean over units."""
+    return float(_distances(outcomes).sum() / outcomes.units.sum())

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..factors import LossCurve
-from ..layers import differentiating_only, weight_matrices
+from ..layers import SPATIAL, called_with, differentiating_only, layout_of, weight_matrices
 from .sizes import LayerSize, parameter_size
 
 
@@ -26,10 +26,13 @@ class ForwardFlops(NamedTuple):
     Attributes:
         rows: rows of each target per example.
         fixed: FLOPs per example of everything outside the targets.
+        widening: for each convolution, the width of its input as a multiple of that of its output: the first filters
+            of the spatial form return so many more rows.
     """
 
     rows: dict[str, float]
     fixed: float
+    widening: dict[str, float]
 
 
 def forward_flops(
@@ -46,22 +49,38 @@ def forward_flops(
     Returns:
         The counts; 0 rows for a target that the batch does not reach.
     """
-    counter = FlopCounterMode(display=False)
-    # The counter cannot see fused attention, nor follow all models whose weights require gradients.
-    with differentiating_only(model, {}), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        model(**batch)
+    counter, widening = FlopCounterMode(display=False), dict[str, float]()
+
+    def note_widths(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
+            widening[name] = called_with(args, kwargs).shape[-1] / output.shape[-1]
+
+        return hook
+
+    kernels = {name: module for name, module in targets.items() if SPATIAL in layout_of(module).forms(module)}
+    hooks = [module.register_forward_hook(note_widths(name), with_kwargs=True) for name, module in kernels.items()]
+    try:
+        # The counter cannot see fused attention, nor follow all models whose weights require gradients.
+        with differentiating_only(model, {}), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+            model(**batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
     by_module = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
     flops = {name: by_module.get(f"{type(model).__name__}.{name}", 0) for name in targets}
     rows = {name: count / (2 * weight_matrices(targets[name]).numel() * examples) for name, count in flops.items()}
-    return ForwardFlops(rows, (counter.get_total_flops() - sum(flops.values())) / examples)
+    return ForwardFlops(rows, (counter.get_total_flops() - sum(flops.values())) / examples, widening)
 
 
-def flop_sizes(curves: Mapping[str, LossCurve], rows: Mapping[str, float]) -> dict[str, LayerSize]:
-    """Return FLOPs per example: `2 · stored numbers · rows`, at every rank.
+def flop_sizes(
+    curves: Mapping[str, LossCurve], rows: Mapping[str, float], widening: Mapping[str, float]
+) -> dict[str, LayerSize]:
+    """Return FLOPs per example: `2 · stored numbers · rows`, at every rank; spatial forms see `widening`.
 
     Args:
         curves: a loss curve for each layer.
         rows: rows of each layer per example.
+        widening: of the rows of the first filters of a spatial form.
 
     Returns:
         The sizes; those of a layer without rows are `unreached_size`.
@@ -72,10 +91,16 @@ def flop_sizes(curves: Mapping[str, LossCurve], rows: Mapping[str, float]) -> di
             sizes[name] = unreached_size(curve)
             continue
         flops = 2 * rows[name]
-        sizes[name] = LayerSize(flops * parameter_size(curve).by_rank, flops * curve.dense_parameters)
+        dense = flops * curve.dense_parameters
+        others = {}
+        for form, other in curve.others.items():
+            numbers = other.groups * (other.in_features * widening.get(name, 1.0) + other.out_features)
+            others[form] = LayerSize(flops * numbers * np.arange(len(other.second_order)), dense)
+        sizes[name] = LayerSize(flops * parameter_size(curve).by_rank, dense, others=others)
     return sizes
 
 
 def unreached_size(curve: LossCurve) -> LayerSize:
     """Return the size of a layer that the batch at hand does not reach: nothing, so no rank makes it smaller."""
-    return LayerSize(np.full_like(parameter_size(curve).by_rank, np.inf, dtype=np.float64), 0.0)
+    others = {form: unreached_size(other) for form, other in curve.others.items()}
+    return LayerSize(np.full_like(parameter_size(curve).by_rank, np.inf, dtype=np.float64), 0.0, others=others)

@@ -146,10 +146,13 @@ def latency_sizes(
         module: Any = targets[name]
         # The representation of a module holds its sizes, its geometry and whether it has a bias.
         where = (module.weight.dtype, str(module.weight.device), threads)
-        key = (repr(module), rows_per_batch[name], *where, curve.storage, curve.multiple(rank_multiple))
-        if key not in table:
-            table[key] = _measure(module, curve, rows_per_batch[name], rank_multiple, repeats, timer)
-        sizes[name] = table[key]
+        by_form = {}
+        for each in (curve, *curve.others.values()):
+            key = (repr(module), rows_per_batch[name], *where, each.storage, each.form, each.multiple(rank_multiple))
+            if key not in table:
+                table[key] = _measure(module, each, rows_per_batch[name], rank_multiple, repeats, timer)
+            by_form[each.form] = table[key]
+        sizes[name] = replace(by_form.pop(curve.form), others=by_form)
     return sizes
 
 
@@ -172,14 +175,15 @@ def _measure(module: Any, curve: LossCurve, rows: int, multiple: int, repeats: i
     storages = [choose_storage(curve.out_features, curve.in_features, rank, curve.storage) for rank in ranks]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         x = layout.random_input(module, rows)
-        factorized = [layout.factorized(module, rank, storage) for rank, storage in zip(ranks, storages, strict=True)]
+        forms = zip(ranks, storages, strict=True)
+        factorized = [layout.factorized(module, rank, storage, curve.form) for rank, storage in forms]
     layers = [module, *factorized]
     for layer in layers:  # warm-up
         timer(layer, x, 1)
     calls = int(np.clip(RUN_SECONDS / timer(module, x, 1), 1, MAX_CALLS))
     seconds = [[timer(layer, x, calls) for layer in layers] for _ in range(repeats)]
     dense, *by_rank = np.median(seconds, axis=0)
-    every = np.arange(min(curve.out_features, curve.in_features) + 1)
+    every = np.arange(len(curve.second_order))
     if not ranks:
         return LayerSize(np.full(len(every), np.inf), float(dense))
     return LayerSize(np.interp(every, ranks, np.maximum.accumulate(by_rank), right=np.inf), float(dense))

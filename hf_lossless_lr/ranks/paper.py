@@ -18,8 +18,8 @@ from transformers.utils import logging
 
 from ..data import dataset_size, mean_loss, subset
 from ..errors import ConfigurationError
-from ..factors import Factorization, loss_curve
-from ..layers import break_even_rank, finish, layout_of, weight_matrices
+from ..factors import Forms, loss_curve
+from ..layers import CHANNEL, break_even_rank, finish, layout_of, weight_matrices
 from ..statistics import collect_statistics
 from .sizes import Choice, Choices, Curves
 
@@ -61,7 +61,7 @@ EXAMPLES = 64  # eq. 8 compares two losses on the same examples, so few of them 
 def find_epsilon(
     model: PreTrainedModel,
     targets: Mapping[str, nn.Module],
-    factorizations: Mapping[str, Factorization],
+    factorizations: Mapping[str, Forms],
     loader: DataLoader,
     accelerator: Accelerator,
     tolerance: float,
@@ -92,8 +92,9 @@ def find_epsilon(
         targets.items(), desc="Calibrating epsilon", disable=not accelerator.is_main_process
     ):
         weight = weight_matrices(module).double().clone()
-        approximation = factorizations[name].weight
-        first_order: Any = loss_curve(weight, factorizations[name], statistics.layers[name]).first_order
+        factorization: Any = factorizations[name][CHANNEL]
+        approximation = factorization.weight
+        first_order: Any = loss_curve(weight, factorization, statistics.layers[name]).first_order
         low, high = 0, len(first_order) - 1  # the gap at full rank is 0
         while high - low > 1:
             middle = (low + high) // 2
@@ -111,7 +112,7 @@ def _loss_with(
     original = module.weight.detach().clone()
     restore = partial(module.weight.copy_, original)
     try:
-        layout_of(module).matrices(module.weight).copy_(matrix.reshape(weight_matrices(module).shape))
+        layout_of(module).matrices(module, module.weight).copy_(matrix.reshape(weight_matrices(module).shape))
         return mean_loss(model, loader, accelerator)
     finally:
         try:

@@ -3,7 +3,7 @@
 `sizes` maps a layer to what the budget counts of it: its parameters by default, or its bytes, FLOPs or latency (see
 `sizes`). `fixed` is the size of everything outside the targeted layers, for ratios of the whole model.
 
-A choice `c_l` for a layer is a rank, or none, and a number format. The allocation minimizes
+A choice `c_l` for a layer is a rank, or none, a number format, and a form. The allocation minimizes
 `Σ cost_l(c_l) + λ Σ size_l(c_l)`: for a fixed multiplier `λ` each layer answers alone, with a vertex of the lower
 convex hull of its points `(size, cost)`. As `λ` grows, layers step along their hulls, one edge at
 a time in the order of the edges' slopes. `CompressionPath` is that list of steps: it leads from the dense model to the
@@ -130,24 +130,29 @@ def allowed_ranks(
     return ranks[::-1]
 
 
-def points_of(curve: LossCurve, costs: np.ndarray, multiple: int, size: LayerSize) -> list[Point]:
-    """Return what a layer may become: dense and every rank worth having, in each of its formats.
+def points_of(
+    curve: LossCurve, cost: Callable[[LossCurve], np.ndarray], multiple: int, size: LayerSize
+) -> list[Point]:
+    """Return what a layer may become: dense and every rank worth having, in each of its formats and forms.
 
     Args:
         curve: its loss curve.
-        costs: predicted cost of every rank without the rounding, in nats.  # shape: (m + 1,)
+        cost: gives the predicted cost of every rank without the rounding, in nats.  # shape: (m + 1,)
         multiple: what ranks are a multiple of.
         size: what the budget counts.
 
     Returns:
-        The points: format by format, dense first and then by falling rank.
+        The points: format by format, dense first, and then form by form, by falling rank.
     """
     points = []
-    for name, rounding in curve.rounding.items():
-        for rank in (None, *reversed(allowed_ranks(curve, multiple, size, name))):
-            choice, cost = Choice(rank, name), 0.0 if rank is None else float(costs[rank])
-            cost += 0.0 if rounding is None else ROUNDING_SHARE * rounding.at(rank)
-            points.append(Point(size.of(choice), cost, choice))
+    for name in curve.rounding:
+        for form in (curve, *curve.others.values()):
+            costs, rounding = cost(form), form.rounding[name]
+            ranks = reversed(allowed_ranks(form, multiple, size.in_form(form.form), name))
+            for rank in (*([None] if form is curve else []), *ranks):
+                choice, total = Choice(rank, name, form.form), 0.0 if rank is None else float(costs[rank])
+                total += 0.0 if rounding is None else ROUNDING_SHARE * rounding.at(rank)
+                points.append(Point(size.of(choice), total, choice))
     return points
 
 
@@ -197,7 +202,7 @@ def compression_path(
     start: dict[str, Point] = {}
     steps: list[tuple[float, int, int, Step]] = []
     for order, (name, curve) in enumerate(curves.items()):
-        hull = _hull(points_of(curve, cost(curve), rank_multiple, sizes[name]))
+        hull = _hull(points_of(curve, cost, rank_multiple, sizes[name]))
         start[name], slope = hull[0], -math.inf
         for position, (a, b) in enumerate(pairwise(hull)):
             slope = max(slope, _slope(a, b))  # rounding must not reorder the steps of one layer

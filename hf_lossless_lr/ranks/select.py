@@ -13,14 +13,16 @@ import numpy as np
 
 from ..errors import ConfigurationError
 from ..factors import LossCurve
-from ..formats import FLOAT
 from .path import Point, compression_path, points_of, second_order_cost, whole_size
 from .sizes import Choice, Choices, Curves, LayerSize, Sizes, sizes_of
 
 
 def kept_parameters(curves: Curves, choices: Mapping[str, Choice]) -> int:
     """Return the parameters of all layers' weights at the ranks of the given choices."""
-    return sum(curve.parameters(choices[name].rank, choices[name].format) for name, curve in curves.items())
+    return sum(
+        curve.in_form(choices[name].form).parameters(choices[name].rank, choices[name].format)
+        for name, curve in curves.items()
+    )
 
 
 def kept_share(curves: Curves, choices: Mapping[str, Choice]) -> float:
@@ -38,8 +40,8 @@ def select_budget(
 ) -> Choices:
     """Choose the ranks and formats with the lowest predicted loss that keep at most a share of the size.
 
-    Walks the path until the budget is met; the last layer then takes the cheapest choice that still fits: the largest
-    rank, where its cost falls with the rank.
+    Walks the path until the budget is met. What is left of the budget then goes to the layers that gain most by it,
+    first to the one that took the last step.
 
     Args:
         curves: a loss curve for each layer.
@@ -73,11 +75,44 @@ def select_budget(
     count = int(np.argmax(path.targeted <= budget))
     choices = path.choices_after(count)
     if count:
-        last = path.steps[count - 1].layer
-        points = points_of(curves[last], second_order_cost(curves[last]), rank_multiple, sizes[last])
-        base, spare = sizes[last].of(choices[last]), budget - path.targeted[count]
-        choices[last] = min((p for p in points if p.size - base <= spare), key=_cheapest).choice
+        spend = _Spender(curves, sizes, rank_multiple, choices)
+        spare = budget - path.targeted[count]
+        spare = spend.on(path.steps[count - 1].layer, spare)
+        while (layer := spend.best(spare)) is not None:
+            spare = spend.on(layer, spare)
     return choices
+
+
+class _Spender:
+    """Gives layers choices that cost less, within what is left of a budget."""
+
+    def __init__(self, curves: Curves, sizes: Sizes, multiple: int, choices: Choices) -> None:
+        self.choices = choices
+        self.points = {
+            name: points_of(curve, second_order_cost, multiple, sizes[name]) for name, curve in curves.items()
+        }
+        self.of = {name: {point.choice: point for point in points} for name, points in self.points.items()}
+        self.arrays = {
+            name: (np.array([p.size for p in points]), np.array([p.cost for p in points]))
+            for name, points in self.points.items()
+        }
+
+    def on(self, layer: str, spare: float) -> float:
+        """Take the cheapest choice of a layer that fits, and return what is left."""
+        now = self.of[layer][self.choices[layer]]
+        chosen = min((p for p in self.points[layer] if p.size - now.size <= spare), key=_cheapest)
+        self.choices[layer] = chosen.choice
+        return spare - (chosen.size - now.size)
+
+    def best(self, spare: float) -> str | None:
+        """Return the layer whose cost falls most within what is left; None if none does."""
+        gains = {name: self._gain(name, spare) for name in self.points}
+        name = max(gains, key=gains.__getitem__)
+        return name if gains[name] > 0 else None
+
+    def _gain(self, name: str, spare: float) -> float:
+        now, (sizes, costs) = self.of[name][self.choices[name]], self.arrays[name]
+        return float(now.cost - costs[sizes - now.size <= spare].min(initial=now.cost))
 
 
 def _cheapest(point: Point) -> tuple[float, float]:
@@ -129,11 +164,11 @@ def select_uniform(
 
 
 def _largest(curve: LossCurve, size: LayerSize, multiple: int, share: float) -> Point | None:
-    """Return the largest choice within a share of a layer's size: of each format, and of these the cheapest."""
-    points = points_of(curve, second_order_cost(curve), multiple, size)
-    largest: dict[str, Point] = {}
+    """Return the largest choice within a share of a layer's size, of each format and form; of these the cheapest."""
+    points = points_of(curve, second_order_cost, multiple, size)
+    largest: dict[tuple[str, str], Point] = {}
     for point in points:  # by falling rank
-        dense = point.choice == (None, FLOAT)
+        dense = point.choice == Choice()
         if share >= 1 if dense else point.size <= share * size.dense:
-            largest.setdefault(point.choice.format, point)
+            largest.setdefault((point.choice.format, point.choice.form), point)
     return min(largest.values(), key=_cheapest, default=None)

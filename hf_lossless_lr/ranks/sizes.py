@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import ConfigurationError
 from ..factors import LossCurve
 from ..formats import FLOAT
-from ..layers import weight_bytes
+from ..layers import CHANNEL, weight_bytes
 
 Curves = Mapping[str, LossCurve]
 
@@ -22,10 +22,12 @@ class Choice(NamedTuple):
     Attributes:
         rank: its rank, or None where it stays dense.
         format: the number format that its weight or its factors are stored in.
+        form: which matrix of a kernel is factorized.
     """
 
     rank: int | None = None
     format: str = FLOAT
+    form: str = CHANNEL
 
 
 Choices = dict[str, Choice]
@@ -39,15 +41,21 @@ class LayerSize:
         by_rank: size of the factorized layer.  # shape: (m + 1,)
         dense: size of the dense layer.
         rounded: the same in each other number format, where the size depends on it.
+        others: the sizes of the other forms that the layer may take.
     """
 
     by_rank: np.ndarray
     dense: float
     rounded: Mapping[str, LayerSize] = field(default_factory=dict)
+    others: Mapping[str, LayerSize] = field(default_factory=dict)
 
     def at(self, rank: int | None) -> float:
         """Return the size at `rank`, or of the dense layer for None."""
         return self.dense if rank is None else float(self.by_rank[rank])
+
+    def in_form(self, form: str) -> LayerSize:
+        """Return the size in a form."""
+        return self if form == CHANNEL else self.others[form]
 
     def in_format(self, number_format: str) -> LayerSize:
         """Return the size in a number format."""
@@ -55,7 +63,7 @@ class LayerSize:
 
     def of(self, choice: Choice) -> float:
         """Return the size of a choice."""
-        return self.in_format(choice.format).at(choice.rank)
+        return self.in_form(choice.form).in_format(choice.format).at(choice.rank)
 
 
 MULTIPLES = {"cpu": 8}  # ranks that a device multiplies well
@@ -80,7 +88,8 @@ def default_multiple(device: str, full_rank: int) -> int:
 def parameter_size(curve: LossCurve) -> LayerSize:
     """Return the parameters of a layer's weight at every rank, as a size."""
     counts = [curve.parameters(rank) for rank in range(len(curve.second_order))]
-    return LayerSize(np.array(counts, dtype=np.float64), float(curve.dense_parameters))
+    others = {form: parameter_size(other) for form, other in curve.others.items()}
+    return LayerSize(np.array(counts, dtype=np.float64), float(curve.dense_parameters), others=others)
 
 
 def parameter_sizes(curves: Curves) -> dict[str, LayerSize]:
@@ -102,14 +111,15 @@ def byte_size(curve: LossCurve, itemsize: int) -> LayerSize:
     def in_format(number_format: str) -> LayerSize:
         def stored(rank: int | None) -> float:
             out_features, in_features, storage = curve.out_features, curve.in_features, curve.storage
-            form = rank, storage, number_format, itemsize, curve.pivots_inputs
-            return float(curve.groups * weight_bytes(out_features, in_features, *form))
+            stored_as = rank, storage, number_format, itemsize, curve.pivots_inputs, curve.width
+            return float(curve.groups * weight_bytes(out_features, in_features, *stored_as))
 
         return LayerSize(np.array([stored(rank) for rank in range(len(curve.second_order))]), stored(None))
 
     plain = in_format(FLOAT)
-    others = {name: in_format(name) for name in curve.rounding if name != FLOAT}
-    return LayerSize(plain.by_rank, plain.dense, others)
+    rounded = {name: in_format(name) for name in curve.rounding if name != FLOAT}
+    others = {form: byte_size(other, itemsize) for form, other in curve.others.items()}
+    return LayerSize(plain.by_rank, plain.dense, rounded, others)
 
 
 class Budget(NamedTuple):

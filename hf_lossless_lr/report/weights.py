@@ -10,9 +10,9 @@ class LayerReport:
     """What became of one targeted layer.
 
     Attributes:
-        layer_type: `Linear`, `Conv1D` or `Conv2d`.
-        out_features: rows of the weight.
-        in_features: columns of the weight.
+        layer_type: `Linear`, `Conv1D`, `Conv1d`, `Conv2d`, or a subclass of one.
+        out_features: rows of the matrix that is factorized: of the weight, of each group, of its spatial form.
+        in_features: columns of the same.
         rank: rank kept, or None where the layer stayed dense.
         storage: storage of the factors, or None.
         dense_parameters: parameters of the dense weight, without bias.
@@ -23,6 +23,8 @@ class LayerReport:
         rounding: predicted loss increase by the rounding to that format, in nats.
         dense_bytes: bytes of the dense weight as it was given; None in a report of before, as the next one.
         bytes: bytes of the weight in a checkpoint now.
+        form: which matrix of a kernel is factorized: `channel` or `spatial`.
+        groups: number of these matrices, all of one rank.
     """
 
     layer_type: str
@@ -38,6 +40,8 @@ class LayerReport:
     rounding: float = 0.0
     dense_bytes: int | None = None
     bytes: int | None = None
+    form: str = "channel"
+    groups: int = 1
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from .records import CalibrationStatistics, Key, LayerStatistics
 from .rows import LARGE, gram, precision_of, real_rows
 from .shelf import Shelf, Shelved
 from .store import load_statistics, save_statistics
-from .streams import Group, Pause, Stream, pausing
+from .streams import Group, Pause, Stream, pausing, rows_of
 from .windows import collect_in_windows
 
 __all__ = [
@@ -29,5 +29,6 @@ __all__ = [
     "pausing",
     "precision_of",
     "real_rows",
+    "rows_of",
     "save_statistics",
 ]

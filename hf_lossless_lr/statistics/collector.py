@@ -85,7 +85,7 @@ class Collector:
 
     @torch.no_grad()
     def _add_output_grad(self, name: str, grad: torch.Tensor, mask: RowMask) -> None:
-        rows = real_rows(self.layouts[name].output_rows(grad), mask())
+        rows = real_rows(self.layouts[name].output_rows(self.targets[name], grad), mask())
         self._check_gradient(name, rows)
         self.grad_sums[name] += gram(rows)
 
@@ -100,7 +100,8 @@ class Collector:
         self.repeated |= {name for name, count in calls.items() if count > 1}
         place = 0
         for entry in self.inputs.values():
-            rows = real_rows(entry.layout.input_rows(entry.module, entry.tensor), entry.mask())
+            layout, module, x = entry.layout, entry.module, entry.tensor
+            rows = real_rows(layout.input_rows(module, x), entry.mask(), layout.positions(module, x))
             key = tuple(dict.fromkeys(entry.names))
             if key not in self.order:
                 self.order.insert(place, key)  # right behind the one before
@@ -192,7 +193,7 @@ class Collector:
             if weight.grad is None:
                 continue
             self._check_gradient(name, weight.grad)
-            self.weight_grads[name] += self.layouts[name].matrices(weight.grad)
+            self.weight_grads[name] += self.layouts[name].matrices(self.targets[name], weight.grad)
             weight.grad = None
 
     def warn_of_padding(self) -> None:

@@ -8,16 +8,19 @@ LARGE = 1024  # features from which on sums are kept in float32: half of the mem
 SLABS = 4  # column slabs of a Gram matrix
 
 
-def real_rows(rows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def real_rows(rows: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None = None) -> torch.Tensor:
     """Return the rows that the mask keeps, flattened, in float32, matrix by matrix.
 
     Args:
         rows: what a layout gives.  # shape: (..., groups, features)
         mask: which of the leading rows count, or None for all.  # shape: (rows,)
+        positions: which rows of each example these are, where they are not all.  # shape: (positions,)
 
     Returns:
         The rows.  # shape: (groups, rows, features)
     """
+    if mask is not None and positions is not None:
+        mask = mask.reshape(len(rows), -1)[:, positions].flatten()
     rows = rows.flatten(0, -3)
     return (rows if mask is None else rows[mask]).float().movedim(-2, 0)
 

@@ -6,7 +6,7 @@ The pauses are greenlets: the model's own forward runs as it is, and nothing is 
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from ..layers import called_with, layout_of
 from .rows import real_rows
 
 Group = tuple[str, ...]
+Seen = Callable[[PaddingMasks, torch.Tensor, torch.Tensor | None], Callable[[], torch.Tensor]]
 
 
 class Stream(greenlet.greenlet):
@@ -32,7 +33,7 @@ class Stream(greenlet.greenlet):
         masks.start(batch)
         self.group: Group | None = None
         self.passed: set[Group] = set()
-        self.rows: torch.Tensor | None = None
+        self.rows: Callable[[], torch.Tensor] | None = None  # made from what the layer got when they are asked for
 
     def advance(self, group: Group, finished: set[Group]) -> bool:
         """Go on until the input of `group` is there; a group that is finished already is passed."""
@@ -70,16 +71,42 @@ class Pause(NamedTuple):
 
     Attributes:
         group: the group of layers that it belongs to; a stream waits once for each group.
-        module: the layer that is called.
-        dense: the dense layer that it is or replaces, which says what the rows are and which of them are padding.
-        behind: whether streams wait behind the layer, with its outputs less the bias, rather than before it, with its
-            inputs.
+        module: the module that is called.
+        seen: from the masks of the batch, the input of the module and, behind it, its output, to what makes the rows.
+        behind: whether streams wait behind the module rather than before it.
     """
 
     group: Group
     module: nn.Module
-    dense: Any
+    seen: Seen
     behind: bool
+
+
+def rows_of(dense: Any) -> Seen:
+    """Return what sees the rows of a layer: of its inputs, or of its outputs less the bias.
+
+    Args:
+        dense: the dense layer, which says what the rows are and which of them are padding.
+
+    Returns:
+        The function that a `Pause` takes.
+    """
+    layout = layout_of(dense)
+
+    def seen(masks: PaddingMasks, x: torch.Tensor, output: torch.Tensor | None) -> Callable[[], torch.Tensor]:
+        positions, mask = layout.positions(dense, x), masks.of(dense, x)
+
+        def rows() -> torch.Tensor:
+            if output is None:
+                return real_rows(layout.input_rows(dense, x), mask(), positions)
+            found = layout.output_rows(dense, output)
+            kept = real_rows(found if positions is None else found[:, positions], mask(), positions)
+            # Each matrix has its own outputs.
+            return kept if dense.bias is None else kept - dense.bias.to(kept).reshape(len(kept), 1, -1)
+
+        return rows
+
+    return seen
 
 
 @contextmanager
@@ -89,18 +116,11 @@ def pausing(model: PreTrainedModel, encoder: nn.Module | None, pauses: Sequence[
     caller = Autocast.of(model.device.type)
 
     def hook_of(pause: Pause) -> Any:
-        dense, layout = pause.dense, layout_of(pause.dense)
-
         def hook(module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor | None = None) -> None:
             stream = greenlet.getcurrent()
             if not isinstance(stream, Stream) or pause.group in stream.passed:
                 return
-            x = called_with(args, kwargs)
-            seen = layout.input_rows(dense, x) if output is None else layout.output_rows(output)
-            rows = real_rows(seen, stream.masks.of(dense, x)())
-            if output is not None and dense.bias is not None:
-                rows = rows - dense.bias.to(rows).reshape(len(rows), 1, -1)  # each matrix has its own outputs
-            stream.rows = rows
+            stream.rows = pause.seen(stream.masks, called_with(args, kwargs), output)
             stream.group = pause.group
             stream.passed.add(pause.group)
             own = Autocast.of(model.device.type)

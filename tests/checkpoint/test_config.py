@@ -37,6 +37,7 @@ def full_config():
         size="bytes",
         formats=["int8", "int4"],
         embeddings="int8",
+        forms=["channel"],
         compute="stored",
         scope="model",
         metric="activation",
@@ -275,18 +276,22 @@ def test_an_error_of_the_configuration_is_a_value_error():
 @pytest.mark.parametrize(
     ("record", "text"),
     [
-        ({"rank": 3}, "modules['a.b']: expected the keys ['rank', 'storage'], and perhaps 'format', got {'rank': 3}."),
-        ({}, "modules['a.b']: expected the keys ['rank', 'storage'], and perhaps 'format', got {}."),
+        (
+            {"rank": 3},
+            "modules['a.b']: expected the keys ['rank', 'storage'], and perhaps 'format' and 'form', got {'rank': 3}.",
+        ),
+        ({}, "modules['a.b']: expected the keys ['rank', 'storage'], and perhaps 'format' and 'form', got {}."),
         (
             {"rank": 3, "storage": "pivoted", "x": 1},
-            "modules['a.b']: expected the keys ['rank', 'storage'], and perhaps 'format', got {'rank': 3, "
+            "modules['a.b']: expected the keys ['rank', 'storage'], and perhaps 'format' and 'form', got {'rank': 3, "
             "'storage': 'pivoted', 'x': 1}.",
         ),
-        (None, "modules['a.b']: expected the keys ['rank', 'storage'], and perhaps 'format', got None."),
-        (3, "modules['a.b']: expected the keys ['rank', 'storage'], and perhaps 'format', got 3."),
+        (None, "modules['a.b']: expected the keys ['rank', 'storage'], and perhaps 'format' and 'form', got None."),
+        (3, "modules['a.b']: expected the keys ['rank', 'storage'], and perhaps 'format' and 'form', got 3."),
         (
             ["rank", "storage"],
-            "modules['a.b']: expected the keys ['rank', 'storage'], and perhaps 'format', got ['rank', 'storage'].",
+            "modules['a.b']: expected the keys ['rank', 'storage'], and perhaps 'format' and 'form', got "
+            "['rank', 'storage'].",
         ),
         ({"rank": 0, "storage": "pivoted"}, "modules['a.b']: rank must be a positive integer, got 0."),
         ({"rank": -2, "storage": "pivoted"}, "modules['a.b']: rank must be a positive integer, got -2."),

@@ -48,14 +48,15 @@ class Case:
             self.model, self.targets, loader_of(self.batch), accelerator(), weight_grads=True
         )
         self.factorizations = {
-            layer: factorize(weight_matrices(module), self.statistics.layers[layer], "identity", 0.0)
+            layer: {"channel": factorize(weight_matrices(module), self.statistics.layers[layer], "identity", 0.0)}
             for layer, module in self.targets.items()
         }
         self.weights = {layer: weight_matrices(module).double().clone() for layer, module in self.targets.items()}
         self.loss = mean_loss(self.model, self.batch)
         self.model(**self.batch).loss.backward()
         self.gradients = {
-            layer: layout_of(module).matrices(module.weight.grad).double() for layer, module in self.targets.items()
+            layer: layout_of(module).matrices(module, module.weight.grad).double()
+            for layer, module in self.targets.items()
         }
         self.model.zero_grad()
 
@@ -65,15 +66,18 @@ class Case:
         return find_epsilon(*arguments, tolerance)
 
     def noise(self, layer, rank):
-        return float((self.factorizations[layer].weight(rank) - self.weights[layer]).abs().max())
+        return float((self.factorizations[layer]["channel"].weight(rank) - self.weights[layer]).abs().max())
 
     def gap(self, layer, rank):
         """`|L(Ŵ_k) − L(W) − ⟨G, Ŵ_k − W⟩|`, with the gradient of one backward pass."""
-        module, difference = self.targets[layer], self.factorizations[layer].weight(rank) - self.weights[layer]
+        module, difference = (
+            self.targets[layer],
+            self.factorizations[layer]["channel"].weight(rank) - self.weights[layer],
+        )
         original = module.weight.detach().clone()
         with torch.no_grad():
-            matrix = self.factorizations[layer].weight(rank)
-            layout_of(module).matrices(module.weight).copy_(matrix.reshape(weight_matrices(module).shape))
+            matrix = self.factorizations[layer]["channel"].weight(rank)
+            layout_of(module).matrices(module, module.weight).copy_(matrix.reshape(weight_matrices(module).shape))
             loss = mean_loss(self.model, self.batch)
             module.weight.copy_(original)
         return abs(loss - self.loss - float((self.gradients[layer] * difference).sum()))
@@ -148,7 +152,7 @@ class TestEpsilon:
         targets = find_targets(model).chosen
         statistics = collect_statistics(model, targets, loader_of(batch), accelerator(), weight_grads=True)
         factorizations = {
-            layer: factorize(weight_matrices(module), statistics.layers[layer], "identity", 0.0)
+            layer: {"channel": factorize(weight_matrices(module), statistics.layers[layer], "identity", 0.0)}
             for layer, module in targets.items()
         }
         before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -165,7 +169,7 @@ class TestEpsilon:
             loader = DataLoader(examples, batch_size=4)
             statistics = collect_statistics(model, targets, loader, accelerator(), weight_grads=True)
             factorizations = {
-                layer: factorize(weight_matrices(module), statistics.layers[layer], "identity", 0.0)
+                layer: {"channel": factorize(weight_matrices(module), statistics.layers[layer], "identity", 0.0)}
                 for layer, module in targets.items()
             }
             results.append(find_epsilon(model, targets, factorizations, loader, accelerator(), 1e-3))

@@ -64,8 +64,8 @@ def test_flops_are_what_pytorch_counts_dense_and_at_every_rank(make, storage):
     dense = make()
     layout, curve = layout_of(dense), curve_of(dense, storage)
     x = layout.random_input(dense, 20)
-    rows = layout.input_rows(dense, x).flatten(0, -2).shape[0]
-    size = flop_sizes({"a": curve}, {"a": rows})["a"]
+    rows = layout.row_shape(dense, x).numel()
+    size = flop_sizes({"a": curve}, {"a": rows}, {})["a"]
     assert size.dense == counted(lambda: dense(x))
     assert len(size.by_rank) == min(curve.out_features, curve.in_features) + 1
     for rank in range(1, curve.break_even_rank + 1):
@@ -74,14 +74,14 @@ def test_flops_are_what_pytorch_counts_dense_and_at_every_rank(make, storage):
 
 def test_flops_grow_with_the_rows_and_need_not_be_whole():
     curve = curve_of(nn.Linear(5, 4))
-    size = flop_sizes({"a": curve}, {"a": 2.5})["a"]
+    size = flop_sizes({"a": curve}, {"a": 2.5}, {})["a"]
     assert size.dense == 2 * 20 * 2.5
     assert size.by_rank.tolist() == [2 * k * (9 - k) * 2.5 for k in range(5)]
 
 
 def test_flops_of_equal_rows_choose_as_parameters_do():
     curves = {"a": curve_of(nn.Linear(9, 8)), "b": curve_of(nn.Linear(6, 12))}
-    sizes = flop_sizes(curves, dict.fromkeys(curves, 3.7))
+    sizes = flop_sizes(curves, dict.fromkeys(curves, 3.7), {})
     for ratio in [0.5, 0.7, 0.9]:
         assert select_budget(curves, ratio, 1, sizes) == select_budget(curves, ratio)
 
@@ -115,7 +115,7 @@ def test_flops_of_a_model_are_those_of_its_layers_and_the_fixed_part_dense_and_f
     targets = find_targets(model, ["Conv2d"] if name == "resnet" else None, None).chosen
     flops = forward_flops(model, targets, batch, EXAMPLES)
     curves = {target: curve_of(module) for target, module in targets.items()}
-    sizes = flop_sizes(curves, flops.rows)
+    sizes = flop_sizes(curves, flops.rows, flops.widening)
     dense = EXAMPLES * (flops.fixed + kept(sizes, dict.fromkeys(targets)))
     assert dense == pytest.approx(counted(lambda: model(**batch)), rel=ROUNDING)
     layers, ranks = half(model, targets)
@@ -162,10 +162,10 @@ def test_a_target_without_a_call_has_no_size_that_a_rank_could_lower():
     rows = forward_flops(model, targets, {"x": torch.ones(2, 4)}, 2).rows
     assert rows == {"used": 1.0, "idle": 0.0}
     curves = dict.fromkeys(targets, curve_of(nn.Linear(9, 8)))
-    size = flop_sizes(curves, rows)["idle"]
+    size = flop_sizes(curves, rows, {})["idle"]
     assert size.dense == 0
     assert not np.isfinite(size.by_rank).any()
-    assert np.isfinite(flop_sizes(curves, rows)["used"].by_rank).any()
+    assert np.isfinite(flop_sizes(curves, rows, {})["used"].by_rank).any()
 
 
 @pytest.mark.parametrize("measure", [lambda m, b: forward_flops(m, {}, b, EXAMPLES), forward_seconds])
@@ -265,8 +265,8 @@ def test_a_random_input_has_the_rows_asked_for_or_hardly_more(make, rows):
     module = make()
     layout = layout_of(module)
     x = layout.random_input(module, rows)
-    found = layout.input_rows(module, x).flatten(0, -2).shape[0]
-    assert found == layout.output_rows(module(x)).flatten(0, -2).shape[0]
+    found = layout.row_shape(module, x).numel()
+    assert found == layout.output_rows(module, module(x)).flatten(0, -2).shape[0]
     assert rows <= found <= rows + 2 * rows**0.5 + 1
 
 

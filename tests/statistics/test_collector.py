@@ -390,7 +390,7 @@ class TestSharedInputs:
         products = []
         monkeypatch.setattr(
             "hf_lossless_lr.statistics.collector.real_rows",
-            lambda rows, mask: products.append(rows.shape[-1]) or rows.flatten(0, -2).float(),
+            lambda rows, mask, positions=None: products.append(rows.shape[-1]) or rows.flatten(0, -2).float(),
         )
         collect(model, [batch])
         gradients = len(targets_of(model))
@@ -446,8 +446,8 @@ class TestGroups:
         model, batch = TINY_MODELS[name]()
         groups = collect(model, split_batch(batch, 2)).groups
         assert sorted(layer for group in groups for layer in group) == sorted(targets_of(model))
-        if name == "resnet":
-            assert {len(group) for group in groups} == {1}
+        if name == "resnet":  # two convolutions of one input, with the same geometry in the first stage alone
+            assert [len(group) for group in groups].count(2) == 1
 
     def test_leave_out_layers_that_are_called_several_times_in_a_pass(self):
         model, batch = albert()

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_lossless_lr.factors.refit import RIDGE
+from hf_lossless_lr.factors.refit import LARGEST_RIDGE, RIDGE
 from support.statistics_oracle import input_rows, unpadded_examples
 from support.tiny_models import Batch
 from support.tolerances import AMPLIFICATION
@@ -130,7 +130,9 @@ def slow_refit(
         for name in group:
             chosen = [index for index in shifted[name] if contributes(name, index)]
             X, Y = (np.concatenate([rows[name][index] for index in chosen]) for rows in (inputs, shifted))
-            weight = fitted(get_matrix(model.get_submodule(name)), X, Y, RIDGE)
+            weight = fitted(
+                get_matrix(model.get_submodule(name)), X, Y, min(RIDGE * Y.shape[1] / len(Y), LARGEST_RIDGE)
+            )
             A, B = with_ridge(Y.T @ Y / len(Y), damping), with_ridge(grad_covariances[name], damping)
             result[name] = truncated(weight, A, B, ranks[name])
         for name in group:

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_lossless_lr.layers.patches import sampled
 from support.tiny_models import IGNORED, Batch, rows
 
 ROUNDS_TO_FLOAT32 = ("llama", "t5", "t5-equal-lengths")  # in norms, rotary embeddings or softmax, also in float64
@@ -59,18 +60,26 @@ def input_rows(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if isinstance(module, nn.Conv2d):  # windows cut out by hand: (n, channels, rows, columns, kh, kw)
         (top, left), (kh, kw), (dy, dx) = module.padding, module.kernel_size, module.stride
         windows = F.pad(x, (left, left, top, top)).unfold(2, kh, dy).unfold(3, kw, dx)
-        x = windows.permute(0, 2, 3, 1, 4, 5).flatten(3)
+        x = windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+        positions = sampled(x.shape[1])  # any choice of them would do, but there is one
+        x = x if positions is None else x[:, positions]
+    if isinstance(module, nn.Conv1d):
+        windows = F.pad(x, (module.padding[0],) * 2).unfold(2, module.kernel_size[0], module.stride[0])
+        x = windows.transpose(1, 2).flatten(2)
+        positions = sampled(x.shape[1])
+        x = x if positions is None else x[:, positions]
     return x.reshape(-1, x.shape[-1])
 
 
 def output_rows(module: nn.Module, y: torch.Tensor) -> torch.Tensor:
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
         y = y.movedim(1, -1)
     return y.reshape(-1, y.shape[-1])
 
 
-def double_rows(rows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def double_rows(rows: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None = None) -> torch.Tensor:
     """What the package's `real_rows` returns, without its rounding to float32."""
+    assert mask is None or positions is None  # no model of these tests has both
     rows = rows.flatten(0, -3)
     return (rows if mask is None else rows[mask]).double().movedim(-2, 0)
 
