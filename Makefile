@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 PATHS := $(wildcard hf_lossless_lr tests examples studies)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-portable lint types format clean
+.PHONY: help setup demo test test-portable test-timm lint types format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -33,6 +33,17 @@ test: setup ## run the tests
 test-portable: setup ## run the numerical tests as other processors would (a few minutes for each of some 15 settings)
 	@$(BIN)/python tests/portable.py
 
+# timm imports torchvision, which has to go with torch; both are pinned here, in an environment of their own.
+TIMM := .venv-timm
+$(TIMM)/.installed: pyproject.toml
+	@rm -rf $(TIMM) && $(PYTHON) -m venv $(TIMM)
+	@$(TIMM)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.14.1 torchvision==0.29.1
+	@$(TIMM)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[timm,vision]' pytest
+	@touch $@
+
+test-timm: $(TIMM)/.installed ## test networks of timm in an environment of their own (several gigabytes the first time)
+	@$(TIMM)/bin/python -m pytest tests/test_timm.py
+
 lint: setup ## check style and formatting
 	@$(BIN)/ruff check $(PATHS)
 	@$(BIN)/ruff format --check $(PATHS)
@@ -45,5 +56,5 @@ format: setup ## rewrite the sources in the project's format
 	@$(BIN)/ruff format $(PATHS)
 
 clean: ## remove the environment, caches and build results
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(TIMM) build dist .mypy_cache .pytest_cache .ruff_cache
 	find hf_lossless_lr tests examples studies -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..errors import NumericalError
 from ..layers import SPATIAL, break_even_rank
-from ..statistics import precision_of
 from .curves import LossCurve
 from .decomposition import MetricFactors, metric_svd
 from .factorize import SMALLEST_NORM, FactorTensors
@@ -27,7 +27,7 @@ from .linalg import damped
 
 LARGEST = 2048  # side of the matrix that is decomposed; larger ones would cost more than all else
 RIDGE = 1e-4  # relative damping of A for the second filters: the less, the better they fit, down to its precision
-BETWEEN = 1e-6  # relative damping of the second moments between the filters: enough for a filter that is zero
+BETWEEN = 1e-8  # relative damping of the second moments between the filters: enough for a filter that is zero
 
 Kernel = tuple[int, ...]
 
@@ -153,17 +153,28 @@ def _second_filters(
     first: torch.Tensor, weight: torch.Tensor, A: torch.Tensor, width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return L and Y for the given first filters."""
-    precision = precision_of(A.shape[-1])
-    V, A = first.to(precision), A.to(precision)
+    V, A = first.double(), A.double()  # rounding of float32 would exceed the ridge
     passed = torch.einsum("...rp,...pjq->...rjq", V, A.unflatten(-2, (-1, width)))  # V̂ A
     between = torch.einsum("...rjpi,...sp->...rjsi", passed.unflatten(-1, (-1, width)), V)
     channels = RIDGE * A.diagonal(dim1=-2, dim2=-1).unflatten(-1, (-1, width))
     ridge = torch.einsum("...rp,...pj,...sp->...jrs", V, channels, V)  # the same in each column, and none between them
     between.diagonal(dim1=-3, dim2=-1).add_(ridge.movedim(-3, -1))
-    gram = damped(between.flatten(-2).flatten(-3, -2).double(), BETWEEN)
-    cross = passed.flatten(-3, -2).double() @ weight.double().mT
-    lower = torch.linalg.cholesky(gram)
+    gram = between.flatten(-2).flatten(-3, -2)
+    cross = passed.flatten(-3, -2) @ weight.double().mT
+    lower = _lower(gram)
     return lower, torch.linalg.solve_triangular(lower, cross, upper=False)
+
+
+def _lower(gram: torch.Tensor) -> torch.Tensor:
+    """Return the Cholesky factor of a matrix that may be singular by rounding: with as little damping as it takes."""
+    damping = BETWEEN
+    while True:
+        lower, failed = torch.linalg.cholesky_ex(damped(gram, damping))
+        if not failed.any():
+            return lower
+        if damping > 1:
+            raise NumericalError("the second moments between the filters of a kernel are not finite.")
+        damping *= 10
 
 
 def spatial_curve(

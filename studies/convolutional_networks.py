@@ -1,0 +1,202 @@
+"""Convolutional networks in the form of the paper's Table 1: top-1, top-5, loss, share dropped, and our verdict.
+
+    python studies/convolutional_networks.py --testbed FOLDER --records studies/results/convolutional_networks.jsonl
+    python studies/convolutional_networks.py --model timm/vgg19_bn.tv_in1k --images IMAGENET_FOLDER
+
+The first command takes the small networks of the testbed, trained on CIFAR-10 (`cnn-densenet` needs timm); records that
+the file has are not measured again, and without --testbed the tables are printed from the file as it is. The second
+one takes any image classifier, from the hub or a folder, and folders `train` and `val` of one folder for each class.
+
+All methods of a network share the data: 1,024 pictures to calibrate on, and the held-out ones. Shares are those of the
+weights that are factorized: convolutions and linear layers but the head; `--target_modules` names others.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, load_dataset
+from records import Record, append_records, read_records
+from torch.nn import functional as F
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+
+from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
+
+CALIBRATION = 1024
+NETWORKS = {"cnn-resnet": 64, "cnn-regnet": 32, "cnn-vgg_bn": 32, "cnn-inception": 32, "cnn-densenet": 64}  # pixels
+PAPER = {
+    "paper, lossless": {"objective": "paper-lossless"},
+    "paper, compact": {"objective": "paper-compact"},
+}
+OURS = {
+    "ours, compact": {"objective": "compact"},
+    "ours, keep 0.7": {"keep_ratio": 0.7},
+    "ours, keep 0.5": {"keep_ratio": 0.5},
+    "ours, keep 0.35": {"keep_ratio": 0.35},
+}
+SVD = {"metric": "identity", "objective": "uniform", "storage": "two-factor"}
+SAME_DROP = "the paper's drop"  # in the names of methods that are asked for it
+
+
+@dataclass
+class Pictures:
+    """A network, and the data of all of its methods."""
+
+    load: Callable[[], PreTrainedModel]
+    calibration: Any
+    held_out: Any
+
+
+def testbed_pictures(testbed: Path, name: str) -> Pictures:
+    def load() -> PreTrainedModel:
+        if (testbed / name / "modeling_small_cnn.py").is_file():
+            sys.path.insert(0, str(testbed / name))
+            from modeling_small_cnn import SmallCnnForImageClassification as Model
+        else:
+            Model = AutoModelForImageClassification
+        return Model.from_pretrained(testbed / name, dtype=torch.float32).eval()
+
+    def part(file: str, count: int | None) -> list[dict[str, Any]]:
+        rows = load_dataset("parquet", data_files=str(testbed / "cifar" / file), split="train")
+        rows = rows if count is None else rows.select(range(count))
+        pixels = torch.stack([torch.from_numpy(np.array(p.convert("RGB"))).movedim(-1, 0) for p in rows["image"]])
+        pixels, size = pixels / 127.5 - 1, NETWORKS[name]
+        if size != pixels.shape[-1]:
+            pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False)
+        return [{"pixel_values": x, "labels": y} for x, y in zip(pixels, rows["label"], strict=True)]
+
+    return Pictures(load, part("train.parquet", CALIBRATION), part("heldout.parquet", None))
+
+
+def folder_pictures(model: str, images: str) -> Pictures:
+    processor = AutoImageProcessor.from_pretrained(model)
+
+    def part(split: str, count: int | None) -> Dataset:
+        rows = load_dataset(images, split=split)
+        rows = rows if count is None else rows.shuffle(seed=0).select(range(min(count, len(rows))))
+
+        def process(batch: dict[str, list[Any]]) -> dict[str, Any]:
+            pixels = processor([picture.convert("RGB") for picture in batch["image"]], return_tensors="pt")
+            return {"pixel_values": list(pixels["pixel_values"]), "labels": batch["label"]}
+
+        return rows.with_transform(process)
+
+    load = lambda: AutoModelForImageClassification.from_pretrained(model, dtype=torch.float32).eval()  # noqa: E731
+    return Pictures(load, part("train", CALIBRATION), part("validation", None))
+
+
+@torch.no_grad()
+def measure(model: PreTrainedModel, data: Any) -> Record:
+    """Return the loss, and the shares of pictures whose class is the first answer, and among the first five."""
+    loss, first, five, count = 0.0, 0, 0, 0
+    for start in range(0, len(data), 100):
+        rows = [data[i] for i in range(start, min(start + 100, len(data)))]
+        labels = torch.tensor([row["labels"] for row in rows])
+        logits = model(pixel_values=torch.stack([row["pixel_values"] for row in rows])).logits
+        best = logits.topk(5).indices == labels[:, None]
+        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        first, five, count = first + int(best[:, 0].sum()), five + int(best.any(1).sum()), count + len(rows)
+    return {"top1": first / count, "top5": five / count, "loss": loss / count}
+
+
+def compressed(network: str, pictures: Pictures, method: str, options: dict[str, Any]) -> Record:
+    model = pictures.load()
+    compressor = LowRankCompressor(LosslessLowRankConfig(**options))
+    compressor.compress(model, pictures.calibration, eval_dataset=pictures.held_out)
+    report: Any = compressor.report
+    found = report.certificate
+    record = {
+        "network": network,
+        "method": method,
+        "keep_ratio": report.keep_ratio,
+        **measure(model, pictures.held_out),
+    }
+    return record | {
+        "divergence": None if found is None else found.divergence,
+        "verdict": report.verdict,
+        "time_ratio": None if report.speed is None else report.speed.ratio,
+        "forms": {
+            form: sum(x.form == form for x in report.layers.values() if x.rank) for form in ("channel", "spatial")
+        },
+        "seconds": {stage: round(seconds, 2) for stage, seconds in report.seconds.items()},
+    }
+
+
+def run(network: str, pictures: Pictures, done: list[Record], targets: list[str] | None) -> Iterator[Record]:
+    """Yield a record for each method that was not measured yet."""
+    known = {record["method"]: record for record in done if record["network"] == network}
+    if "original" not in known:
+        yield {
+            "network": network,
+            "method": "original",
+            "keep_ratio": 1.0,
+            **measure(pictures.load(), pictures.held_out),
+        }
+    more = {} if targets is None else {"target_modules": targets}
+    for method, options in (*PAPER.items(), *OURS.items()):
+        if method not in known:
+            known[method] = compressed(network, pictures, method, deepcopy(options) | more)
+            yield known[method]
+    share = min(0.95, known["paper, compact"]["keep_ratio"])
+    for method, options in ((f"SVD, {SAME_DROP}", SVD), (f"ours, {SAME_DROP}", {})):
+        if method not in known:
+            yield compressed(network, pictures, method, {**options, "keep_ratio": share} | more)
+
+
+def print_tables(records: list[Record]) -> None:
+    for network in dict.fromkeys(record["network"] for record in records):
+        print(f"\n{network}\n\n| method | dropped | top-1 | top-5 | loss | KL | time | verdict |")
+        print("|---|---:|---:|---:|---:|---:|---:|---|")
+        for record in records:
+            if record["network"] == network:
+                print(row(record))
+
+
+def row(record: Record) -> str:
+    """Return a line of a table."""
+    divergence, time = record.get("divergence"), record.get("time_ratio")
+    return (
+        f"| {record['method']} | {100 * (1 - record['keep_ratio']):.0f} % | {100 * record['top1']:.2f} | "
+        f"{100 * record['top5']:.2f} | {record['loss']:.4f} | {'–' if divergence is None else f'{divergence:.4f}'} | "
+        f"{'–' if time is None else f'{time:.2f}'} | {record.get('verdict') or '–'} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--testbed", type=Path, help="folder of the testbed")
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--records", type=Path, help="file of results, read and extended")
+    parser.add_argument("--model", help="hub id or folder of an image classifier")
+    parser.add_argument(
+        "--images", help="folder with `train` and `val`, each with a folder for each class; or a hub id"
+    )
+    parser.add_argument(
+        "--target_modules", nargs="+", help="layers to factorize, such as Linear; default all but heads"
+    )
+    options = parser.parse_args()
+    done = read_records(options.records) if options.records and options.records.exists() else []
+    sources: dict[str, Callable[[], Pictures]] = {}
+    if options.testbed:
+        sources = {name: lambda name=name: testbed_pictures(options.testbed, name) for name in options.networks}
+    if options.model:
+        if not options.images:
+            parser.error("--model needs --images")
+        sources[options.model] = lambda: folder_pictures(options.model, options.images)
+    for name, pictures in sources.items():
+        for record in run(name, pictures(), done, options.target_modules):
+            done.append(record)
+            print(row(record), flush=True)
+            if options.records:
+                append_records(options.records, [record])
+    print_tables(done)
+
+
+if __name__ == "__main__":
+    main()
