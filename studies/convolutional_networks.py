@@ -1,14 +1,16 @@
 """Convolutional networks in the form of the paper's Table 1: top-1, top-5, loss, share dropped, and our verdict.
 
-    python studies/convolutional_networks.py --testbed FOLDER --records studies/results/convolutional_networks.jsonl
+    python studies/convolutional_networks.py --testbed FOLDER --records FILE
     python studies/convolutional_networks.py --model timm/vgg19_bn.tv_in1k --images IMAGENET_FOLDER
 
-The first command takes the small networks of the testbed, trained on CIFAR-10 (`cnn-densenet` needs timm); records that
-the file has are not measured again, and without --testbed the tables are printed from the file as it is. The second
-one takes any image classifier, from the hub or a folder, and folders `train` and `val` of one folder for each class.
+The first command takes the small networks of the testbed, trained on CIFAR-10 (`cnn-densenet` needs timm); its records
+are `results/convolutional_networks.jsonl`. Those that the file has are not measured again, and without --testbed the
+tables are printed from it. The second one takes any image classifier, from the hub or a folder, and folders `train`
+and `val` of one folder for each class.
 
-All methods of a network share the data: 1,024 pictures to calibrate on, and the held-out ones. Shares are those of the
-weights that are factorized: convolutions and linear layers but the head; `--target_modules` names others.
+All methods of a network share the data: 1,024 pictures to calibrate on (`compact`, which chooses by measurement, has
+3,072 more to choose by), and the held-out ones. Shares are those of the weights that are factorized: convolutions and
+linear layers but the head; `--target_modules` names others.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import torch
 from datasets import Dataset, load_dataset
 from records import Record, append_records, read_records
 from torch.nn import functional as F
+from torch.utils.data import Subset
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
@@ -35,7 +38,7 @@ PAPER = {
     "paper, compact": {"objective": "paper-compact"},
 }
 OURS = {
-    "ours, compact": {"objective": "compact"},
+    "ours, compact": {"objective": "compact", "selection_fraction": 0.75},
     "ours, keep 0.7": {"keep_ratio": 0.7},
     "ours, keep 0.5": {"keep_ratio": 0.5},
     "ours, keep 0.35": {"keep_ratio": 0.35},
@@ -49,7 +52,7 @@ class Pictures:
     """A network, and the data of all of its methods."""
 
     load: Callable[[], PreTrainedModel]
-    calibration: Any
+    train: Any
     held_out: Any
 
 
@@ -71,7 +74,7 @@ def testbed_pictures(testbed: Path, name: str) -> Pictures:
             pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False)
         return [{"pixel_values": x, "labels": y} for x, y in zip(pixels, rows["label"], strict=True)]
 
-    return Pictures(load, part("train.parquet", CALIBRATION), part("heldout.parquet", None))
+    return Pictures(load, part("train.parquet", 4 * CALIBRATION), part("heldout.parquet", None))
 
 
 def folder_pictures(model: str, images: str) -> Pictures:
@@ -88,7 +91,7 @@ def folder_pictures(model: str, images: str) -> Pictures:
         return rows.with_transform(process)
 
     load = lambda: AutoModelForImageClassification.from_pretrained(model, dtype=torch.float32).eval()  # noqa: E731
-    return Pictures(load, part("train", CALIBRATION), part("validation", None))
+    return Pictures(load, part("train", 4 * CALIBRATION), part("validation", None))
 
 
 @torch.no_grad()
@@ -108,7 +111,9 @@ def measure(model: PreTrainedModel, data: Any) -> Record:
 def compressed(network: str, pictures: Pictures, method: str, options: dict[str, Any]) -> Record:
     model = pictures.load()
     compressor = LowRankCompressor(LosslessLowRankConfig(**options))
-    compressor.compress(model, pictures.calibration, eval_dataset=pictures.held_out)
+    count = 4 * CALIBRATION if "selection_fraction" in options else CALIBRATION
+    train = Subset(pictures.train, range(min(count, len(pictures.train))))
+    compressor.compress(model, train, eval_dataset=pictures.held_out)
     report: Any = compressor.report
     found = report.certificate
     record = {

@@ -56,13 +56,20 @@ def is_single(path: str | None) -> bool:
     return path is not None and Path(path, "state.json").is_file()
 
 
+def _has_no_splits(path: str) -> bool:
+    """Return whether a path is a folder of folders, one for each class, none of which is called after a split."""
+    folders = [entry.name for entry in Path(path).iterdir() if entry.is_dir()] if Path(path).is_dir() else []
+    return bool(folders) and not any(name.lower().startswith("train") for name in folders)
+
+
 def load_split(
     path: str, name: str | None, data_files: str | list[str] | None, split: str, examples: int | None
 ) -> Dataset:
     """Load a split of a data set from the hub, a folder, or files.
 
     Args:
-        path: hub id, a folder (also one written by `save_to_disk`), or a format such as `json`, `csv`, `parquet`.
+        path: hub id, a folder (also one written by `save_to_disk`, or one of pictures with a folder for each class:
+            without folders for splits it is taken whole), or a format such as `json`, `csv`, `parquet`.
         name: configuration of the data set.
         data_files: files to read, for a format.
         split: split to take.
@@ -87,6 +94,8 @@ def load_split(
     except StopIteration as error:  # of an empty JSON file
         raise DataError(f"cannot load the data set {path!r}: a file of it is empty.") from error
     if isinstance(data, DatasetDict):
+        if split not in data and list(data) == ["train"] and _has_no_splits(path):
+            split = "train"  # what datasets calls all of it
         if split not in data:
             raise DataError(f"the data set {path!r} has no split {split!r}; it has {', '.join(data)}.")
         data = data[split]

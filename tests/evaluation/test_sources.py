@@ -281,3 +281,22 @@ def test_a_format_without_files_is_refused_whatever_lies_in_the_working_director
     (tmp_path / "train.txt").write_text("w5\n")
     with pytest.raises(DataError, match=f"the data set '{name}' is a format; name its files"):
         load_split(name, None, files, "train", None)
+
+
+@pytest.mark.parametrize("splits", [True, False])
+def test_a_folder_of_pictures_by_class_is_read_with_splits_and_without(tmp_path, splits):
+    """As ImageNet lies on a disk: `val` is what datasets calls `validation`."""
+    image = pytest.importorskip("PIL.Image")
+    for index, folder in enumerate(("n01", "n02", "n03")):
+        place = tmp_path / "val" / folder if splits else tmp_path / folder
+        place.mkdir(parents=True)
+        image.new("RGB", (8, 8), (index, 0, 0)).save(place / "a.png")
+    if splits:
+        (tmp_path / "train" / "n01").mkdir(parents=True)
+        image.new("RGB", (8, 8)).save(tmp_path / "train" / "n01" / "a.png")
+    found = load_split(str(tmp_path), None, None, "validation", None)
+    assert (found["label"], found.features["label"].names) == ([0, 1, 2], ["n01", "n02", "n03"])
+    assert [picture.getpixel((0, 0))[0] for picture in found["image"]] == [0, 1, 2]
+    if splits:
+        with pytest.raises(DataError, match="has no split 'test'"):
+            load_split(str(tmp_path), None, None, "test", None)
