@@ -191,13 +191,16 @@ class _ConvLayout:
         return id(x), pads_itself(module), *map(str, geometry)
 
     def random_input(self, module: Any, rows: int) -> torch.Tensor:
-        side = max(1, math.isqrt(rows) if self.axes == 2 else rows)  # of one example's outputs: as square as can be
+        side = max(1, math.isqrt(rows)) if self.axes == 2 else rows  # of one example's outputs: as square as can be
         outputs = (side, -(-rows // side))[: self.axes]
-        nothing = padding_of(module, (1,) * self.axes) if not pads_itself(module) else ((0, 0),) * 2
-        axes = zip(outputs, module.kernel_size, module.stride, nothing, module.dilation, strict=False)
-        sides = [max(1, (n - 1) * step + spread * (k - 1) + 1 - sum(pad)) for n, k, step, pad, spread in axes]
+        if pads_itself(module):
+            sizes = [n * step for n, step in zip(outputs, module.stride, strict=True)]
+        else:
+            pads = map(sum, padding_of(module, outputs))
+            axes = zip(outputs, module.kernel_size, module.stride, pads, module.dilation, strict=True)
+            sizes = [max(1, (n - 1) * step + spread * (k - 1) + 1 - pad) for n, k, step, pad, spread in axes]
         weight = module.weight
-        return torch.randn(1, module.in_channels, *sides, device=weight.device, dtype=weight.dtype)
+        return torch.randn(1, module.in_channels, *sizes, device=weight.device, dtype=weight.dtype)
 
     def output_rows(self, module: Any, y: torch.Tensor) -> torch.Tensor:
         return self._examples(y).flatten(2).mT.unflatten(-1, (module.groups, -1))
