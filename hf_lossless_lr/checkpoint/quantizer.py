@@ -55,6 +55,8 @@ class LosslessLowRankQuantizer(HfQuantizer):
         self._files = kwargs.get("checkpoint_files")
         check_files(built, self._files, unused=len(config.modules) - len(built))
         replace_modules(model, {path_of[name]: module for name, module in built.items()})
+        whole = {type(module).__name__ for module in built.values()}  # a device map must not split them
+        model._no_split_modules = whole.union(model._no_split_modules or ())
         mark_loading(model)
         return model
 
