@@ -19,11 +19,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..errors import TargetError
+from ..errors import LosslessLowRankError, TargetError
 from ..files import replacing, write_atomically
 from ..fingerprint import tensors_fingerprint
 from ..layers import grids_in, is_factorized, replace_modules, restore_grids, to_dense
-from ..report import CARD_NAME, CompressionReport, is_unedited, model_card
+from ..report import CARD_NAME, REPORT_NAME, CompressionReport, is_unedited, model_card
 from .config import LosslessLowRankConfig
 from .encoding import dequantize_stored, encoded_state, load_encoded
 from .options import CompressionOptions
@@ -165,6 +165,31 @@ def attach_card(model: PreTrainedModel, report: CompressionReport) -> None:
     """
     weights = report.compressed_fingerprint or tensors_fingerprint(model.state_dict())
     _attach_save(model, partial(_save_pretrained, model, report, _hub_name(model), weights))
+
+
+def attach_saved_card(model: PreTrainedModel, folder: Path) -> None:
+    """Let a loaded model write its card and report again, as the compression did; see `attach_card`.
+
+    Args:
+        model: a compressed model.
+        folder: what it was loaded from; without a report that says which weights it is about, nothing is attached.
+    """
+    path = folder / REPORT_NAME
+    if not path.is_file():
+        return
+    try:
+        report = CompressionReport.from_json(path.read_text(encoding="utf-8"))
+    except (LosslessLowRankError, ValueError, OSError) as error:
+        logger.warning("%s cannot be used, and will not be saved with the model again: %s", path, error)
+        return
+    if report.compressed_fingerprint is not None:
+        base = _base_model(folder / CARD_NAME)
+        _attach_save(model, partial(_save_pretrained, model, report, base, report.compressed_fingerprint))
+
+
+def _base_model(card: Path) -> str | None:
+    found = ModelCard.load(card, ignore_metadata_errors=True).data.base_model if card.is_file() else None
+    return found if isinstance(found, str) else None
 
 
 def _hub_name(model: PreTrainedModel) -> str | None:

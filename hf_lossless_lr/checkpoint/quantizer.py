@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from transformers.quantizers import auto as quantizer_registry
 from ..errors import CheckpointError, ConfigurationError, TargetError
 from ..formats import FLOAT
 from ..layers import METHOD, Factorized, FactorizedLinear, Stored, layout_of, replace_modules, stored_in
-from .attached import dequantize, mark_loaded, mark_loading, unmark_loading
+from .attached import attach_saved_card, dequantize, mark_loaded, mark_loading, unmark_loading
 from .config import LosslessLowRankConfig, ModuleRecord
 from .contents import check_files, check_loaded
 from .encoding import dequantize_stored
@@ -71,6 +72,8 @@ class LosslessLowRankQuantizer(HfQuantizer):
         dequantize_stored(model, keep=KEPT if config.compute == "stored" else ())
         check_loaded(model, self._files)
         mark_loaded(model, config)
+        if self._files:
+            attach_saved_card(model, Path(self._files[0]).parent)
         return model
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:

@@ -114,14 +114,28 @@ class TestRoundTrip:
             check_same_model(saved.model, again, saved.batch)
 
     @pytest.mark.parametrize("name", TINY_MODELS)
-    def test_can_be_repeated_with_the_same_files_without_the_card_and_the_report(self, name, checkpoint, tmp_path):
+    def test_can_be_repeated_with_the_same_files(self, name, checkpoint, tmp_path):
+        """The card and the report among them."""
         saved = checkpoint(name)
         again = loaded(type(saved.model), saved.folder)
         again.save_pretrained(tmp_path)
-        first, second = folder_content(saved.folder), folder_content(tmp_path)
-        for written_by_a_compression in ("README.md", REPORT_NAME):
-            del first[written_by_a_compression]
-        assert first == second
+        assert folder_content(tmp_path) == folder_content(saved.folder)
+        assert {"README.md", REPORT_NAME} <= {path.name for path in tmp_path.iterdir()}
+
+    def test_of_other_weights_has_no_certificate(self, bert, tmp_path):
+        again = loaded(type(bert.model), bert.folder)
+        with torch.no_grad():
+            again.classifier.weight.mul_(2)
+        again.save_pretrained(tmp_path)
+        assert "were changed after they were measured" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+    def test_with_a_report_that_cannot_be_read_is_one_without_it(self, bert, tmp_path, caplog):
+        broken = tmp_path / "broken"
+        shutil.copytree(bert.folder, broken)
+        (broken / REPORT_NAME).write_text("{}")
+        loaded(type(bert.model), broken).save_pretrained(tmp_path / "again")
+        assert "cannot be used" in caplog.text
+        assert not (tmp_path / "again" / REPORT_NAME).exists()
 
     def test_keeps_the_configuration_and_the_manifest(self, bert):
         again = loaded(type(bert.model), bert.folder).config.quantization_config
