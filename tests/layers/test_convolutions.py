@@ -278,3 +278,26 @@ def test_the_classifier_that_a_network_names_itself_is_a_head():
 
     found = find_targets(Wrapper())
     assert (list(found.chosen), found.skipped) == (["timm_model.conv"], {"timm_model.fc": "task head"})
+
+
+@on_groups
+def test_pivots_that_are_moved_and_pivots_that_are_computed_are_the_same(groups, monkeypatch):
+    """Which of the two takes less time depends on the rank; small layers here would have the one way alone."""
+    dense = nn.Conv2d(4, 6, 3, padding=1, groups=groups)
+    layer, kernel = filled(dense, "channel", "pivoted")
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(4))
+    expected, found = with_kernel(dense, kernel)(x), []
+    for moved_number in (0, 10**6):
+        monkeypatch.setattr("hf_lossless_lr.layers.convolution.MOVED_NUMBER", moved_number)
+        found.append(layer(x))
+        torch.testing.assert_close(found[-1], expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    assert not torch.equal(*found)  # they are two ways indeed: rounding tells them apart
+
+
+def test_a_factor_with_something_on_it_is_called():
+    """A hook, or an adapter in its place: then nothing is computed past it."""
+    layer, _ = filled(nn.Conv2d(4, 6, 3), "channel", "pivoted")
+    calls = []
+    layer.up.register_forward_hook(lambda *_: calls.append(1))
+    layer(torch.ones(1, 4, 5, 5))
+    assert calls == [1]
