@@ -44,7 +44,7 @@ from .spatial import factorize_spatially
 
 CHUNK = 4096  # rows that small batches are joined to, for their products
 RIDGE = 6.0  # times features / rows, of each channel, towards the weight: docs/method.md
-LARGEST_RIDGE = 0.5
+LARGEST_RIDGE = 0.2
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,13 @@ def whole(records):
     return max(records, key=lambda record: record["layers"])
 
 
+def test_runs_that_were_killed_ended_with_the_same_bytes(study):
+    found = study("records").read_records(RESULTS / "interruptions.jsonl")
+    assert sum(record["kills"] for record in found) >= 30
+    assert all(record["same bytes"] for record in found)
+    assert {record["repeated"] for record in found} == {0}
+
+
 def test_tinyllama_fits_into_ten_gibibytes_and_ninety_minutes(whole):
     assert (whole["layers"], whole["tokens"]) == (22, 32 * 256)
     assert whole["peak"] <= 10 * GIBIBYTE
