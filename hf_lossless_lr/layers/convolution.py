@@ -17,7 +17,7 @@ from ..errors import ConfigurationError
 from .factorized import Factorized, is_plain
 from .layout import fill_dense, register
 from .patches import output_sizes, padded, padding_of, pads_itself, patches, sampled
-from .storage import CHANNEL, MOVED_NUMBER, SPATIAL
+from .storage import CHANNEL, SPATIAL
 
 GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
 UNPADDED = {"padding": 0, "padding_mode": "zeros"}
@@ -78,25 +78,10 @@ class FactorizedConv(Factorized):
     def forward(self, input: torch.Tensor | None = None, *, x: torch.Tensor | None = None) -> torch.Tensor:
         """Apply the factorized map; same input and output shapes as the dense layer."""
         seen: Any = x if input is None else input
-        seen = padded(self, seen) if self.pads_itself else seen
-        if self.permutation is None or self.rank**2 >= MOVED_NUMBER * self.out_features or not self._is_plain():
-            return super().forward(seen)
-        # Pivots are stored, but here it takes less time to compute their outputs once more than to move all outputs.
-        z = self.down(seen)
-        return self.up._conv_forward(z, self._whole_up().reshape(-1, *self.up.weight.shape[1:]), self.bias)
-
-    def _is_plain(self) -> bool:
-        return is_plain(self.up, self.layer)
-
-    def _whole_up(self) -> torch.Tensor:
-        """Return the second factor with the rows of the pivots in their places.  # shape: (groups * out, rank)."""
-        others = self.up.weight.flatten(1)
-        pivots = torch.eye(self.rank, dtype=others.dtype, device=others.device).repeat(self.groups, 1)
-        order: Any = self.permutation
-        return torch.cat([pivots, others]).index_select(0, order)
+        return super().forward(padded(self, seen) if self.pads_itself else seen)
 
     def _with_bias(self, up: Any, z: torch.Tensor) -> torch.Tensor:
-        if self._is_plain():
+        if is_plain(up, self.layer):
             return up._conv_forward(z, up.weight, self._parameters["bias"])
         return self._plus_bias(up(z))
 

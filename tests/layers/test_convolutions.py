@@ -280,20 +280,6 @@ def test_the_classifier_that_a_network_names_itself_is_a_head():
     assert (list(found.chosen), found.skipped) == (["timm_model.conv"], {"timm_model.fc": "task head"})
 
 
-@on_groups
-def test_pivots_that_are_moved_and_pivots_that_are_computed_are_the_same(groups, monkeypatch):
-    """Which of the two takes less time depends on the rank; small layers here would have the one way alone."""
-    dense = nn.Conv2d(4, 6, 3, padding=1, groups=groups)
-    layer, kernel = filled(dense, "channel", "pivoted")
-    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(4))
-    expected, computed, whole_up = with_kernel(dense, kernel)(x), [], FactorizedConv2d._whole_up
-    monkeypatch.setattr(FactorizedConv2d, "_whole_up", lambda self: computed.append(1) or whole_up(self))
-    for moved_number in (0, 10**6):
-        monkeypatch.setattr("hf_lossless_lr.layers.convolution.MOVED_NUMBER", moved_number)
-        torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
-        assert len(computed) == (moved_number > 0)
-
-
 def test_a_factor_with_something_on_it_is_called():
     """A hook, or an adapter in its place: then nothing is computed past it."""
     layer, _ = filled(nn.Conv2d(4, 6, 3), "channel", "pivoted")
