@@ -14,7 +14,9 @@ from transformers import AutoModelForImageClassification
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
 from hf_lossless_lr.factors import batch_norms, shifted_batch_norms
 from hf_lossless_lr.layers import in_place, is_factorized
+from hf_lossless_lr.pipeline import trial
 from hf_lossless_lr.processes import make_accelerator
+from hf_lossless_lr.verdict import PairedOutcomes
 
 COUNT = 48
 
@@ -137,6 +139,27 @@ class TestBatchNorms:
         again = grouped()
         assert [type(m) for m in model.modules()] == [type(m) for m in again.modules()]
         assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def outcomes(divergence, loss):
+    """Of four examples, a unit each; the dense model loses 1 nat in all."""
+    divergence = np.array(divergence)
+    losses, count = np.array([np.full(4, 0.25), np.full(4, loss / 4)]), np.ones(4, dtype=int)
+    return PairedOutcomes(losses, count, 4, True, cluster_of_unit=np.arange(4), divergence=divergence)
+
+
+def test_one_outlier_does_not_decide_whether_predictions_are_closer():
+    before, after = outcomes([0.04, 0.04, 0.04, 1.0], 1.0), outcomes([0.01, 0.01, 0.01, 1.21], 1.0)
+    assert after.mean_divergence > before.mean_divergence
+    assert trial._distance(after) < trial._distance(before)
+    assert trial._distance(before) == pytest.approx((3 * 0.2 + 1) / 4)
+
+
+def test_a_shift_must_bring_predictions_closer_and_not_raise_the_loss():
+    before = outcomes([0.09] * 4, 1.0)
+    assert trial._clearly_closer(before, outcomes([0.04, 0.04, 0.04, 0.05], 1.0), 0.95)
+    assert not trial._clearly_closer(before, outcomes([0.04, 0.04, 0.04, 0.05], 1.1), 0.95)
+    assert not trial._clearly_closer(before, outcomes([0.01, 0.01, 0.25, 0.36], 1.0), 0.95)
 
 
 @pytest.mark.slow

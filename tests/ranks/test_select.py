@@ -270,6 +270,24 @@ def test_no_layer_on_the_last_step_could_be_larger(kind, seed):
         assert ranks == {"layer0": max(fitting)}
 
 
+@on_kinds
+@on_storages
+@on_seeds
+def test_nothing_that_lowers_the_cost_of_a_layer_would_still_fit(kind, storage, seed):
+    """What is left of the budget is spent in all layers, not in the last one of the path alone."""
+    curves = make_curves(seed, kind, storage)
+    for ratio in RATIOS:
+        try:
+            ranks = select_budget(curves, ratio)
+        except ConfigurationError:
+            continue
+        spare = ratio * dense_size(curves) - kept_parameters(curves, ranks)
+        for name, curve in curves.items():
+            points = {rank: (count, cost) for rank, count, cost in candidates(curve)}
+            count, cost = points[ranks[name]]
+            assert not [rank for rank, (n, c) in points.items() if n - count <= spare - TIE and c < cost - TIE]
+
+
 def test_spare_parameters_are_not_spent_on_a_rank_that_costs_more():
     """In a metric other than the Kronecker one, a higher rank may be predicted to cost more."""
     second = np.array([9.0, 1.0, 5.0, 6.0, 5.0, 0.0])
