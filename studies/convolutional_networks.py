@@ -16,7 +16,6 @@ linear layers but the head; `--target_modules` names others.
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,14 +158,14 @@ def run(network: str, pictures: Pictures, done: list[Record], targets: list[str]
     for method, options in (*PAPER.items(), *OURS.items()):
         if method not in known:
             try:
-                known[method] = compressed(network, pictures, method, deepcopy(options) | more)
+                known[method] = compressed(network, pictures, method, {**options, **more})
             except ConfigurationError as error:  # a network of which no layer gains time
                 known[method] = {"network": network, "method": method, "impossible": str(error)}
             yield known[method]
     share = min(0.95, known["paper, compact"]["keep_ratio"])
     for method, options in ((f"SVD, {SAME_DROP}", SVD), (f"ours, {SAME_DROP}", {})):
         if method not in known:
-            yield compressed(network, pictures, method, {**options, "keep_ratio": share} | more)
+            yield compressed(network, pictures, method, {**options, **more, "keep_ratio": share})
 
 
 def print_tables(records: list[Record]) -> None:

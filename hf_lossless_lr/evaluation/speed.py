@@ -87,7 +87,7 @@ def random_batch(model: PreTrainedModel, examples: int, size: int | None = None)
     """
     config, name, device = model.config.get_text_config(), model.main_input_name, model.device
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # not those of other devices, which are not put back
         if name == "input_ids":
             length = size or TEXT_LENGTH
             most = getattr(config, "max_position_embeddings", None)

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from copy import copy, deepcopy
+from copy import deepcopy
 from typing import Any
 
-import greenlet
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -28,7 +27,7 @@ from transformers.utils import logging
 
 from ..data import PaddingMasks, run_batch
 from ..layers import evaluating, in_place
-from ..statistics import Group, Pause, Stream, pausing
+from ..statistics import Group, Pause, Stream, paired_streams, pausing
 
 SMALLEST_VARIANCE = 0.1  # of what it was
 
@@ -59,27 +58,16 @@ def shifted_batch_norms(
         batches = [batch for loader in loaders for batch in accelerator.prepare(loader)]
         order = _order(model, dense_norms, batches)
         shifted: dict[str, Any] = {name: deepcopy(dense_norms[name]) for name in order}
-        pauses = [
-            Pause((name,), norm, _input, behind=False)
-            for norms in (dense_norms, shifted)
-            for name in order
-            for norm in (norms[name],)
-        ]
-        with pausing(model, masks.encoder, pauses):
-            dense = [Stream(model, batch, copy(masks)) for batch in batches]
-            compressed = [Stream(model, batch, copy(masks)) for batch in batches]
-            finished: set[Group] = set()
-            try:
-                for name in logging.tqdm(order, desc="Shifting", disable=not accelerator.is_main_process):
-                    group = (name,)
-                    moments = [_moments(dense, group, finished, shifted[name], accelerator)]
-                    with in_place(model, {**layers, **shifted}):
-                        moments.append(_moments(compressed, group, finished, shifted[name], accelerator))
-                    finished.add(group)
-                    _shift(shifted[name], *moments)
-            finally:
-                for stream in dense + compressed:
-                    stream.throw(greenlet.GreenletExit)
+        pauses = [Pause((n,), norms[n], _input, behind=False) for norms in (dense_norms, shifted) for n in order]
+        finished: set[Group] = set()
+        with pausing(model, masks.encoder, pauses), paired_streams(model, batches, masks) as (dense, compressed):
+            for name in logging.tqdm(order, desc="Shifting", disable=not accelerator.is_main_process):
+                group = (name,)
+                moments = [_moments(dense, group, finished, shifted[name], accelerator)]
+                with in_place(model, {**layers, **shifted}):
+                    moments.append(_moments(compressed, group, finished, shifted[name], accelerator))
+                finished.add(group)
+                _shift(shifted[name], *moments)
     return shifted
 
 

@@ -11,7 +11,7 @@ from ..layers import as_matrix, set_grid
 from .decomposition import MetricFactors
 from .factorize import SMALLEST_NORM, Factorization, FactorTensors
 from .rounding import RoundedFactors, round_dense, round_factors
-from .spatial import SpatialFactorization, solved_second
+from .spatial import SpatialFactorization, solved_second, vertical_moments
 
 
 @torch.no_grad()
@@ -65,8 +65,9 @@ def _rounded_filters(
     """Round the filters of a spatial form: the first ones, then the second as they fit best to these."""
     up, _ = solved_second(first, weight, hessian, width)
     norms = up.unflatten(-1, (len(first), width)).norm(dim=(0, -1)).clamp_min(SMALLEST_NORM)
-    vertical = hessian.unflatten(-1, (-1, width)).unflatten(0, (-1, width)).diagonal(dim1=1, dim2=3).mean(-1)
-    down, down_grid = round_dense(first * norms[:, None], vertical, kind)  # those of a group share their grids
+    down, down_grid = round_dense(
+        first * norms[:, None], vertical_moments(hessian, width), kind
+    )  # those of a group share their grids
     up, between = solved_second(down.double(), weight, hessian, width)
     up, up_grid = round_dense(up, between, kind)
     return RoundedFactors(FactorTensors(down, up, None), down_grid, up_grid)

@@ -18,12 +18,10 @@ nothing is re-implemented or run twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import greenlet
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -34,7 +32,17 @@ from transformers.utils import logging
 from ..data import PaddingMasks
 from ..formats import FLOAT
 from ..layers import SPATIAL, evaluating, in_place, is_factorized, weight_matrices
-from ..statistics import CalibrationStatistics, Group, Pause, Stream, gram, pausing, precision_of, rows_of
+from ..statistics import (
+    CalibrationStatistics,
+    Group,
+    Pause,
+    Stream,
+    gram,
+    paired_streams,
+    pausing,
+    precision_of,
+    rows_of,
+)
 from ..timing import Clock
 from .decomposition import metric_svd
 from .factorize import Factorization
@@ -104,11 +112,8 @@ def refit(
     layers = {**others, **{name: target.layer for name, target in targets.items()}}
     masks = PaddingMasks(model)  # what it knows of the model serves all streams
     with evaluating(model), pausing(model, masks.encoder, _pauses(targets, groups)):
-        batches = [batch for loader in loaders for batch in accelerator.prepare(loader)]
-        dense = [Stream(model, batch, copy(masks)) for batch in batches]
-        compressed = [Stream(model, batch, copy(masks)) for batch in batches]
-        finished: set[Group] = set()
-        try:
+        batches, finished = [batch for loader in loaders for batch in accelerator.prepare(loader)], set[Group]()
+        with paired_streams(model, batches, masks) as (dense, compressed):
             for group in logging.tqdm(groups, desc="Refitting", disable=not accelerator.is_main_process):
                 with clock.timed("refit_forward"):
                     arrived = [stream.advance(group, finished) for stream in dense]
@@ -123,9 +128,6 @@ def refit(
                     with clock.timed("refit_solves"):
                         for place, name in enumerate(group):
                             _solve(targets[name], products, place, damping)
-        finally:
-            for stream in dense + compressed:
-                stream.throw(greenlet.GreenletExit)
     return [name for name in targets if name in left]
 
 

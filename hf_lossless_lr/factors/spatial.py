@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ..errors import NumericalError
-from ..layers import SPATIAL, break_even_rank
+from ..layers import SPATIAL, break_even_rank, layout_of, weight_matrices
 from .curves import LossCurve
 from .decomposition import MetricFactors, metric_svd
 from .factorize import SMALLEST_NORM, FactorTensors
@@ -84,6 +84,14 @@ def has_spatial_candidates(shape: tuple[int, ...], kernel: Kernel) -> bool:
     return max(out * kernel[1], size // kernel[1]) <= LARGEST
 
 
+def spatial_kernel(module: Any) -> Kernel | None:
+    """Return the kernel of a dense layer for which the spatial form is a candidate; None for any other layer."""
+    layout = layout_of(module)
+    kernel = layout.kernel_size(module)
+    possible = SPATIAL in layout.forms(module) and has_spatial_candidates(weight_matrices(module).shape, kernel)
+    return kernel if possible else None
+
+
 def spatial_matrix(weight: torch.Tensor, kernel: Kernel) -> torch.Tensor:
     """Return kernel matrices as those of the spatial form.
 
@@ -108,12 +116,15 @@ def spatial_metric(A: torch.Tensor, B: torch.Tensor, kernel: Kernel) -> tuple[to
     Returns:
         The metric of the input side and of the output side.  # shape: (..., in · kh, in · kh), (..., out · kw, …)
     """
-    columns = _by_column(A, kernel[1])
-    vertical = columns.diagonal(dim1=-3, dim2=-1).mean(-1)
-    horizontal = columns.diagonal(dim1=-4, dim2=-2).sum(-1).double()
+    horizontal = _by_column(A, kernel[1]).diagonal(dim1=-4, dim2=-2).sum(-1).double()
     horizontal = horizontal / horizontal.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(SMALLEST_NORM)
     product = torch.einsum("...op,...ij->...oipj", B.double(), horizontal)
-    return vertical, product.flatten(-4, -3).flatten(-2, -1).to(B.dtype)
+    return vertical_moments(A, kernel[1]), product.flatten(-4, -3).flatten(-2, -1).to(B.dtype)
+
+
+def vertical_moments(A: torch.Tensor, width: int) -> torch.Tensor:
+    """Return `A_v`, the mean over the columns of a kernel.  # shape: (..., in · kh, in · kh)."""
+    return _by_column(A, width).diagonal(dim1=-3, dim2=-1).mean(-1)
 
 
 def _by_column(A: torch.Tensor, width: int) -> torch.Tensor:
@@ -142,11 +153,15 @@ def factorize_spatially(
     matrix = spatial_matrix(weight.double(), kernel)
     vertical, horizontal = spatial_metric(A, B, kernel)
     found = metric_svd(matrix, damped(vertical, damping), damped(horizontal, damping))
-    rows, columns = matrix.shape[-2:]
-    ranks = max(break_even_rank(rows, columns, "two-factor"), 1) if largest is None else largest
+    ranks = _largest_rank(*matrix.shape[-2:]) if largest is None else largest
     factors = MetricFactors(found.left[..., :ranks], found.right[..., :ranks, :], found.singular_values[..., :ranks])
     lower, solved = _second_filters(factors.right, weight, A, kernel[1])
     return SpatialFactorization(factors, lower, solved, kernel[1])
+
+
+def _largest_rank(rows: int, columns: int) -> int:
+    """Return the largest rank that compresses, but 1 at least."""
+    return max(break_even_rank(rows, columns, "two-factor"), 1)
 
 
 def _second_filters(
@@ -239,5 +254,5 @@ def spatial_needs(shape: tuple[int, ...], kernel: Kernel) -> int:
     """
     groups, out, size = shape
     rows, columns = out * kernel[1], size // kernel[1]
-    rank = max(break_even_rank(rows, columns, "two-factor"), 1)
+    rank = _largest_rank(rows, columns)
     return groups * (rank * (rows + columns) + rank * kernel[1] * (rank * kernel[1] + out))

@@ -9,7 +9,7 @@ from .coverage import other_weights
 from .factorized import METHOD, Factorized, called_with, is_factorized, layers_in
 from .layout import Layout, layout_of, to_dense, weight_matrices
 from .linear import FactorizedLinear
-from .model_state import ModelState, differentiating_only, evaluating, on_device, own_config
+from .model_state import ModelState, differentiating_only, evaluating, on_device, own_config, random_state_kept
 from .replacement import finish, in_place, replace_modules
 from .rounded import (
     as_matrix,
@@ -76,6 +76,7 @@ __all__ = [
     "on_device",
     "other_weights",
     "own_config",
+    "random_state_kept",
     "replace_modules",
     "restore_grids",
     "rounded_modules",

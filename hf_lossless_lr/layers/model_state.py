@@ -41,6 +41,13 @@ def differentiating_only(model: nn.Module, targets: Mapping[str, nn.Module]) -> 
 
 
 @contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Let the body draw random numbers, on the CPU and on a device; the generators are afterwards as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+@contextmanager
 def on_device(model: nn.Module, device: torch.device, also: Iterable[nn.Module] = ()) -> Iterator[None]:
     """Move a model that lies on one device, and move it back, with layers that may have left it meanwhile."""
     original = {parameter.device for parameter in model.parameters()}

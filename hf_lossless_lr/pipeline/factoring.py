@@ -22,10 +22,10 @@ from ..factors import (
     SpatialFactorization,
     factorize,
     factorize_spatially,
-    has_spatial_candidates,
     loss_curve,
     rounding_costs,
     spatial_curve,
+    spatial_kernel,
     spatial_matrix,
     spatial_metric,
 )
@@ -115,10 +115,8 @@ def _factorized(
 def _spatial(
     module: Any, weight: torch.Tensor, stats: LayerStatistics, config: LosslessLowRankConfig
 ) -> tuple[SpatialFactorization, LossCurve] | None:
-    layout = layout_of(module)
-    kernel = layout.kernel_size(module)
-    wanted = SPATIAL in (config.forms or ()) and SPATIAL in layout.forms(module)
-    if not wanted or not has_spatial_candidates(tuple(weight.shape), kernel):
+    kernel = spatial_kernel(module) if SPATIAL in (config.forms or ()) else None
+    if kernel is None:
         return None
     A, B = stats.input_covariance, stats.grad_covariance
     spatial = factorize_spatially(weight, A, B, kernel, config.damping)

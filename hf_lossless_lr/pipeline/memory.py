@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from ..data import DataSplits, dataset_size, subset
 from ..errors import ConfigurationError, DataError
-from ..factors import has_spatial_candidates, spatial_needs
-from ..layers import SPATIAL, layout_of, weight_matrices
+from ..factors import spatial_kernel, spatial_needs
+from ..layers import weight_matrices
 from ..report import MemoryPlan, gibibytes
 from ..statistics import Key, collect_statistics, precision_of
 
@@ -55,11 +55,10 @@ def needs_of(module: nn.Module) -> Needs:
     moments = [features**2 * precision_of(features).itemsize for features in (out, size)]
     factors = (out + size) * rank * precision_of(rank).itemsize
     work = WORKSPACE * (out**2 + size**2) + 3 * factors
-    if SPATIAL in layout_of(module).forms(module):
-        kernel = layout_of(module).kernel_size(module)
-        if has_spatial_candidates((groups, out, size), kernel):
-            factors += 8 * spatial_needs((1, out, size), kernel)
-            work += WORKSPACE * ((out * kernel[1]) ** 2 + (size // kernel[1]) ** 2)
+    kernel = spatial_kernel(module)
+    if kernel is not None:
+        factors += 8 * spatial_needs((1, out, size), kernel)
+        work += WORKSPACE * ((out * kernel[1]) ** 2 + (size // kernel[1]) ** 2)
     return Needs(groups * sum(moments), groups * factors, groups * work)
 
 

@@ -207,8 +207,7 @@ def _refit(
     }
     others = {name: layer for name, layer in layers.items() if name not in choices}
     groups = refit_groups(statistics, targets)
-    more, accelerator = calibration.parts.refit, calibration.accelerator
-    loaders = [data] if more is None else [data, more]
+    loaders, accelerator = _fitted_to(calibration, data), calibration.accelerator
     with clock.timed("refit"):
         left = refit(calibration.dense.model, targets, groups, loaders, accelerator, damping, clock, others)
     if left:
@@ -218,9 +217,13 @@ def _refit(
         )
 
 
+def _fitted_to(calibration: Calibration, data: DataLoader) -> list[DataLoader]:
+    """Return the data that a compressed model is fitted to: the given ones, and those for the refit alone."""
+    return [data] if calibration.parts.refit is None else [data, calibration.parts.refit]
+
+
 def _shifted_norms(calibration: Calibration, layers: Mapping[str, Any], clock: Clock) -> dict[str, nn.Module]:
-    parts = calibration.parts
-    loaders = [parts.calibration] if parts.refit is None else [parts.calibration, parts.refit]
+    loaders = _fitted_to(calibration, calibration.parts.calibration)
     with clock.timed("batch_norms"):
         return shifted_batch_norms(calibration.dense.model, layers, loaders, calibration.accelerator)
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..factors import LossCurve
-from ..layers import choose_storage, evaluating, layout_of
+from ..layers import choose_storage, evaluating, layout_of, random_state_kept
 from ..report import Speed
 from .sizes import LayerSize
 
@@ -171,9 +171,9 @@ def _measured_ranks(curve: LossCurve, multiple: int) -> list[int]:
 
 @torch.no_grad()
 def _measure(module: Any, curve: LossCurve, rows: int, multiple: int, repeats: int, timer: Timer) -> LayerSize:
-    ranks, layout, device = _measured_ranks(curve, multiple), layout_of(module), module.weight.device
+    ranks, layout = _measured_ranks(curve, multiple), layout_of(module)
     storages = [choose_storage(curve.out_features, curve.in_features, rank, curve.storage) for rank in ranks]
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with random_state_kept(module.weight.device):
         x = layout.random_input(module, rows)
         forms = zip(ranks, storages, strict=True)
         factorized = [layout.factorized(module, rank, storage, curve.form) for rank, storage in forms]

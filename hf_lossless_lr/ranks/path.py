@@ -13,8 +13,8 @@ smallest one, and each prefix of it is a model nested in the previous one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
@@ -69,6 +69,7 @@ class CompressionPath:
         whole: size that ratios are of.
         fixed: size of everything outside the layers.
         cost: predicted cost at the start, in nats.
+        points: what each layer may become.
     """
 
     start: Choices
@@ -77,6 +78,7 @@ class CompressionPath:
     whole: float
     fixed: float = 0.0
     cost: float = 0.0
+    points: Mapping[str, Sequence[Point]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Return the number of steps; there is one model more."""
@@ -201,8 +203,9 @@ def compression_path(
     sizes = sizes_of(curves, sizes)
     start: dict[str, Point] = {}
     steps: list[tuple[float, int, int, Step]] = []
-    for order, (name, curve) in enumerate(curves.items()):
-        hull = _hull(points_of(curve, cost, rank_multiple, sizes[name]))
+    points = {name: points_of(curve, cost, rank_multiple, sizes[name]) for name, curve in curves.items()}
+    for order, name in enumerate(curves):
+        hull = _hull(points[name])
         start[name], slope = hull[0], -math.inf
         for position, (a, b) in enumerate(pairwise(hull)):
             slope = max(slope, _slope(a, b))  # rounding must not reorder the steps of one layer
@@ -215,6 +218,7 @@ def compression_path(
         whole=whole_size(curves, sizes, fixed, whole),
         fixed=fixed,
         cost=sum(point.cost for point in start.values()),
+        points=points,
     )
 
 

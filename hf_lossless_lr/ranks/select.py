@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -75,9 +75,8 @@ def select_budget(
     count = int(np.argmax(path.targeted <= budget))
     choices = path.choices_after(count)
     if count:
-        spend = _Spender(curves, sizes, rank_multiple, choices)
-        spare = budget - path.targeted[count]
-        spare = spend.on(path.steps[count - 1].layer, spare)
+        spend = _Spender(path.points, choices)
+        spare = spend.on(path.steps[count - 1].layer, budget - path.targeted[count])
         while (layer := spend.best(spare)) is not None:
             spare = spend.on(layer, spare)
     return choices
@@ -86,22 +85,16 @@ def select_budget(
 class _Spender:
     """Gives layers choices that cost less, within what is left of a budget."""
 
-    def __init__(self, curves: Curves, sizes: Sizes, multiple: int, choices: Choices) -> None:
-        self.choices = choices
-        self.points = {
-            name: points_of(curve, second_order_cost, multiple, sizes[name]) for name, curve in curves.items()
-        }
-        self.of = {name: {point.choice: point for point in points} for name, points in self.points.items()}
-        self.arrays = {
-            name: (np.array([p.size for p in points]), np.array([p.cost for p in points]))
-            for name, points in self.points.items()
-        }
+    def __init__(self, points: Mapping[str, Sequence[Point]], choices: Choices) -> None:
+        self.points, self.choices = points, choices
+        self.now = {name: next(p for p in points[name] if p.choice == choice) for name, choice in choices.items()}
+        self.arrays = {name: np.array([(p.size, p.cost) for p in each]).T for name, each in points.items()}
 
     def on(self, layer: str, spare: float) -> float:
         """Take the cheapest choice of a layer that fits, and return what is left."""
-        now = self.of[layer][self.choices[layer]]
+        now = self.now[layer]
         chosen = min((p for p in self.points[layer] if p.size - now.size <= spare), key=_cheapest)
-        self.choices[layer] = chosen.choice
+        self.now[layer], self.choices[layer] = chosen, chosen.choice
         return spare - (chosen.size - now.size)
 
     def best(self, spare: float) -> str | None:
@@ -111,7 +104,7 @@ class _Spender:
         return name if gains[name] > 0 else None
 
     def _gain(self, name: str, spare: float) -> float:
-        now, (sizes, costs) = self.of[name][self.choices[name]], self.arrays[name]
+        now, (sizes, costs) = self.now[name], self.arrays[name]
         return float(now.cost - costs[sizes - now.size <= spare].min(initial=now.cost))
 
 

@@ -8,7 +8,7 @@ from .records import CalibrationStatistics, Key, LayerStatistics
 from .rows import LARGE, gram, precision_of, real_rows
 from .shelf import Shelf, Shelved
 from .store import load_statistics, save_statistics
-from .streams import Group, Pause, Stream, pausing, rows_of
+from .streams import Group, Pause, Stream, paired_streams, pausing, rows_of
 from .windows import collect_in_windows
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "data_fingerprint",
     "gram",
     "load_statistics",
+    "paired_streams",
     "pausing",
     "precision_of",
     "real_rows",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any, NamedTuple
 
 import greenlet
@@ -40,6 +41,19 @@ class Stream(greenlet.greenlet):
         while not self.dead and (self.group is None or self.group in finished):
             self.switch()
         return not self.dead and self.group == group
+
+
+@contextmanager
+def paired_streams(
+    model: PreTrainedModel, batches: Sequence[Mapping[str, Any]], masks: PaddingMasks
+) -> Iterator[tuple[list[Stream], list[Stream]]]:
+    """Yield streams of each batch, for the dense and for the compressed model; at the end none of them waits."""
+    dense, compressed = ([Stream(model, batch, copy(masks)) for batch in batches] for _ in range(2))
+    try:
+        yield dense, compressed
+    finally:
+        for stream in dense + compressed:
+            stream.throw(greenlet.GreenletExit)
 
 
 class Autocast(NamedTuple):

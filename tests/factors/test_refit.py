@@ -31,6 +31,7 @@ from hf_lossless_lr.statistics.records import CalibrationStatistics
 from hf_lossless_lr.timing import Clock
 
 refit_module = import_module("hf_lossless_lr.factors.refit")  # the room has a function of this name
+streams_module = import_module("hf_lossless_lr.statistics.streams")
 
 pytestmark = pytest.mark.numerical
 
@@ -463,12 +464,12 @@ def streams(monkeypatch):
     """All streams that are made, kept from the garbage collector, which would end them."""
     made = []
 
-    class Recorded(refit_module.Stream):
+    class Recorded(streams_module.Stream):
         def __init__(self, *args):
             super().__init__(*args)
             made.append(self)
 
-    monkeypatch.setattr(refit_module, "Stream", Recorded)
+    monkeypatch.setattr(streams_module, "Stream", Recorded)
     return made
 
 

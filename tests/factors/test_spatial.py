@@ -10,7 +10,6 @@ from hf_lossless_lr.factors import (
     damped,
     factorize_spatially,
     fill,
-    has_spatial_candidates,
     loss_curve,
     rounding_costs,
     spatial_curve,
@@ -18,6 +17,7 @@ from hf_lossless_lr.factors import (
     spatial_metric,
 )
 from hf_lossless_lr.factors.factorize import Factorization, factorize
+from hf_lossless_lr.factors.spatial import has_spatial_candidates
 from hf_lossless_lr.formats import FORMATS
 from hf_lossless_lr.layers import grid_of, layout_of, weight_matrices
 from hf_lossless_lr.statistics import LayerStatistics, Shelf
