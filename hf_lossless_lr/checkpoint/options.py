@@ -71,7 +71,7 @@ class CompressionOptions(Renamed):
             stream; None for all. A stream without an end needs it.
         labels: `data`, or `model` for labels that are drawn from the dense model's predictions, for data without any:
             the loss increase is then an estimate of the divergence from them. An `eval_dataset` that has labels
-            keeps them.
+            keeps them. A model without a head is compared by its representations.
         seed: seed of the splits, and of those labels.
         batch_size: examples per forward pass.
         loss_margin: largest acceptable loss increase, in nats per labelled unit.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,7 @@ def _names_held_out(arguments: Any) -> bool:
 def _run(arguments: Any, config: LosslessLowRankConfig, claim: Claim | None) -> int:
     """Load, compress, write and print; return the exit code."""
     task = task_of(arguments)
+    config = config if task.labelled else replace(config, labels="model")
     model = load_model(task.auto_model, arguments.model, arguments.dtype)
     processor = load_auto(task.processor, arguments.model)
     split, count = arguments.calibration_split, arguments.calibration_examples

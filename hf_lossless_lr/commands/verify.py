@@ -83,6 +83,7 @@ def verify(arguments: Any) -> int:
         compressed,
         load_examples(arguments, task, models, processor, arguments.data_files, arguments.split, arguments.examples),
         data_collator=task.collator(processor),
+        labels="data" if task.labelled else "model",
         used={digest for part, digest in used.items() if part != "held_out"},
         **margins,
     )

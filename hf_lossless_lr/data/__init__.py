@@ -10,6 +10,7 @@ from .heads import answering_layers
 from .labels import IGNORE_INDEX, Question, Reading, batch_examples, correct_predictions
 from .loaders import dataset_size, make_dataloader, subset
 from .padding import PaddingMasks, watching_masks
+from .representations import Representation, model_inputs
 from .splits import DataSplits, combined_digest, examine, split_data
 from .steady_rows import learn_steady_rows
 
@@ -19,6 +20,7 @@ __all__ = [
     "PaddingMasks",
     "Question",
     "Reading",
+    "Representation",
     "answering_layers",
     "batch_examples",
     "combined_digest",
@@ -31,6 +33,7 @@ __all__ = [
     "learn_steady_rows",
     "make_dataloader",
     "mean_loss",
+    "model_inputs",
     "part_of",
     "run_batch",
     "run_watching",

@@ -1,8 +1,13 @@
-"""Labels that are drawn from the dense model's own predictions, for data that have none."""
+r"""Labels that are drawn from the dense model's own predictions, for data that have none.
+
+With labels `y ~ p` of the dense model, the second moments of the gradients are the Fisher information, its
+Gauss–Newton matrix `E_y[g g^⊤] = Σ_c p_c g_c g_c^⊤`, and the expected loss increase of another model with predictions
+`q` is the divergence `KL(p ‖ q)`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -13,10 +18,14 @@ from transformers.utils import logging
 
 from ..errors import DataError
 from ..layers import evaluating
+from .alignment import measured_shift
 from .forward import run_batch
 from .label_checks import ALIASES
-from .labels import label_names
+from .labels import IGNORE_INDEX, label_names
 from .loaders import first_examples, make_dataloader, ready_batches
+from .representations import NOISE, representations
+
+Labels = dict[str, torch.Tensor]  # of one example, by name
 
 
 @torch.no_grad()
@@ -29,15 +38,15 @@ def draw_labels(
     keep: bool = False,
     **options: Any,
 ) -> Any:
-    r"""Give each example the label of a class that is drawn from the model's prediction; labels it has do not count.
+    """Give each example labels that are drawn from the model's prediction; labels it has do not count.
 
-    With labels `y ~ p` of the dense model, the second moments of the gradients are the Fisher information, its
-    Gauss–Newton matrix `E_y[g g^⊤] = Σ_c p_c g_c g_c^⊤`, and the expected loss increase of another model with
-    predictions `q` is the divergence `KL(p ‖ q)`.
+    Classes are drawn for an example (or each of its real tokens, or both ends of a span), floats from normal
+    distributions around what a regression predicts. A model without a head gets the seeds of noise in its
+    representations; see `representations.py`.
 
     Args:
         data: as for `make_dataloader`; may be used up.
-        model: the dense model, on `device`; it gives one row of logits for each example.
+        model: the dense model, on `device`.
         device: its device.
         seed: seed of the draws, which do not depend on the batches.
         max_examples: examples to take from the start; None for all.
@@ -48,51 +57,154 @@ def draw_labels(
         Data as for `make_dataloader`.
 
     Raises:
-        DataError: if the model does not choose one class for each example.
+        DataError: if it is not known how the head's labels are drawn, as of a left-to-right language model.
     """
     loader = make_dataloader(data, model, max_examples=max_examples, **options)
     loader = loader if max_examples is None else first_examples(loader, max_examples)
-    name, logits = label_names(model)[0], []
     if keep and any(next(iter(loader)).get(each) is not None for each in label_names(model)):
         return list(loader) if ready_batches(loader) else loader
+    generator, drawn = torch.Generator().manual_seed(seed), list[Labels]()
     with evaluating(model):
         for index, batch in enumerate(logging.tqdm(loader, desc="Drawing labels")):
             moved = send_to_device(_without_labels(batch, model), device)
-            logits.append(_class_scores(run_batch(model, moved, index), model))
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.multinomial(torch.cat(logits).softmax(-1), 1, generator=generator)[:, 0]
+            outputs = run_batch(model, moved, index)
+            found = _draw(outputs, model, moved, generator)
+            if index == 0:
+                _check(model, moved, found)
+            drawn += found
     if not ready_batches(loader):
-        labelled = _Labelled(loader.dataset, drawn.tolist(), name)
-        return DataLoader(labelled, batch_size=loader.batch_size, collate_fn=loader.collate_fn)
-    parts = drawn.split([len(scores) for scores in logits])
-    return [{**_without_labels(batch, model), name: part} for batch, part in zip(loader, parts, strict=True)]
+        labelled = _Labelled(loader.dataset, drawn, set(label_names(model)))
+        return DataLoader(labelled, batch_size=loader.batch_size, collate_fn=_joined(loader.collate_fn, drawn[0]))
+    batches, place = list[dict[str, Any]](), 0
+    for batch in loader:
+        rest = _without_labels(batch, model)
+        count = len(next(value for value in rest.values() if isinstance(value, torch.Tensor)))
+        batches.append({**rest, **_stacked(drawn[place : place + count], rest)})
+        place += count
+    return batches
 
 
-def _class_scores(outputs: Any, model: PreTrainedModel) -> torch.Tensor:
-    logits = getattr(outputs, "logits", None)
-    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or logits.shape[-1] < 2:
+def _draw(outputs: Any, model: PreTrainedModel, batch: Mapping[str, Any], generator: torch.Generator) -> list[Labels]:
+    """Return labels of each example of a batch, drawn one example after the other."""
+    spans = [getattr(outputs, name, None) for name in ("start_logits", "end_logits")]
+    if all(isinstance(scores, torch.Tensor) and scores.ndim == 2 for scores in spans):
+        names = ("start_positions", "end_positions")
+        rows = zip(*(scores.double().cpu() for scores in spans), strict=True)  # type: ignore[union-attr]
+        return [{n: _class(s, generator) for n, s in zip(names, row, strict=True)} for row in rows]
+    name, logits = label_names(model)[0], getattr(outputs, "logits", None)
+    if logits is None and representations(outputs, {**batch, NOISE: _examples(batch)}):
+        seeds = torch.randint(2**40, (len(_examples(batch)),), generator=generator)
+        return [{NOISE: number} for number in seeds]
+    draw = _way(logits, model)
+    if draw is None or not isinstance(logits, torch.Tensor):
         shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else "none"
-        raise DataError(
-            f"labels='model' draws one of several classes for each example, and {type(model).__name__} gives logits "
-            f"of the shape {shape}. Give labels; the text of a language model is its own: labels=input_ids."
-        )
-    return logits.double().cpu()
+        raise DataError(_unknown(model, f"gives logits of the shape {shape}"))
+    if logits.ndim < 3:
+        return [{name: draw(scores, generator)} for scores in logits.double().cpu()]
+    mask = batch.get("attention_mask")
+    real = [slice(None)] * len(logits) if mask is None or mask.shape != logits.shape[:2] else list(mask.bool())
+    return [{name: draw(s[kept].float().cpu(), generator)} for s, kept in zip(logits, real, strict=True)]
+
+
+def _way(logits: Any, model: PreTrainedModel) -> Callable[[torch.Tensor, torch.Generator], torch.Tensor] | None:
+    """Return what draws from the scores of an example; None where it is not known."""
+    problem = getattr(model.config, "problem_type", None)
+    if not isinstance(logits, torch.Tensor) or not logits.shape[-1]:
+        return None
+    if logits.ndim == 3 and logits.shape[-1] >= 2:
+        return _class
+    if logits.ndim != 2 and not (logits.ndim == 1 and problem == "regression"):
+        return None
+    if problem == "multi_label_classification":
+        return lambda scores, generator: torch.bernoulli(scores.sigmoid(), generator=generator).float()
+    return _number if logits.shape[-1] == 1 or problem == "regression" else _class
+
+
+def _class(scores: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return torch.multinomial(scores.softmax(-1), 1, generator=generator)[..., 0]
+
+
+def _number(predicted: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return normal numbers, so scattered that the gradients' second moment is the Hessian of the mean square."""
+    noise = torch.randn(predicted.shape, generator=generator, dtype=predicted.dtype)
+    return (predicted + noise * (predicted.numel() / 2) ** 0.5).float().squeeze()
+
+
+def _check(model: PreTrainedModel, batch: Mapping[str, Any], drawn: list[Labels]) -> None:
+    """Refuse a model whose tokens answer to the labels of the next ones, and one whose loss says something else."""
+    labels = {name: value.to(model.device) for name, value in _stacked(drawn, batch).items()}
+    tokens = next(iter(labels.values()))
+    if NOISE in labels or tokens.ndim < 2 or tokens.is_floating_point():
+        return
+    outputs = run_batch(model, {**batch, **labels})
+    if measured_shift(outputs.logits, tokens, outputs.loss, IGNORE_INDEX) != 0:
+        raise DataError(_unknown(model, "does not answer to the label of a token at its own position"))
+
+
+def _unknown(model: PreTrainedModel, what: str) -> str:
+    return (
+        f"labels='model' draws classes, positions or numbers that a model predicts, and {type(model).__name__} {what}"
+        ". Give labels; the text of a language model is its own: labels=input_ids."
+    )
+
+
+def _examples(batch: Mapping[str, Any]) -> torch.Tensor:
+    """Return a tensor with a row for each example: what the model takes first."""
+    return next(value for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim)
 
 
 def _without_labels(example: Any, model: PreTrainedModel) -> dict[str, Any]:
     return {key: value for key, value in example.items() if key not in (*label_names(model), *ALIASES)}
 
 
+def _stacked(drawn: list[Labels], batch: Mapping[str, Any]) -> Labels:
+    """Return the labels of a batch; those of its real tokens where its mask has them."""
+    mask, stacked = batch.get("attention_mask"), {}
+    for name in drawn[0]:
+        values = [labels[name] for labels in drawn]
+        if mask is not None and _of_tokens(values[0]):
+            values = [_at(real, value) for real, value in zip(mask, values, strict=True)]
+        stacked[name] = torch.stack(values)
+    return stacked
+
+
+def _of_tokens(labels: torch.Tensor) -> bool:
+    return labels.ndim == 1 and not labels.is_floating_point()
+
+
+def _at(mask: Any, labels: torch.Tensor) -> torch.Tensor:
+    """Return labels of real tokens where a mask has them, and -100 elsewhere."""
+    real = torch.as_tensor(mask).bool().cpu()
+    placed = torch.full(real.shape, IGNORE_INDEX)
+    placed[real] = labels[labels != IGNORE_INDEX]
+    return placed
+
+
+def _joined(collate: Any, names: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """Return a collator that joins examples as another does, and their drawn labels."""
+
+    def joined(items: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = collate([{key: value for key, value in item.items() if key not in names} for item in items])
+        drawn = [{name: item[name] for name in names} for item in items]
+        return {**batch, **_stacked(drawn, batch)}
+
+    joined.plain = getattr(collate, "plain", False)  # type: ignore[attr-defined]
+    return joined
+
+
 class _Labelled(Dataset):
     """Examples with labels of their own."""
 
-    def __init__(self, examples: Any, labels: list[int], name: str) -> None:
-        self.examples, self.labels, self.name = examples, labels, name
+    def __init__(self, examples: Any, drawn: list[Labels], names: set[str]) -> None:
+        self.examples, self.drawn, self.dropped = examples, drawn, {*names, *ALIASES}
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.drawn)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = cast(Mapping[str, Any], self.examples[index])
-        kept = {key: value for key, value in example.items() if key not in (self.name, *ALIASES)}
-        return {**kept, self.name: self.labels[index]}
+        kept = {key: value for key, value in example.items() if key not in self.dropped}
+        mask, drawn = kept.get("attention_mask"), self.drawn[index]
+        if mask is not None:
+            drawn = {name: _at(mask, value) if _of_tokens(value) else value for name, value in drawn.items()}
+        return {**kept, **drawn}

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from ..errors import DataError, NumericalError
 from ..layers import called_with, evaluating
 from .labels import Question, check_labels, read_labels
+from .representations import NOISE, Representation, model_inputs, noisy_loss, representations
 
 logger = logging.get_logger(__name__)
 
@@ -30,14 +31,14 @@ class ForwardPass(NamedTuple):
         loss: mean loss in nats, in float32.
         outputs: what the forward returned.
         units: labelled units behind the loss.
-        questions: what the labels ask; see `Reading`.
+        questions: what the labels ask; see `Reading`. Of a model without a head, its representations.
         explained: whether it is known which logits answer to which labels.
     """
 
     loss: torch.Tensor
     outputs: Any
     units: int
-    questions: list[Question]
+    questions: list[Question] | list[Representation]
     explained: bool
 
 
@@ -57,6 +58,8 @@ def forward_loss(model: PreTrainedModel, batch: Mapping[str, Any], index: int) -
         DataError: if there are no labels or the model returns no loss.
         NumericalError: if the loss is not finite.
     """
+    if NOISE in batch:
+        return _represented(model, batch, index)
     check_labels(model, batch)
     outputs = run_batch(model, batch, index)
     loss = getattr(outputs, "loss", None)
@@ -77,6 +80,15 @@ def forward_loss(model: PreTrainedModel, batch: Mapping[str, Any], index: int) -
     return ForwardPass(loss, outputs, *reading)
 
 
+def _represented(model: PreTrainedModel, batch: Mapping[str, Any], index: int) -> ForwardPass:
+    outputs = run_batch(model, batch, index)
+    found = representations(outputs, batch)
+    loss, units = noisy_loss(found, batch[NOISE]), len(found[0].rows)
+    if not torch.isfinite(loss):
+        raise NumericalError(f"batch {index}: a representation is not finite; check the inputs.")
+    return ForwardPass(loss, outputs, units, found, explained=True)
+
+
 def run_batch(model: PreTrainedModel, batch: Mapping[str, Any], index: int = 0) -> Any:
     """Run a batch, without a cache of keys and values unless it asks for one.
 
@@ -92,7 +104,7 @@ def run_batch(model: PreTrainedModel, batch: Mapping[str, Any], index: int = 0) 
         DataError: if the model returns a tuple, whose parts have no names.
     """
     extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    inputs = {name: _outside_inference(value) for name, value in {**extra, **batch}.items()}
+    inputs = {name: _outside_inference(value) for name, value in {**extra, **model_inputs(batch)}.items()}
     outputs = model(**inputs)
     if isinstance(outputs, Mapping) and not hasattr(outputs, "loss"):
         return SimpleNamespace(**outputs)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..layers import differentiating_only, layout_of
 from .forward import run_batch
+from .representations import NOISE
 
 ANSWERS = ("logits", "scores", "pred")  # in the names of outputs that are answers
 NO_ANSWERS = ("loss", "hidden", "state", "attention", "embed", "features", "key", "memor", "cache")
@@ -33,6 +34,8 @@ def answering_layers(model: PreTrainedModel, layers: Mapping[str, nn.Module], ba
     Returns:
         Their names, in the order of the layers.
     """
+    if NOISE in batch:  # a model without a head
+        return []
     found: set[str] = set()
     outputs: list[tuple[str, torch.Tensor]] = []
 

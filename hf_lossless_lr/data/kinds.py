@@ -15,6 +15,7 @@ from ..errors import LosslessLowRankError
 from ..layers import evaluating
 from .forward import forward_loss
 from .labels import label_names
+from .representations import NOISE
 
 REFUSALS = (
     LosslessLowRankError,
@@ -95,7 +96,7 @@ def taken_by(model: PreTrainedModel, batch: Any) -> Any:
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
     def taken(name: str, value: Any) -> bool:
-        return name in parameters or (open_ended and not _is_text(value))
+        return name in parameters or name == NOISE or (open_ended and not _is_text(value))
 
     if all(taken(name, value) for name, value in batch.items()):
         return batch

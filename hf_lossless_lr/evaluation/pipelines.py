@@ -80,6 +80,16 @@ def _text_generation(dataset: Dataset, tokenizer: Any, max_length: int, columns:
     return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
 
 
+def _feature_extraction(dataset: Dataset, tokenizer: Any, max_length: int, columns: Columns = None) -> Dataset:
+    (text,) = choose_columns(TASKS["feature-extraction"], dataset.column_names, columns)
+    _check_texts(dataset, text)
+
+    def tokenize(batch: dict[str, list[Any]]) -> dict[str, Any]:
+        return dict(tokenizer(batch[text], truncation=True, max_length=max_length))
+
+    return dataset.map(tokenize, batched=True, remove_columns=dataset.column_names)
+
+
 def _image_classification(dataset: Dataset, processor: Any, max_length: int, columns: Columns = None) -> Dataset:
     image, label = choose_columns(TASKS["image-classification"], dataset.column_names, columns)
 
@@ -108,6 +118,14 @@ TASKS: dict[str, Task] = {
         prepare=_token_classification,
         collator=DataCollatorForTokenClassification,
         columns=("tokens|words", "ner_tags|tags|labels"),
+    ),
+    "feature-extraction": Task(
+        auto_model="AutoModel",
+        processor="AutoTokenizer",
+        prepare=_feature_extraction,
+        collator=DataCollatorWithPadding,
+        columns=("text|sentence",),
+        labelled=False,
     ),
     "text-generation": Task(
         auto_model="AutoModelForCausalLM",

@@ -66,6 +66,7 @@ class Task:
         collator: makes the collator of these examples from the processor.
         columns: default columns, first the inputs, last the label; `|` separates alternatives. Empty where the data
             set of the task has columns of its own.
+        labelled: whether there are labels; without, the dense model's own answers are what is to be kept.
         max_length: tokens that an input is cut to by default.
         align: `(dataset, model) -> dataset` with labels in the model's order of classes; call it before `prepare`.
     """
@@ -75,6 +76,7 @@ class Task:
     prepare: Callable[..., Dataset]
     collator: Callable[[Any], Any]
     columns: tuple[str, ...] = ()
+    labelled: bool = True
     max_length: int = 128
     align: Callable[[Dataset, PreTrainedModel], Dataset] = as_it_is
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..checkpoint import LosslessLowRankConfig
-from ..data import DataSplits, forward_loss, subset
+from ..data import DataSplits, forward_loss, model_inputs, subset
 from ..errors import CheckpointError, ConfigurationError, TargetError
 from ..factors import Forms, LossCurve
 from ..fingerprint import tensors_fingerprint
@@ -116,7 +116,8 @@ class Calibration:
 
     def first_batch(self) -> dict[str, Any]:
         """Return the first calibration batch, on the accelerator's device: what sizes and times are those of."""
-        return dict(send_to_device(dict(next(iter(self.parts.calibration))), self.accelerator.device))
+        batch = model_inputs(next(iter(self.parts.calibration)))
+        return dict(send_to_device(batch, self.accelerator.device))
 
 
 def calibrate(

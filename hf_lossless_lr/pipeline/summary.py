@@ -38,6 +38,11 @@ DRAWN = (
     "agreeing with draws"
 )
 
+HEADLESS = (
+    "the model has no head: its normalized representations are compared with the dense model's, and the loss is "
+    "1 − cosine, in the mean over embeddings or over tokens"
+)
+
 
 def visited_point(curves: Mapping[str, LossCurve], trial: Trial, config: LosslessLowRankConfig) -> TrialRecord:
     """Return the record of a trial for the report."""
@@ -120,8 +125,14 @@ def make_report(
         compressed_fingerprint=tensors_fingerprint(dense_model.model.state_dict()),
         speed=speed,
         memory=calibration.memory,
-        notes=(UNEXPLAINED,) * (not outcomes.explained) + (DRAWN,) * (config.labels == "model"),
+        notes=_notes(outcomes, config),
     )
+
+
+def _notes(outcomes: PairedOutcomes, config: LosslessLowRankConfig) -> tuple[str, ...]:
+    if outcomes.headless:
+        return (HEADLESS,)
+    return (UNEXPLAINED,) * (not outcomes.explained) + (DRAWN,) * (config.labels == "model")
 
 
 def _certificate(

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..data import combined_digest, examine, make_dataloader
+from ..data import combined_digest, draw_labels, examine, make_dataloader
 from ..errors import CertificateError
 from ..layers import on_device
 from ..processes import make_accelerator
@@ -28,6 +28,7 @@ def verify(
     batch_size: int = 32,
     data_collator: Any = None,
     processing_class: Any = None,
+    labels: str = "data",
     used: Collection[str] = (),
 ) -> Certificate:
     """Compare two models on the same held-out examples, and state a verdict on the second one.
@@ -42,6 +43,7 @@ def verify(
         batch_size: examples per forward pass.
         data_collator: collator for examples; default as in `Trainer`.
         processing_class: tokenizer or processor, for the default collator.
+        labels: where labels come from, as in `LosslessLowRankConfig`; models without a head take `model`.
         used: fingerprints of data that had a part in making the model, from `report.fingerprints`: of `calib_dataset`
             as it was given, of its calibration part and of its selection part. Other subsets of it are not recognized.
 
@@ -53,18 +55,17 @@ def verify(
         DataError: if the data has no labels, or the models do not answer the same questions.
         NumericalError: if a loss is not finite.
     """
-    loader = make_dataloader(
-        eval_dataset,
-        dense,
-        batch_size=batch_size,
-        data_collator=data_collator,
-        processing_class=processing_class,
-        name="eval_dataset",
-    )
+    options = {"batch_size": batch_size, "data_collator": data_collator, "processing_class": processing_class}
+    accelerator = make_accelerator()
+    if labels == "model":
+        with on_device(dense, accelerator.device):
+            eval_dataset = draw_labels(
+                eval_dataset, dense, accelerator.device, 0, keep=True, name="eval_dataset", **options
+            )
+    loader = make_dataloader(eval_dataset, dense, name="eval_dataset", **options)
     fingerprint = combined_digest(examine(loader, dense, "eval_dataset")[0])
     if fingerprint in used:
         raise CertificateError("eval_dataset is data that the compressed model was made from; give other examples.")
-    accelerator = make_accelerator()
     with on_device(dense, accelerator.device), on_device(compressed, accelerator.device):
         outcomes = paired_outcomes(dense, compressed, loader, accelerator, "Comparing", temperatures=True)
     return certify(outcomes, loss_margin, accuracy_margin, confidence, fingerprint)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..data import Question, batch_examples, correct_predictions, forward_loss
+from ..data import Representation, batch_examples, correct_predictions, forward_loss
 from ..errors import DataError
 from ..layers import evaluating, in_place
 
@@ -46,7 +46,8 @@ class PairedOutcomes:
         changed: whether the two models answer differently.  # shape: (units,)
         labels: the right class of each unit (of the first question).  # shape: (units,)
         cluster_of_unit: index of the unit's cluster.  # shape: (units,)
-        divergence: KL divergence of the compressed from the dense predictions, in nats.  # shape: (units,)
+        divergence: KL divergence of the compressed from the dense predictions, in nats; of representations, half
+            their squared distance.  # shape: (units,)
         tempered: summed loss at each of `TEMPERATURES`, if asked for and `by_example`.
             # shape: (2, temperatures, clusters)
         explained: whether it is known which logits answer to which labels.
@@ -69,6 +70,11 @@ class PairedOutcomes:
     def clusters(self) -> int:
         """Number of clusters."""
         return len(self.units)
+
+    @property
+    def headless(self) -> bool:
+        """Whether representations are compared, rather than predictions."""
+        return self.right is None and self.divergence is not None
 
     @property
     def mean_loss(self) -> tuple[float, float]:
@@ -104,11 +110,11 @@ class PairedOutcomes:
 
 
 class _Answer(NamedTuple):
-    """What one model says to one batch: its mean loss, and what it was asked (see `Reading`)."""
+    """What one model says to one batch: its mean loss, and what it was asked (see `Reading`) or represents."""
 
     loss: float
     units: int
-    asked: list[Question]
+    asked: list[Any]  # of questions, or of representations
     explained: bool
 
     @property
@@ -120,7 +126,7 @@ class _Answer(NamedTuple):
         return sum(tensor.numel() * tensor.itemsize for question in self.asked for tensor in question)
 
     def to(self, device: torch.device | str) -> _Answer:
-        return self._replace(asked=[Question(*(tensor.to(device) for tensor in q)) for q in self.asked])
+        return self._replace(asked=[type(q)(*(tensor.to(device) for tensor in q)) for q in self.asked])
 
 
 class KeptAnswers:
@@ -214,18 +220,20 @@ def _record(dense: _Answer, compressed: _Answer, examples: int, index: int, temp
     if not explained:  # what is known of one alone does not compare them
         units = (compressed if dense.explained else dense).units
         dense, compressed = (answer._replace(asked=[], units=units) for answer in (dense, compressed))
-    shapes = [[question.logits.shape for question in answer.asked] for answer in (dense, compressed)]
+    shapes = [[rows.shape for rows, *_ in answer.asked] for answer in (dense, compressed)]
     if dense.units != compressed.units or shapes[0] != shapes[1]:
         raise DataError(f"batch {index}: the two models do not answer the same questions, so they cannot be compared.")
     loss = np.array([dense.total, compressed.total])
     if not dense.asked or not dense.units:
         return _Record(loss, dense.units, examples, {}, explained)
+    if isinstance(dense.asked[0], Representation):
+        return _distance(dense, compressed, examples)
     logs = [[q.logits.float().log_softmax(-1) for q in answer.asked] for answer in (dense, compressed)]
     labels = [q.labels.clamp(0, q.logits.shape[-1] - 1) for q in dense.asked]
     by_unit = {
         "loss": torch.stack([_cross_entropy(log, labels, 1.0) for log in logs]),
         "right": torch.stack([correct_predictions(answer.asked) for answer in (dense, compressed)]),
-        "confidence": torch.stack([sum(q.amax(-1) for q in log).exp() for log in logs]),  # type: ignore[union-attr]
+        "confidence": torch.stack([sum(q.amax(-1) for q in log).exp() for log in logs]),
         "changed": torch.stack([p.argmax(-1) != q.argmax(-1) for p, q in zip(*logs, strict=True)]).any(0),
         "labels": dense.asked[0].labels,
         "example": dense.asked[0].examples,
@@ -235,6 +243,19 @@ def _record(dense: _Answer, compressed: _Answer, examples: int, index: int, temp
         by_unit["tempered"] = torch.stack(
             [torch.stack([_cross_entropy(log, labels, t) for t in TEMPERATURES]) for log in logs]
         )
+    return _Record(loss, dense.units, examples, {name: value.cpu().numpy() for name, value in by_unit.items()})
+
+
+def _distance(dense: _Answer, compressed: _Answer, examples: int) -> _Record:
+    """Return half the squared distance between representations, the loss of the second model; the first has none."""
+    pairs = zip(dense.asked, compressed.asked, strict=True)
+    distance = torch.stack([0.5 * (p.rows - q.rows).square().sum(-1) for p, q in pairs]).mean(0)
+    by_unit = {
+        "loss": torch.stack([torch.zeros_like(distance), distance]),
+        "example": dense.asked[0].examples,
+        "divergence": distance,
+    }
+    loss = np.array([0.0, float(distance.sum())])
     return _Record(loss, dense.units, examples, {name: value.cpu().numpy() for name, value in by_unit.items()})
 
 
@@ -281,10 +302,10 @@ def _combine(records: Sequence[_Record]) -> PairedOutcomes:
         units=units,
         examples=examples,
         by_example=by_example,
-        right=columns["right"],
-        confidence=columns["confidence"],
-        changed=columns["changed"],
-        labels=columns["labels"],
+        right=columns.get("right"),
+        confidence=columns.get("confidence"),
+        changed=columns.get("changed"),
+        labels=columns.get("labels"),
         cluster_of_unit=owner,
         divergence=columns["divergence"],
         tempered=summed(columns["tempered"]) if by_example and "tempered" in columns else None,

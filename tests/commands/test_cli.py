@@ -292,6 +292,21 @@ def token_case(folder):
     return ["--dataset", "json", "--data_files", write_lines(folder / "a.jsonl", rows)], COUNT
 
 
+def embedding_case(folder):
+    build(
+        "BertModel",
+        "BertConfig",
+        vocab_size=99,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+    ).save_pretrained(folder / "model")
+    word_tokenizer().save_pretrained(folder / "model")
+    rows = [{"text": sentence(n)} for n in range(COUNT)]
+    return ["--dataset", "json", "--data_files", write_lines(folder / "a.jsonl", rows)], COUNT
+
+
 def generation_case(folder):
     TINY_MODELS["llama"]()[0].save_pretrained(folder / "model")
     word_tokenizer(eos=True).save_pretrained(folder / "model")
@@ -313,6 +328,7 @@ def image_case(folder):
 
 CASES = {
     "token-classification": token_case,
+    "feature-extraction": embedding_case,
     "text-generation": generation_case,
     "image-classification": image_case,
 }

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.tiny_models import TINY_MODELS
 from support.word_tokenizer import WORDS, word_tokenizer
+from transformers import AutoModel
 
 from hf_lossless_lr.commands.cli import main
 
@@ -118,3 +119,24 @@ class TestVerify:
         save_file(tensors, file, metadata={"format": "pt"})
         assert verify(str(tmp_path / "out"), "--examples", "100") == 0
         assert "are not those that its report is about" in capsys.readouterr().err
+
+
+def test_compares_representations_of_models_without_a_head(place, tmp_path, capsys):
+    models = [AutoModel.from_pretrained(name) for name in (place.dense, place.other)]
+    for name, model in zip(("dense", "other"), models, strict=True):
+        model.save_pretrained(tmp_path / name)
+        word_tokenizer().save_pretrained(tmp_path / name)
+    options = ["--task", "feature-extraction", "--dataset", "json", "--data_files", place.data, "--split", "train"]
+    found = {}
+    for name in ("dense", "other"):
+        paths = [str(tmp_path / "dense"), str(tmp_path / name)]
+        assert main(["verify", *paths, *options, "--json", str(tmp_path / "found.json")]) == 0
+        found[name] = json.loads((tmp_path / "found.json").read_text())
+    assert found["dense"]["status"] == "lossless"
+    assert found["dense"]["loss"] == [0.0, 0.0]
+    assert found["other"]["status"] == "lossy"
+    encoded = word_tokenizer()(texts(0, COUNT), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        states = [model.eval()(**encoded).last_hidden_state for model in models]
+    distance = 1 - torch.cosine_similarity(*states, dim=-1)[encoded["attention_mask"].bool()].mean()
+    assert found["other"]["loss"][1] == pytest.approx(float(distance), rel=1e-3)

@@ -4,10 +4,15 @@ import pytest
 import torch
 from support.tiny_models import (
     as_examples,
+    bert_masked_lm,
+    bert_multiple_choice,
     bert_question_answering,
     bert_sequence_classification,
+    bert_token_classification,
+    build,
     llama,
     split_batch,
+    text_inputs,
     vit,
 )
 
@@ -68,11 +73,94 @@ def test_that_are_there_can_be_kept():
         assert labels_of(draw_labels(data, model, CPU, 0, keep=True, batch_size=4)) == batch["labels"].tolist()
 
 
-@pytest.mark.parametrize("make", [llama, bert_question_answering], ids=lambda make: make.__name__)
-def test_of_other_heads_are_an_error_that_says_what_to_do(make):
-    model, batch = make(16)
-    with pytest.raises(DataError, match=r"draws one of several classes.*labels=input_ids"):
+def test_of_a_language_model_are_an_error_that_says_what_to_do():
+    model, batch = llama(16)
+    with pytest.raises(DataError, match=r"LlamaForCausalLM does not answer to the label .*labels=input_ids"):
         draw_labels(split_batch(batch, 4), model, CPU, 0, batch_size=4)
+
+
+def test_of_a_head_without_logits_or_states_are_an_error():
+    model, batch = bert_sequence_classification(16)
+    model.forward = lambda **batch: {"boxes": batch["input_ids"].float()}
+    with pytest.raises(DataError, match="BertForSequenceClassification gives logits of the shape none"):
+        draw_labels(unlabelled(split_batch(batch, 4)), model, CPU, 0, batch_size=4)
+
+
+HEADS = {
+    "spans": (bert_question_answering, {"start_positions", "end_positions"}),
+    "tokens": (bert_token_classification, {"labels"}),
+    "masked words": (bert_masked_lm, {"labels"}),
+    "choices": (bert_multiple_choice, {"labels"}),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_fit_every_head_and_are_the_same_in_examples_and_in_batches(head):
+    make, names = HEADS[head]
+    model, batch = make(12)
+    expected = None
+    for data in (split_batch(batch, 3), split_batch(batch, 12), as_examples(batch)):
+        drawn = list(draw_labels(data, model, CPU, 0, batch_size=4))
+        found = {name: torch.cat([each[name] for each in drawn]) for name in names}
+        for each in drawn:
+            assert torch.isfinite(model(**each).loss)
+        expected = found if expected is None else expected
+        assert all(torch.equal(found[name], expected[name]) for name in names)
+    if head in ("tokens", "masked words"):
+        assert torch.equal(expected["labels"] != -100, batch["attention_mask"].bool())
+
+
+def test_of_tokens_are_padded_as_their_examples():
+    model, batch = bert_token_classification(12)
+    padded = as_examples(batch)
+    ragged = [{n: e[n][: sum(e["attention_mask"])] for n in ("input_ids", "attention_mask")} for e in padded]
+    expected = torch.cat([each["labels"] for each in draw_labels(padded, model, CPU, 0, batch_size=4)])
+
+    def pad_in_front(items):
+        width = max(len(item["input_ids"]) for item in items)
+        return {n: torch.tensor([[0] * (width - len(i[n])) + i[n] for i in items]) for n in items[0]}
+
+    loader = draw_labels(ragged, model, CPU, 0, batch_size=4, data_collator=pad_in_front)
+    for each in loader:
+        assert torch.equal(each["labels"] != -100, each["attention_mask"].bool())
+    found = torch.cat([each["labels"][each["labels"] != -100] for each in loader])
+    # Positions differ in front of padding, and so do predictions; the classes are drawn from as many tokens.
+    assert len(found) == int((expected != -100).sum())
+
+
+def test_of_a_regression_scatter_as_its_loss_is_curved():
+    model, batch = build_regression()
+    with torch.no_grad():
+        predicted = model(**batch).logits.double()
+    drawn = torch.stack(
+        [
+            torch.cat([each["labels"] for each in draw_labels(split_batch(batch, 8), model, CPU, seed, batch_size=8)])
+            for seed in range(400)
+        ]
+    ).double()
+    gradients = 2 * (predicted - drawn) / predicted.shape[-1]  # of the mean square
+    moments = torch.einsum("sei,sej->eij", gradients, gradients) / len(drawn)
+    hessian = 2 / predicted.shape[-1] * torch.eye(predicted.shape[-1], dtype=torch.float64)
+    deviation = hessian.diagonal()[0] * (2 / len(drawn)) ** 0.5
+    assert ((moments - hessian).abs() < 4.5 * deviation).all()
+
+
+def build_regression():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    options = {"vocab_size": 99, "num_labels": 3, "problem_type": "regression", **sizes}
+    return build("BertForSequenceClassification", "BertConfig", **options), text_inputs(8)
+
+
+def test_of_several_classes_at_once_have_the_frequencies_of_the_predictions():
+    model, batch = build_regression()
+    model.config.problem_type = "multi_label_classification"
+    with torch.no_grad():
+        model.classifier.weight.mul_(30)
+        probabilities = model(**batch).logits.sigmoid()
+    draws = [next(iter(draw_labels(split_batch(batch, 8), model, CPU, seed, batch_size=8))) for seed in range(400)]
+    mean = torch.stack([each["labels"] for each in draws]).mean(0)
+    deviation = (probabilities * (1 - probabilities) / len(draws)).sqrt()
+    assert ((mean - probabilities).abs() < 4.5 * deviation + 1e-9).all()
 
 
 @pytest.mark.parametrize("form", [lambda batch: split_batch(batch, 1), as_examples], ids=["batches", "examples"])

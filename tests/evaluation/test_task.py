@@ -14,6 +14,7 @@ ROWS = {  # columns of a data set for each task that reads text
     "text-classification": {"text": "w5 w6 w7 w8", "label": 0},
     "token-classification": {"tokens": ["w5", "w6", "w7"], "tags": [0, 1, 2]},
     "text-generation": {"text": "w5 w6 w7 w8 w9 w10"},
+    "feature-extraction": {"text": "w5 w6 w7"},
     "sst2": {"sentence": "w5 w6 w7", "label": 0},
     "swag": {"sent1": "w5 w6", "sent2": "w7", **ENDINGS, "label": 0},
     "squad": {"question": "w5", "context": "w6 w7 w8", "answers": {"text": ["w7"], "answer_start": [3]}},
