@@ -10,6 +10,7 @@ from .filling import fill
 from .linalg import damped
 from .metrics import METRICS
 from .refit import RefitTarget, refit, refit_groups
+from .refitted import RefittedLayers
 from .rounding import RoundedFactors, round_dense, round_factors, rounding_costs
 from .shelf import Forms, ShelvedFactorizations
 from .signal import silent_layers
@@ -29,6 +30,7 @@ __all__ = [
     "Forms",
     "LossCurve",
     "RefitTarget",
+    "RefittedLayers",
     "RoundedFactors",
     "RoundingCost",
     "ShelvedFactorizations",

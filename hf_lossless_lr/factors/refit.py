@@ -48,6 +48,7 @@ from .decomposition import metric_svd
 from .factorize import Factorization
 from .filling import fill
 from .linalg import damped, shifted_weight
+from .refitted import RefittedLayers
 from .spatial import factorize_spatially
 
 CHUNK = 4096  # rows that small batches are joined to, for their products
@@ -91,6 +92,7 @@ def refit(
     damping: float,
     clock: Clock,
     others: Mapping[str, nn.Module] = MappingProxyType({}),
+    kept: RefittedLayers | None = None,
 ) -> list[str]:
     """Refit the layers to their shifted inputs, in the order of the forward pass.
 
@@ -103,6 +105,7 @@ def refit(
         damping: relative damping of the metric.
         clock: the times of the forward passes, of the products of their inputs and of the solves are added here.
         others: what else is in the compressed model, by name; left as it is.
+        kept: where finished layers are kept, to go on after an interruption; None for nowhere.
 
     Returns:
         The layers that were left as they are: in no group, not reached by the data, or behind a router that sends them
@@ -115,6 +118,12 @@ def refit(
         batches, finished = [batch for loader in loaders for batch in accelerator.prepare(loader)], set[Group]()
         with paired_streams(model, batches, masks) as (dense, compressed):
             for group in logging.tqdm(groups, desc="Refitting", disable=not accelerator.is_main_process):
+                if kept is not None and all(name in kept for name in group):  # streams will pass it
+                    for name in group:
+                        kept.take(name, targets[name].layer)
+                    finished.add(group)
+                    left -= set(group)
+                    continue
                 with clock.timed("refit_forward"):
                     arrived = [stream.advance(group, finished) for stream in dense]
                     with in_place(model, layers):
@@ -128,6 +137,8 @@ def refit(
                     with clock.timed("refit_solves"):
                         for place, name in enumerate(group):
                             _solve(targets[name], products, place, damping)
+                            if kept is not None and accelerator.is_main_process:
+                                kept.put(name, targets[name].layer)
     return [name for name in targets if name in left]
 
 

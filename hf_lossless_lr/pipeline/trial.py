@@ -16,7 +16,17 @@ from transformers.utils import logging
 
 from ..checkpoint import FEWEST_JUDGES, LosslessLowRankConfig
 from ..data import dataset_size, subset
-from ..factors import RefitTarget, batch_norms, damped, fill, refit, refit_groups, shifted_batch_norms
+from ..factors import (
+    RefitTarget,
+    RefittedLayers,
+    batch_norms,
+    damped,
+    fill,
+    refit,
+    refit_groups,
+    shifted_batch_norms,
+)
+from ..fingerprint import content_digest
 from ..formats import FLOAT
 from ..layers import choose_storage, grids_in, layout_of, restore_grids, storage_in, weight_matrices
 from ..ranks import Choice, Choices
@@ -123,7 +133,8 @@ def run_trial(calibration: Calibration, choices: Choices, config: LosslessLowRan
         plain = {name: (deepcopy(layer.state_dict()), grids_in(layer)) for name, layer in layers.items()}
         enough = _enough_to_judge(calibration, measured)
         if enough or _helps_unseen_examples(calibration, choices, layers, plain, config, clock):
-            _refit(calibration, choices, layers, calibration.parts.calibration, config.damping, clock)
+            kept = _kept(calibration, choices, config)
+            _refit(calibration, choices, layers, calibration.parts.calibration, config.damping, clock, kept)
             after = _outcomes(calibration, layers, clock)
             refitted = not enough or _distance(after) < _distance(measured)
             if refitted:
@@ -198,6 +209,7 @@ def _refit(
     data: DataLoader,
     damping: float,
     clock: Clock,
+    kept: RefittedLayers | None = None,
 ) -> None:
     statistics, dense = calibration.statistics, calibration.factors.targets.chosen
     targets = {
@@ -209,12 +221,23 @@ def _refit(
     groups = refit_groups(statistics, targets)
     loaders, accelerator = _fitted_to(calibration, data), calibration.accelerator
     with clock.timed("refit"):
-        left = refit(calibration.dense.model, targets, groups, loaders, accelerator, damping, clock, others)
+        left = refit(calibration.dense.model, targets, groups, loaders, accelerator, damping, clock, others, kept)
     if left:
         logger.warning_once(
             f"{len(left)} layers keep their closed-form factors, because they are called several times in a forward "
             f"pass or do not get the same rows in the compressed model: {', '.join(left[:5])}{', …' * (len(left) > 5)}"
         )
+
+
+def _kept(calibration: Calibration, choices: Choices, config: LosslessLowRankConfig) -> RefittedLayers | None:
+    """Return where the layers of the refit of a choice are kept, if there is a folder that stays."""
+    workspace = calibration.workspace
+    if workspace is None or not workspace.stays:
+        return None
+    chosen = {name: list(choice) for name, choice in choices.items()}
+    digest = content_digest([chosen, config.embeddings, calibration.parts.fingerprints.get("refit")])
+    calibration.accelerator.wait_for_everyone()  # to see the same on each process
+    return RefittedLayers(workspace.shelf, digest, choices)
 
 
 def _fitted_to(calibration: Calibration, data: DataLoader) -> list[DataLoader]:

@@ -24,6 +24,7 @@ class Workspace:
 
     Attributes:
         shelf: what is in it.
+        stays: whether it is there after this run, and whatever ends it.
 
     Args:
         folder: the folder; None for one that is removed at the end.
@@ -35,7 +36,7 @@ class Workspace:
     """
 
     def __init__(self, folder: Path | None, accelerator: Accelerator, inputs: Mapping[str, Any]) -> None:
-        self._undo = ExitStack()
+        self._undo, self.stays = ExitStack(), folder is not None
         answer: list[Any] = [None, None]
         if accelerator.is_main_process:
             try:

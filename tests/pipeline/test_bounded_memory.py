@@ -30,8 +30,8 @@ def options(**changes):
     return LosslessLowRankConfig(**{"keep_ratio": 0.5, "selection_fraction": 0.25, "batch_size": 2, **changes})
 
 
-def compressed(make=llama, *, config=None, **settings):
-    model, batch = make(EXAMPLES)
+def compressed(make=llama, *, config=None, examples=EXAMPLES, **settings):
+    model, batch = make(examples)
     compressor = LowRankCompressor(config or options(), **settings)
     data = split_batch(batch, 1)
     compressor.compress(model, data[: len(data) * 3 // 4], eval_dataset=data[len(data) * 3 // 4 :])
@@ -218,36 +218,43 @@ from hf_lossless_lr.statistics import collect_in_windows
 from hf_lossless_lr.statistics.shelf import Shelf
 from pipeline.test_bounded_memory import compressed
 
-put, left = Shelf.put, [int(sys.argv[1])]
+put, left, kind = Shelf.put, [int(sys.argv[1])], sys.argv[4]
 
 def put_or_die(self, key, *rest):
-    left[0] -= 1
+    left[0] -= key.startswith(kind)
     if left[0] < 0:
         os.kill(os.getpid(), signal.SIGKILL)
     put(self, key, *rest)
     print(key, flush=True)
 
 Shelf.put = put_or_die
-compressed(work_dir=sys.argv[2])[0].save_pretrained(sys.argv[3])
+compressed(examples=96, work_dir=sys.argv[2])[0].save_pretrained(sys.argv[3])
 """
 
 
 def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(tmp_path):
-    """Killed twice: in the statistics, whose pass begins again, and in the factors, of which none is repeated."""
+    """Killed in the statistics, whose pass begins again, and in factors and refit, of which no layer is repeated."""
     work, output = tmp_path / "work", tmp_path / "output"
     expected = tmp_path / "expected"
-    compressed()[0].save_pretrained(expected)
+    model, report = compressed(examples=96)
+    model.save_pretrained(expected)
+    assert report.refitted
     written = []
-    for puts in (5, 40, 10_000):
-        arguments = [sys.executable, "-c", KILLED_AFTER, str(puts), str(work), str(output)]
+    for puts, kind in ((5, ""), (40, ""), (6, "refit"), (10_000, "")):
+        arguments = [sys.executable, "-c", KILLED_AFTER, str(puts), str(work), str(output), kind]
         run = subprocess.run(arguments, cwd=TESTS, capture_output=True, text=True, check=False)
         assert run.returncode == (0 if puts == 10_000 else -signal.SIGKILL), run.stderr
         written.append(run.stdout.splitlines())
     assert len(written[0]) == 5
-    factors = [key for key in written[1] + written[2] if key.startswith("curve of")]
+    later = written[1] + written[2] + written[3]
+    factors, refitted = ([key for key in later if key.startswith(kind)] for kind in ("curve of", "refit"))
     assert len(factors) == len(set(factors)) == 14
     assert any(key.startswith("curve of") for key in written[1])
     assert not any(key.startswith("window") for key in written[2])
+    assert sum(key.startswith("refit") for key in written[2]) == 6
+    fitted = sum(layer.rank is not None for layer in report.layers.values())
+    assert len(set(refitted)) == fitted
+    assert len(refitted) <= fitted + 2  # but for those of a group that was half finished
     assert (output / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
 
 
