@@ -23,7 +23,7 @@ GROUND = (
 FRONT = ("__init__", "lm_eval")  # stand before the rooms: they may import from any door
 ROOMS = (
     *("report", "formats", "layers", "data", "statistics", "factors", "ranks", "verdict"),
-    *("checkpoint", "pipeline", "evaluation", "commands"),
+    *("checkpoint", "pipeline", "evaluation", "baselines", "commands"),
 )
 """The rooms; each imports from earlier ones only."""
 

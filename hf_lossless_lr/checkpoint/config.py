@@ -17,6 +17,7 @@ from ..formats import FLOAT, FORMATS
 from ..layers import CHANNEL, FORMS, METHOD, STORAGES, format_of, grid_of, is_factorized, storage_in
 from ..renamed import refuse_old_names, with_present_names
 from .options import CompressionOptions
+from .presets import preset
 
 FORMAT_VERSION = 4  # 1 had other names of some options, 2 no number formats, 3 no forms
 COMPUTES = ("dequantized", "stored")
@@ -117,6 +118,22 @@ class LosslessLowRankConfig(CompressionOptions, QuantizationConfigMixin):
         config = cls(**{**config_dict, **used})
         unused = {name: value for name, value in kwargs.items() if name not in known}
         return (config, unused) if return_unused_kwargs else config
+
+    @classmethod
+    def from_preset(cls, name: str, **changes: Any) -> LosslessLowRankConfig:
+        """Build the config of a method of the field, such as `svd-llm`.
+
+        Args:
+            name: a name in `PRESETS`.
+            changes: options besides, or in place of those of the method.
+
+        Returns:
+            The config.
+
+        Raises:
+            ConfigurationError: if there is no such method, or a value contradicts it.
+        """
+        return cls(**{**preset(name).options, **changes})
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Return what the configuration given to `from_pretrained` says of a checkpoint that has its own."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ AUTO = "auto"
 LABELS = ("data", "model")
 SCOPES = ("targeted", "model")
 DEFAULT_KEEP_RATIO = 0.5
+DEFAULT_OBJECTIVE, GIVEN = "budget", "ranks"
 DEFAULT_SELECTION = 1 / 16  # for judging a refit, where that is enough examples to judge it
 FEWEST_JUDGES = 16  # examples of a selection split that may judge a refit; below, one outlier decides
 NUMBER_FORMATS = (FLOAT, *FORMATS)
@@ -38,8 +40,12 @@ class CompressionOptions(Renamed):
         objective: what to aim for. `budget`: lowest predicted loss at `keep_ratio`. `uniform`: `keep_ratio` in each
             layer. `lossless`: lowest measured loss among models that compress. `compact`: the smallest model whose
             measured loss and accuracy are not inferior, by upper confidence bounds within `loss_margin` and
-            `accuracy_margin`. `paper-lossless`, `paper-compact`: Algorithms 1 and 2 of arXiv 2412.06867.
+            `accuracy_margin`. `paper-lossless`, `paper-compact`: Algorithms 1 and 2 of arXiv 2412.06867. `ranks`:
+            those that `ranks` gives.
         keep_ratio: size kept divided by original size, in (0, 1]; for `budget` and `uniform` only (default 0.5 there).
+        ranks: ranks that are given, as `{"query": 64}` or `["query=64"]`: a pattern of layers, as in `target_modules`
+            (of several the most specific counts), and their rank. Other layers stay dense. They are kept in the
+            second way, and make the objective `ranks`.
         size: what `keep_ratio` counts: `parameters`, `bytes` in a checkpoint relative to those of the model as it was
             given, `flops` of a calibration batch, or its `latency`, measured on the model's device. Default: `bytes`
             with number formats other than `float`, else `parameters`.
@@ -63,7 +69,7 @@ class CompressionOptions(Renamed):
         rank_multiple: ranks are multiples of this. Default: what the device multiplies well, 8 on a CPU and 64 on
             others, or the largest power of two that leaves 32 ranks to choose from.
         refit: whether to fit each layer's factors to the inputs that it gets in the compressed model. Default: with
-            the metric `kronecker`, except for the paper's objectives; no other metric has it.
+            the metric `kronecker`, except for the paper's objectives; `activation` has it, too.
         selection_fraction: share of the calibration examples kept apart, to measure whether the refit helps and which
             model to choose. Default: 1/2 for `lossless` and `compact`, which choose by measurement, 1/16 for other
             objectives with a refit where that is 16 examples or more, else none.
@@ -81,11 +87,12 @@ class CompressionOptions(Renamed):
         epsilon_tolerance: gap between measured and first-order loss change that eq. 8 accepts, in nats.
     """
 
-    objective: str = _option("budget", "what to aim for", choices=tuple(OBJECTIVES))
+    objective: str = _option(DEFAULT_OBJECTIVE, "what to aim for", choices=tuple(OBJECTIVES))
     keep_ratio: float | None = _option(
         None,
         f"share of the size to keep, in (0, 1]; default {DEFAULT_KEEP_RATIO} for budget and uniform",
     )
+    ranks: list[str] | None = _option(None, "ranks that are given, as PATTERN=RANK; other layers stay dense")
     size: str | None = _option(
         None, "what keep_ratio counts; default bytes with --formats, else parameters", choices=SIZES
     )
@@ -133,6 +140,7 @@ class CompressionOptions(Renamed):
     def __post_init__(self) -> None:
         """Validate every value and resolve the defaults that depend on the objective."""
         _choice("objective", self.objective, OBJECTIVES)
+        self._resolve_ranks()
         objective = OBJECTIVES[self.objective]
         paper = objective.needs_noise
         if self.metric is None:
@@ -173,6 +181,30 @@ class CompressionOptions(Renamed):
     def fewest_selected(self) -> int:
         """Examples that a selection split is made for at least: where it is there by default, to judge a refit."""
         return FEWEST_JUDGES if self.selection_fraction == DEFAULT_SELECTION else 1
+
+    @property
+    def given_ranks(self) -> dict[str, int]:
+        """The ranks that are given, by pattern."""
+        pairs = (entry.rpartition("=") for entry in self.ranks or ())
+        return {pattern: int(rank) for pattern, _, rank in pairs}
+
+    def _resolve_ranks(self) -> None:
+        given: Any = self.ranks
+        if given is None:
+            if self.objective == GIVEN:
+                raise ConfigurationError("objective='ranks' takes the ranks of layers: ranks={'query': 64}.")
+            return
+        given = [f"{pattern}={rank}" for pattern, rank in given.items()] if isinstance(given, Mapping) else given
+        entries = [given] if isinstance(given, str) else given
+        if not isinstance(entries, (list, tuple)) or not all(re.fullmatch(r".+=[1-9]\d*", str(e)) for e in entries):
+            raise ConfigurationError(
+                f"ranks: must map patterns of layers to whole numbers above 0, as {{'query': 64}}, got {self.ranks!r}."
+            )
+        if self.objective not in (DEFAULT_OBJECTIVE, GIVEN):
+            raise ConfigurationError(
+                f"ranks contradicts objective={self.objective!r}, which chooses them; leave one of them out."
+            )
+        self.ranks, self.objective = list(map(str, entries)), GIVEN
 
     def _resolve_formats(self, paper: bool) -> None:
         names = [FLOAT] if self.formats is None else _patterns("formats", self.formats) or []
@@ -221,13 +253,12 @@ class CompressionOptions(Renamed):
     def _resolve_refit(self, paper: bool) -> None:
         if self.refit is not None and not isinstance(self.refit, bool):
             raise ConfigurationError(f"refit: must be True, False or None, got {self.refit!r}.")
-        possible = self.metric == "kronecker" and not paper
         if self.refit is None:
-            self.refit = possible
-        if self.refit and not possible:
+            self.refit = self.metric == "kronecker" and not paper
+        if self.refit and (self.metric not in ("kronecker", "activation") or paper):
             raise ConfigurationError(
                 f"refit=True contradicts metric={self.metric!r}, objective={self.objective!r}: it needs "
-                "metric='kronecker' and none of the paper's objectives."
+                "metric='kronecker' or 'activation', and none of the paper's objectives."
             )
         measured = self.objective in MEASURED_OBJECTIVES
         if self.selection_fraction is None:

@@ -17,11 +17,12 @@ from transformers import HfArgumentParser
 from ..errors import LosslessLowRankError
 from ..report import plain
 from ..versions import __version__
-from . import benchmark, compress, demo, evaluate, report, verify
+from . import benchmark, compare, compress, demo, evaluate, report, verify
 
 COMMANDS = {
     "compress": (compress.add_parser, compress.compress),
     "verify": (verify.add_parser, verify.verify),
+    "compare": (compare.add_parser, compare.compare),
     "evaluate": (evaluate.add_parser, evaluate.evaluate),
     "report": (report.add_parser, report.report),
     "benchmark": (benchmark.add_parser, benchmark.benchmark),

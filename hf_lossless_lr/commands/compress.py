@@ -16,9 +16,10 @@ from ..report import CompressionReport, comparison_table, report_rows, verdict_s
 from .data_options import (
     NOT_AS_REQUIRED,
     NOTHING_COMPRESSED,
-    DataArguments,
+    CalibrationArguments,
     check_arguments,
     complaint,
+    load_calibration,
     load_examples,
     refuse_old_options,
     task_of,
@@ -28,19 +29,10 @@ from .output import Claim, claimed
 
 
 @dataclass(kw_only=True)
-class CompressArguments(DataArguments):
-    """What to calibrate and evaluate on, and where to write the result."""
+class CompressArguments(CalibrationArguments):
+    """Where to write the result, and what more there is to fit to."""
 
     output: str = field(metadata={"help": "folder for the compressed checkpoint; must not exist"})
-    eval_data_files: list[str] | None = field(default=None, metadata={"help": "held-out files, for a format"})
-    calibration_split: str = field(default="train", metadata={"help": "split to calibrate on"})
-    eval_split: str | None = field(
-        default=None, metadata={"help": "split that is held out; default: a fifth of the calibration examples"}
-    )
-    calibration_examples: int = field(default=1024, metadata={"help": "calibration examples, from the start"})
-    eval_examples: int | None = field(
-        default=None, metadata={"help": "held-out examples, from the start; default all"}
-    )
     refit_data_files: list[str] | None = field(
         default=None, metadata={"help": "files with more examples for the refit, whose labels play no part"}
     )
@@ -84,17 +76,8 @@ def compress(arguments: Any) -> int:
     config = LosslessLowRankConfig(**{f.name: getattr(arguments, f.name) for f in fields(CompressionOptions)})
     check_arguments(arguments)
     print_once()
-    if arguments.eval_examples is not None and not _names_held_out(arguments):
-        raise ConfigurationError(
-            "--eval_examples: name the held-out data with --eval_split or --eval_data_files; without them, a fifth "
-            "of the calibration examples is held out."
-        )
     with claimed(Path(arguments.output)) as claim:
         return _run(arguments, config, claim)
-
-
-def _names_held_out(arguments: Any) -> bool:
-    return arguments.eval_data_files is not None or arguments.eval_split is not None
 
 
 def _run(arguments: Any, config: LosslessLowRankConfig, claim: Claim | None) -> int:
@@ -103,13 +86,7 @@ def _run(arguments: Any, config: LosslessLowRankConfig, claim: Claim | None) -> 
     config = config if task.labelled else replace(config, labels="model")
     model = load_model(task.auto_model, arguments.model, arguments.dtype)
     processor = load_auto(task.processor, arguments.model)
-    split, count = arguments.calibration_split, arguments.calibration_examples
-    calibration = load_examples(arguments, task, [model], processor, arguments.data_files, split, count)
-    held_out = None
-    if _names_held_out(arguments):
-        split = arguments.eval_split or "validation"
-        count = arguments.eval_examples
-        held_out = load_examples(arguments, task, [model], processor, arguments.eval_data_files, split, count)
+    calibration, held_out = load_calibration(arguments, task, model, processor)
     more = None
     if arguments.refit_data_files is not None or arguments.refit_split is not None:
         split, files = arguments.refit_split or "train", arguments.refit_data_files

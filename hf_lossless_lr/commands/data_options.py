@@ -71,6 +71,21 @@ class DataArguments(SourceArguments):
     )
 
 
+@dataclass(kw_only=True)
+class CalibrationArguments(DataArguments):
+    """What to calibrate on, and what is held out."""
+
+    eval_data_files: list[str] | None = field(default=None, metadata={"help": "held-out files, for a format"})
+    calibration_split: str = field(default="train", metadata={"help": "split to calibrate on"})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "split that is held out; default: a fifth of the calibration examples"}
+    )
+    calibration_examples: int = field(default=1024, metadata={"help": "calibration examples, from the start"})
+    eval_examples: int | None = field(
+        default=None, metadata={"help": "held-out examples, from the start; default all"}
+    )
+
+
 class _OldOption(argparse.Action):
     """An option that has another name now."""
 
@@ -109,6 +124,11 @@ def check_arguments(arguments: Any) -> None:
     if "shots_files" in given and arguments.task != "mmlu":
         raise ConfigurationError(f"--shots_files is for mmlu, not for {arguments.task}.")
     _check_sources(given)
+    if "eval_examples" in given and not _names_held_out(arguments):
+        raise ConfigurationError(
+            "--eval_examples: name the held-out data with --eval_split or --eval_data_files; without them, a fifth "
+            "of the calibration examples is held out."
+        )
     for name in ("json", "statistics"):
         if name in given:
             _check_file(name, Path(given[name]))
@@ -228,6 +248,32 @@ def load_examples(
     columns = () if arguments.columns is None else (arguments.columns,)
     examples = task.prepare(dataset, processor, arguments.max_length or task.max_length, *columns)
     return examples.select(range(min(count or len(examples), len(examples))))
+
+
+def _names_held_out(arguments: Any) -> bool:
+    return arguments.eval_data_files is not None or arguments.eval_split is not None
+
+
+def load_calibration(
+    arguments: CalibrationArguments, task: Task, model: Any, processor: Any
+) -> tuple[Dataset, Dataset | None]:
+    """Load the calibration data, and what is held out where that is named.
+
+    Args:
+        arguments: the data set.
+        task: the task, from `task_of`.
+        model: the model, for the order of its classes.
+        processor: tokenizer or processor.
+
+    Returns:
+        Examples as the model takes them; None for held-out data that are a part of them.
+    """
+    source = arguments.data_files, arguments.calibration_split, arguments.calibration_examples
+    calibration = load_examples(arguments, task, [model], processor, *source)
+    if not _names_held_out(arguments):
+        return calibration, None
+    held_out = arguments.eval_data_files, arguments.eval_split or "validation", arguments.eval_examples
+    return calibration, load_examples(arguments, task, [model], processor, *held_out)
 
 
 def complaint(certificate: Certificate | None, required: str | None) -> str | None:

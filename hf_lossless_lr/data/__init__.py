@@ -11,7 +11,7 @@ from .labels import IGNORE_INDEX, Question, Reading, batch_examples, correct_pre
 from .loaders import dataset_size, make_dataloader, subset
 from .padding import PaddingMasks, watching_masks
 from .representations import Representation, model_inputs
-from .splits import DataSplits, combined_digest, examine, split_data
+from .splits import DataSplits, combined_digest, examine, item_digests, split_data
 from .steady_rows import learn_steady_rows
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "draw_labels",
     "examine",
     "forward_loss",
+    "item_digests",
     "learn_steady_rows",
     "make_dataloader",
     "mean_loss",

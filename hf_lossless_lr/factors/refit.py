@@ -63,13 +63,14 @@ class RefitTarget:
     Attributes:
         dense: the dense layer.
         layer: the layer that replaces it, factorized or rounded, with its numbers loaded; changed in place.
-        grad_covariance: returns B of the layer, which need not stay in memory.  # shape: (groups, out, out)
+        grad_covariance: returns B of the layer, which need not stay in memory, or None for a metric without it.
+            # shape: (groups, out, out)
         number_format: the format that its numbers are rounded to.
     """
 
     dense: nn.Module
     layer: Any
-    grad_covariance: Callable[[], torch.Tensor]
+    grad_covariance: Callable[[], torch.Tensor | None]
     number_format: str = FLOAT
 
 
@@ -233,11 +234,13 @@ def _solve(target: RefitTarget, products: _Products, place: int, damping: float)
     input_gram, output_cross = products.input_gram, products.output_cross[place]
     weight = shifted_weight(weight_matrices(target.dense), output_cross, input_gram, products.ridge)
     inputs, factorization = damped(input_gram, damping), None
-    if is_factorized(target.layer) and target.layer.form == SPATIAL:
+    moments = target.grad_covariance()
+    if moments is not None and is_factorized(target.layer) and target.layer.form == SPATIAL:
         kernel, rank = target.layer.kernel_size, target.layer.rank
-        spatial = factorize_spatially(weight, input_gram, target.grad_covariance(), kernel, damping, rank)
+        spatial = factorize_spatially(weight, input_gram, moments, kernel, damping, rank)
         fill(target.layer, weight, spatial, inputs, target.number_format)
         return
     if is_factorized(target.layer):
-        factorization = Factorization(metric_svd(weight, inputs, damped(target.grad_covariance(), damping)))
+        outputs = None if moments is None else damped(moments, damping)
+        factorization = Factorization(metric_svd(weight, inputs, outputs))
     fill(target.layer, weight, factorization, inputs, target.number_format)

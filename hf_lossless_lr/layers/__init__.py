@@ -10,6 +10,7 @@ from .factorized import METHOD, Factorized, called_with, is_factorized, layers_i
 from .layout import Layout, layout_of, to_dense, weight_matrices
 from .linear import FactorizedLinear
 from .model_state import ModelState, differentiating_only, evaluating, on_device, own_config, random_state_kept
+from .patterns import values_of
 from .replacement import finish, in_place, replace_modules
 from .rounded import (
     as_matrix,
@@ -85,6 +86,7 @@ __all__ = [
     "stored_bytes",
     "stored_in",
     "to_dense",
+    "values_of",
     "weight_bytes",
     "weight_matrices",
 ]

@@ -7,9 +7,6 @@ which beats `re:` and a regular expression, then a glob, then a layer type. A la
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,9 +19,8 @@ from transformers import PreTrainedModel
 from ..errors import TargetError
 from .factorized import METHOD, is_factorized
 from .layout import LAYOUTS, find_layout
+from .patterns import TYPE, best_match, check_patterns
 from .subclasses import answers_as_its_base
-
-EXACT, SUFFIX, REGEX, GLOB, TYPE, NO_MATCH = 5, 4, 3, 2, 1, 0
 
 
 @dataclass(frozen=True)
@@ -38,39 +34,6 @@ class Targets:
 
     chosen: dict[str, nn.Module]
     skipped: dict[str, str]
-
-
-def match_specificity(pattern: str, name: str, module: nn.Module) -> int:
-    """Return how specifically a pattern matches a module: `EXACT` … `TYPE`, or `NO_MATCH`.
-
-    Args:
-        pattern: exact name or end of a name, `re:` and a regular expression (matched in full), glob, or name of its
-            type or of a base of it.
-        name: qualified name of the module.
-        module: the module.
-
-    Returns:
-        The specificity; higher is more specific.
-
-    Raises:
-        TargetError: if the regular expression is invalid.
-    """
-    if pattern.startswith("re:"):
-        try:
-            return REGEX if re.fullmatch(pattern[3:], name) else NO_MATCH
-        except re.error as error:
-            raise TargetError(f"{pattern!r} is no valid regular expression: {error}.") from error
-    if pattern == name:
-        return EXACT
-    if name.endswith("." + pattern):
-        return SUFFIX
-    if any(c in pattern for c in "*?[") and fnmatch.fnmatchcase(name, pattern):
-        return GLOB
-    return TYPE if pattern in {kind.__name__ for kind in type(module).__mro__[:-1]} - {"Module"} else NO_MATCH
-
-
-def _best(patterns: Sequence[str], name: str, module: nn.Module) -> int:
-    return max((match_specificity(pattern, name, module) for pattern in patterns), default=NO_MATCH)
 
 
 def find_targets(
@@ -105,8 +68,8 @@ def find_targets(
     skipped: dict[str, str] = {}
     candidates = _candidates(model)
     for name, module in candidates.items():
-        wanted = _best(target_modules or (), name, module)
-        unwanted = _best(ignore or (), name, module)
+        wanted = best_match(target_modules or (), name, module)
+        unwanted = best_match(ignore or (), name, module)
         if target_modules is None:
             wanted = TYPE
         if unwanted and unwanted >= wanted:
@@ -121,8 +84,8 @@ def find_targets(
             skipped[name] = reasons[name]
         else:
             targets[name] = module
-    _check_patterns("target_modules", target_modules, candidates)
-    _check_patterns("ignore", ignore, candidates)
+    check_patterns("target_modules", target_modules, candidates)
+    check_patterns("ignore", ignore, candidates)
     if not targets:
         raise TargetError(_nothing_left(model, skipped))
     for name, module in targets.items():
@@ -218,19 +181,6 @@ def _outside_of_bases(model: PreTrainedModel) -> set[int]:
             base = set(map(id, whole.base_model.modules()))
             outside |= {id(module) for module in whole.modules() if module is not whole} - base
     return outside
-
-
-def _check_patterns(option: str, patterns: Sequence[str] | None, candidates: dict[str, nn.Module]) -> None:
-    """Refuse a pattern that matches nothing, naming what comes near."""
-    for pattern in patterns or ():
-        if any(match_specificity(pattern, name, module) for name, module in candidates.items()):
-            continue
-        endings = {name.rpartition(".")[2] for name in candidates}
-        types = {type(module).__name__ for module in candidates.values()}
-        near = difflib.get_close_matches(pattern, sorted(endings | types | set(candidates)), n=3, cutoff=0.5)
-        known = ", ".join(repr(n) for n in near) if near else ", ".join(sorted(endings)[:10]) or "none"
-        label = "nearest" if near else "layers here"
-        raise TargetError(f"{option}: {pattern!r} matches no layer; {label}: {known}.")
 
 
 def _nothing_left(model: PreTrainedModel, skipped: dict[str, str]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from transformers.utils import logging
 
 from ..checkpoint import LosslessLowRankConfig
+from ..layers import values_of
 from ..ranks import (
     OBJECTIVES,
     Budget,
@@ -56,7 +57,8 @@ def choose(
     if objective.search is not None:
         return _search(calibration, config, objective.search, budget, visit), visited, None
     epsilon = _epsilon(calibration, config) if objective.needs_noise else None
-    limits = Limits(float(config.keep_ratio or 1), config.rank_multiple or 1, budget, epsilon or {})
+    ranks = values_of("ranks", config.given_ranks, calibration.factors.targets.chosen)
+    limits = Limits(float(config.keep_ratio or 1), config.rank_multiple or 1, budget, epsilon or {}, ranks)
     choices = objective.select(curves, limits) if objective.select is not None else {}
     if all(choice == Choice() for choice in choices.values()):
         logger.warning("no rank meets objective=%r in any layer; the model stays dense.", config.objective)

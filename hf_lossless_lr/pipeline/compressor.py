@@ -22,7 +22,7 @@ from ..checkpoint import (
 )
 from ..data import draw_labels, split_data
 from ..errors import ConfigurationError
-from ..layers import ModelState, check_model, find_targets, finish, on_device, own_config, replace_modules
+from ..layers import ModelState, check_model, find_targets, finish, on_device, own_config, replace_modules, values_of
 from ..processes import make_accelerator
 from ..ranks import OBJECTIVES, Budget, LatencyTable
 from ..report import CompressionReport
@@ -168,6 +168,7 @@ class LowRankCompressor:
         check_model(model)
         targets = find_targets(model, self.config.target_modules, self.config.ignore)
         config = self.config
+        values_of("ranks", config.given_ranks, targets.chosen)  # a pattern that matches nothing shows now
         if config.labels == "model":
             calib_dataset, eval_dataset = self._with_drawn_labels(
                 model, calib_dataset, eval_dataset, data_collator, processing_class
@@ -236,7 +237,7 @@ class LowRankCompressor:
         clock = Clock(calibration.seconds)  # times of this ratio alone
         if keep_ratio is not None:
             objective = config.objective if OBJECTIVES[config.objective].sized else "budget"
-            config = replace(config, objective=objective, keep_ratio=keep_ratio, epsilon=None)
+            config = replace(config, objective=objective, keep_ratio=keep_ratio, epsilon=None, ranks=None)
         model = calibration.dense.model
         self.restore()
         before, undo = ModelState(model), list[Callable[[], None]]()

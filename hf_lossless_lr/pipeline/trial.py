@@ -134,7 +134,7 @@ def run_trial(calibration: Calibration, choices: Choices, config: LosslessLowRan
         enough = _enough_to_judge(calibration, measured)
         if enough or _helps_unseen_examples(calibration, choices, layers, plain, config, clock):
             kept = _kept(calibration, choices, config)
-            _refit(calibration, choices, layers, calibration.parts.calibration, config.damping, clock, kept)
+            _refit(calibration, choices, layers, calibration.parts.calibration, config, clock, kept)
             after = _outcomes(calibration, layers, clock)
             refitted = not enough or _distance(after) < _distance(measured)
             if refitted:
@@ -188,7 +188,7 @@ def _helps_unseen_examples(
         unseen, answers = subset(loader, range(fold, size, folds)), KeptAnswers()
         seen = subset(loader, [item for item in range(size) if item % folds != fold])
         before = paired_outcomes(dense, layers, unseen, accelerator, dense_answers=answers)
-        _refit(calibration, choices, layers, seen, config.damping, clock)
+        _refit(calibration, choices, layers, seen, config, clock)
         after = paired_outcomes(dense, layers, unseen, accelerator, dense_answers=answers)
         _load(layers, plain)
         worse.append(_distances(after) - _distances(before))
@@ -207,13 +207,13 @@ def _refit(
     choices: Choices,
     layers: Mapping[str, Any],
     data: DataLoader,
-    damping: float,
+    config: LosslessLowRankConfig,
     clock: Clock,
     kept: RefittedLayers | None = None,
 ) -> None:
     statistics, dense = calibration.statistics, calibration.factors.targets.chosen
     targets = {
-        name: RefitTarget(dense[name], layer, partial(_grad_covariance, statistics, name), choices[name].format)
+        name: RefitTarget(dense[name], layer, partial(_moments, statistics, name, config), choices[name].format)
         for name, layer in layers.items()
         if name in choices
     }
@@ -221,7 +221,9 @@ def _refit(
     groups = refit_groups(statistics, targets)
     loaders, accelerator = _fitted_to(calibration, data), calibration.accelerator
     with clock.timed("refit"):
-        left = refit(calibration.dense.model, targets, groups, loaders, accelerator, damping, clock, others, kept)
+        left = refit(
+            calibration.dense.model, targets, groups, loaders, accelerator, config.damping, clock, others, kept
+        )
     if left:
         logger.warning_once(
             f"{len(left)} layers keep their closed-form factors, because they are called several times in a forward "
@@ -251,8 +253,9 @@ def _shifted_norms(calibration: Calibration, layers: Mapping[str, Any], clock: C
         return shifted_batch_norms(calibration.dense.model, layers, loaders, calibration.accelerator)
 
 
-def _grad_covariance(statistics: CalibrationStatistics, name: str) -> torch.Tensor:
-    return statistics.layers[name].grad_covariance
+def _moments(statistics: CalibrationStatistics, name: str, config: LosslessLowRankConfig) -> torch.Tensor | None:
+    """Return B of a layer; None where the metric has none."""
+    return statistics.layers[name].grad_covariance if config.metric == "kronecker" else None
 
 
 def _outcomes(calibration: Calibration, layers: Mapping[str, nn.Module], clock: Clock) -> PairedOutcomes:

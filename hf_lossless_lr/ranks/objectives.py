@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from .paper import select_paper
 from .search import Measure, T, lowest_loss, most_compressed
-from .select import select_budget, select_uniform
+from .select import select_budget, select_given, select_uniform
 from .sizes import Budget, Choices, Curves
 
 LOSSLESS_SHARES = (0.95, 0.9, 0.8, 0.7, 0.6)  # kept shares that the objective `lossless` measures
@@ -21,12 +22,14 @@ class Limits(NamedTuple):
         rank_multiple: multiple that ranks are restricted to.
         budget: what the size counts.
         epsilon: elementwise noise bound of each layer, for the objectives that need it.
+        ranks: ranks of layers that are given.
     """
 
     keep_ratio: float
     rank_multiple: int
     budget: Budget
     epsilon: Mapping[str, float]
+    ranks: Mapping[str, int] = MappingProxyType({})
 
 
 Found = tuple[int, T] | None
@@ -60,6 +63,10 @@ def _uniform(curves: Curves, limits: Limits) -> Choices:
     return select_uniform(curves, limits.keep_ratio, limits.rank_multiple, *limits.budget)
 
 
+def _given(curves: Curves, limits: Limits) -> Choices:
+    return select_given(curves, limits.ranks)
+
+
 def _paper_lossless(curves: Curves, limits: Limits) -> Choices:
     return select_paper(curves, limits.epsilon, compact=False)
 
@@ -77,6 +84,7 @@ def _lossless(
 OBJECTIVES: dict[str, Objective] = {
     "budget": Objective(_budget, sized=True),
     "uniform": Objective(_uniform, sized=True),
+    "ranks": Objective(_given),
     "lossless": Objective(search=_lossless),
     "compact": Objective(search=most_compressed),
     "paper-lossless": Objective(_paper_lossless, default_metric="identity", needs_noise=True),

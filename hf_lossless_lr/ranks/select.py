@@ -156,6 +156,32 @@ def select_uniform(
     return choices
 
 
+def select_given(curves: Curves, ranks: Mapping[str, int]) -> Choices:
+    """Give layers the ranks that are asked for; others stay dense. All are stored in the finest of their formats.
+
+    Args:
+        curves: a loss curve for each layer.
+        ranks: ranks by layer.
+
+    Returns:
+        The choices.
+
+    Raises:
+        ConfigurationError: if a rank stores as much as the dense layer.
+    """
+    choices: Choices = {}
+    for name, curve in curves.items():
+        finest, rank = next(iter(curve.rounding)), ranks.get(name)
+        most = curve.break_even_rank_in(finest)
+        if rank is not None and rank > most:
+            raise ConfigurationError(
+                f"ranks: {name!r} ({curve.out_features} x {curve.in_features}) is smaller than dense up to rank "
+                f"{most}, got {rank}. Give it less, or leave it out, and it stays dense."
+            )
+        choices[name] = Choice(rank, finest)
+    return choices
+
+
 def _largest(curve: LossCurve, size: LayerSize, multiple: int, share: float) -> Point | None:
     """Return the largest choice within a share of a layer's size, of each format and form; of these the cheapest."""
     points = points_of(curve, second_order_cost, multiple, size)

@@ -4,6 +4,7 @@ Computes nothing, and imports neither torch nor Transformers.
 """
 
 from .card import CARD_NAME, is_unedited, model_card
+from .comparison import MethodResult, methods_table, write_methods_figure
 from .figures import write_figures
 from .memory import MemoryPlan, gibibytes
 from .records import (
@@ -30,6 +31,7 @@ __all__ = [
     "LayerReport",
     "Measurement",
     "MemoryPlan",
+    "MethodResult",
     "SkippedWeight",
     "Speed",
     "TrialRecord",
@@ -39,6 +41,7 @@ __all__ = [
     "gibibytes",
     "is_unedited",
     "layer_table",
+    "methods_table",
     "model_card",
     "plain",
     "report_rows",
@@ -46,5 +49,6 @@ __all__ = [
     "speed_table",
     "verdict_sentence",
     "write_figures",
+    "write_methods_figure",
     "write_speed_figure",
 ]

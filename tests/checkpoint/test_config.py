@@ -26,6 +26,13 @@ MANIFEST = {
     "classifier": {"rank": 1, "storage": "two-factor"},
 }
 
+
+def of(objective, **options):
+    """A config of an objective, with what that takes."""
+    given = {"ranks": ["query=3"]} if objective == "ranks" else {}
+    return LosslessLowRankConfig(objective=objective, **given, **options)
+
+
 both_classes = pytest.mark.parametrize("cls", [CompressionOptions, LosslessLowRankConfig])
 
 
@@ -138,7 +145,8 @@ def test_a_misspelt_choice_gets_a_suggestion(name, value, meant):
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_every_listed_choice_is_accepted(name):
-    assert [getattr(LosslessLowRankConfig(**{name: value}), name) for value in CHOICES[name]] == list(CHOICES[name])
+    configs = [of(value) if name == "objective" else LosslessLowRankConfig(**{name: value}) for value in CHOICES[name]]
+    assert [getattr(config, name) for config in configs] == list(CHOICES[name])
 
 
 @pytest.mark.parametrize("name", ["target_modules", "ignore"])
@@ -163,7 +171,7 @@ def test_patterns_become_a_list(name, value, kept):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_defaults_follow_the_objective(objective):
-    config = LosslessLowRankConfig(objective=objective)
+    config = of(objective)
     assert config.keep_ratio == (DEFAULT_KEEP_RATIO if objective in SIZED else None)
     assert config.metric == ("identity" if objective in PAPER else "kronecker")
 
@@ -172,7 +180,7 @@ def test_defaults_follow_the_objective(objective):
 def test_a_keep_ratio_for_an_objective_that_finds_the_size_is_an_error(objective):
     text = f"keep_ratio=0.5 contradicts objective='{objective}', which chooses the size by itself; leave"
     with pytest.raises(ConfigurationError, match=text):
-        LosslessLowRankConfig(objective=objective, keep_ratio=0.5)
+        of(objective, keep_ratio=0.5)
 
 
 @pytest.mark.parametrize("objective", PAPER)
@@ -187,7 +195,7 @@ def test_another_metric_for_the_objectives_of_the_paper_is_an_error(objective, m
 def test_an_epsilon_for_an_objective_that_is_not_of_the_paper_is_an_error(objective):
     text = f"epsilon=0.1 contradicts objective='{objective}': it is used by 'paper-lossless' and 'paper-compact' only"
     with pytest.raises(ConfigurationError, match=text):
-        LosslessLowRankConfig(objective=objective, epsilon=0.1)
+        of(objective, epsilon=0.1)
 
 
 @pytest.mark.parametrize("objective", PAPER)
@@ -218,6 +226,7 @@ def test_an_epsilon_out_of_range_is_an_error(value):
         ({"objective": "paper-compact", "metric": "identity"}, False, 0.0),
         ({"refit": False}, False, 0.0),
         ({"refit": True}, True, 1 / 16),
+        ({"refit": True, "metric": "activation"}, True, 1 / 16),
         ({"refit": False, "selection_fraction": 0.3}, False, 0.3),
         ({"selection_fraction": 0}, True, 0),
         ({"objective": "compact", "selection_fraction": 0.2}, True, 0.2),
@@ -233,7 +242,7 @@ def test_refit_and_selection_follow_metric_and_objective_unless_chosen(cls, opti
 @both_classes
 @pytest.mark.parametrize(
     "options",
-    [{"metric": m} for m in METRICS if m != "kronecker"]
+    [{"metric": m} for m in METRICS if m not in ("kronecker", "activation")]
     + [{"objective": o} for o in PAPER]
     + [{"objective": "compact", "metric": "fisher"}],
 )
@@ -241,10 +250,46 @@ def test_a_refit_without_its_metric_or_for_the_paper_is_an_error(cls, options):
     metric = options.get("metric", "identity" if options.get("objective") in PAPER else "kronecker")
     text = (
         f"refit=True contradicts metric={metric!r}, objective={options.get('objective', 'budget')!r}: it needs "
-        "metric='kronecker' and none of the paper's objectives."
+        "metric='kronecker' or 'activation', and none of the paper's objectives."
     )
     with pytest.raises(ConfigurationError, match="^" + re.escape(text)):
         cls(refit=True, **options)
+
+
+@both_classes
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({"query": 64, "re:.*=x": 3}, {"query": 64, "re:.*=x": 3}),
+        (["query=64", "*.dense=7"], {"query": 64, "*.dense": 7}),
+        ("query=64", {"query": 64}),
+        ([], {}),
+        ({}, {}),
+    ],
+)
+def test_given_ranks_make_an_objective_of_their_own(cls, given, found):
+    config = cls(ranks=given)
+    assert config.given_ranks == found
+    assert config.objective == "ranks"
+    assert config.keep_ratio is None
+    assert cls(**{**asdict(config), "objective": "ranks"}).given_ranks == found
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ranks": {"query": 0}}, "ranks: must map patterns of layers to whole numbers above 0"),
+        ({"ranks": {"query": 2.5}}, "ranks: must map patterns of layers to whole numbers above 0"),
+        ({"ranks": ["query"]}, "ranks: must map patterns of layers to whole numbers above 0"),
+        ({"ranks": 64}, "ranks: must map patterns of layers to whole numbers above 0"),
+        ({"objective": "ranks"}, "objective='ranks' takes the ranks of layers"),
+        ({"objective": "uniform", "ranks": {"query": 3}}, "ranks contradicts objective='uniform'"),
+        ({"keep_ratio": 0.5, "ranks": {"query": 3}}, "keep_ratio=0.5 contradicts objective='ranks'"),
+    ],
+)
+def test_given_ranks_that_are_none_or_contradict_another_option_are_an_error(options, message):
+    with pytest.raises(ConfigurationError, match=re.escape(message)):
+        LosslessLowRankConfig(**options)
 
 
 @both_classes
@@ -357,12 +402,12 @@ def test_two_configs_do_not_share_their_manifest():
 def test_the_full_config_of_these_tests_leaves_no_field_at_its_default():
     config = full_config()
     at_default = {f.name for f in fields(config) if f.default is not MISSING and getattr(config, f.name) == f.default}
-    assert at_default == {"epsilon", "format_version", "quant_method"}
+    assert at_default == {"epsilon", "format_version", "quant_method", "ranks"}
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_dictionary_gives_the_config_back(objective):
-    config = LosslessLowRankConfig(objective=objective, modules=MANIFEST)
+    config = of(objective, modules=MANIFEST)
     assert LosslessLowRankConfig.from_dict(config.to_dict()) == config
 
 
@@ -444,6 +489,10 @@ def test_the_command_line_takes_every_option():
         if value is not None:
             arguments += [f"--{f.name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     assert asdict(parse(*arguments)) == {f.name: getattr(options, f.name) for f in fields(CompressionOptions)}
+
+
+def test_the_command_line_takes_ranks():
+    assert parse("--ranks", "query=64", "re:.*fc=3").given_ranks == {"query": 64, "re:.*fc": 3}
 
 
 def test_the_command_line_takes_an_epsilon():

@@ -3,6 +3,7 @@
 import contextvars
 import functools
 from collections import Counter
+from dataclasses import replace
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -90,6 +91,19 @@ def prepare(model, batches, storage="pivoted", share=3, damping=DAMPING) -> Prep
         layer.load_factors(*factors.truncate(rank, storage, layer.pivots_inputs), module.bias)
         targets[name] = RefitTarget(module, layer, functools.partial(getattr, layer_statistics, "grad_covariance"))
     return Prepared(model, statistics, targets, refit_groups(statistics, targets))
+
+
+@pytest.mark.parametrize("storage", ["pivoted", "two-factor"])
+def test_a_metric_without_gradients_is_that_of_equal_ones(storage, double_products):
+    found = []
+    for moments in (lambda out: None, lambda out: torch.eye(out, dtype=torch.float64)[None]):
+        model, batch = in_double(MODELS["bert-sequence-classification"])
+        prepared = prepare(model, split_batch(batch, BATCH_SIZE), storage)
+        for name, target in prepared.targets.items():
+            given = functools.partial(moments, target.dense.out_features)
+            prepared.targets[name] = replace(target, grad_covariance=given)
+        found.append(prepared.refit(split_batch(batch, BATCH_SIZE)))
+    assert deviation(*found) < 1e-8
 
 
 def deviation(got, expected) -> float:

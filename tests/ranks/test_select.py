@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from hf_lossless_lr.factors.curves import LossCurve
 from hf_lossless_lr.layers.storage import STORAGES, factorized_parameters
 from hf_lossless_lr.ranks.paper import select_paper
 from hf_lossless_lr.ranks.path import allowed_ranks, compression_path, second_order_cost
-from hf_lossless_lr.ranks.sizes import LayerSize, parameter_size, parameter_sizes
+from hf_lossless_lr.ranks.select import select_given
+from hf_lossless_lr.ranks.sizes import Choice, LayerSize, parameter_size, parameter_sizes
 
 pytestmark = pytest.mark.numerical
 
@@ -688,3 +690,16 @@ def test_ties_are_broken_by_the_order_of_the_layers():
     for names in (["a", "b", "c"], ["c", "b", "a"]):
         ranks = list(SELECTIONS["budget"](dict.fromkeys(names, make_curve(6, 6, kind="convex"))).values())
         assert ranks == sorted(ranks, key=lambda rank: 7 if rank is None else rank)
+
+
+def test_given_ranks_are_given_and_other_layers_stay_dense():
+    curves = make_curves(0, layers=3)
+    curves["layer1"] = replace(curves["layer1"], rounding={"int8": None, "int4": None})
+    names = list(curves)
+    most = curves[names[0]].break_even_rank
+    choices = select_given(curves, {names[0]: most})
+    assert choices[names[0]] == Choice(most)
+    assert choices[names[1]] == Choice(None, "int8")
+    assert choices[names[2]] == Choice()
+    with pytest.raises(ConfigurationError, match=f"smaller than dense up to rank {most}, got {most + 1}"):
+        select_given(curves, {names[0]: most + 1})

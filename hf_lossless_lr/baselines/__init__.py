@@ -1,0 +1,5 @@
+"""Other people's methods by name, compared on the same statistics, the same splits and the same held-out data."""
+
+from .compare import compare
+
+__all__ = ["compare"]

@@ -1,0 +1,121 @@
+"""`hf-lossless-lr compare`: methods on the same data, found once, and no results of something else."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.tiny_models import TINY_MODELS, split_batch
+from support.word_tokenizer import WORDS, word_tokenizer
+from transformers import AutoModelForSequenceClassification
+
+from hf_lossless_lr import LosslessLowRankConfig
+from hf_lossless_lr.baselines import compare
+from hf_lossless_lr.commands.cli import main
+from hf_lossless_lr.errors import ConfigurationError
+from hf_lossless_lr.fingerprint import tensors_fingerprint
+from hf_lossless_lr.pipeline import LowRankCompressor
+from hf_lossless_lr.report import MethodResult, methods_table
+
+METHODS = ("default", "svd", "aa-svd", "gptq-int4", "paper-compact")
+
+
+def lines(start, count):
+    texts = [f"{WORDS[n % 13]} {WORDS[n // 13 % 13]} {WORDS[n * 5 % 13]}" for n in range(start, start + count)]
+    return [{"text": text, "label": n % 3} for n, text in enumerate(texts)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("place")
+    TINY_MODELS["bert-sequence-classification"]()[0].save_pretrained(folder / "model")
+    word_tokenizer().save_pretrained(folder / "model")
+    for name, rows in (("train", lines(0, 48)), ("validation", lines(60, 40))):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return SimpleNamespace(
+        model=str(folder / "model"), train=str(folder / "train.jsonl"), validation=str(folder / "validation.jsonl")
+    )
+
+
+def arguments(place, *extra, methods=METHODS):
+    return [
+        *("compare", place.model, "--task", "text-classification", "--dataset", "json"),
+        *("--data-files", place.train, "--eval-data-files", place.validation),
+        *("--methods", *methods, "--keep-ratios", "0.5", "0.7", *extra),
+    ]
+
+
+def test_finds_each_method_at_each_size_once_and_goes_on(place, tmp_path, capsys, monkeypatch):
+    records, plot = tmp_path / "records.jsonl", tmp_path / "plot.png"
+    assert main(arguments(place, "--records", str(records), methods=METHODS[:2])) == 0
+    first = records.read_text()
+    assert len(first.splitlines()) == 4
+    capsys.readouterr()
+    again = ("--records", str(records), "--plot", str(plot), "--json", str(tmp_path / "all.json"))
+    assert main(arguments(place, *again)) == 0
+    assert records.read_text().startswith(first)
+    found = [MethodResult.from_dict(json.loads(line)) for line in records.read_text().splitlines()]
+    keys = [(result.method, result.keep_ratio) for result in found]
+    sized = [(name, ratio) for name in METHODS[:3] for ratio in (0.7, 0.5)]
+    assert sorted(keys, key=str) == sorted([*sized, ("gptq-int4", None), ("paper-compact", None)], key=str)
+    shown = capsys.readouterr().out
+    assert shown.count("\n") == len(found) + 2
+    assert plot.stat().st_size > 0
+    assert len(json.loads((tmp_path / "all.json").read_text())) == len(found)
+    monkeypatch.setattr(LowRankCompressor, "calibrate", None)
+    assert main(arguments(place, "--records", str(records))) == 0
+    assert capsys.readouterr().out == shown
+
+
+def test_results_are_those_of_the_method_alone(place):
+    model = AutoModelForSequenceClassification.from_pretrained(place.model)
+    before = tensors_fingerprint(model.state_dict())
+    tokenizer = word_tokenizer()
+
+    def encoded(start, count):
+        rows = lines(start, count)
+        batch = tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt")
+        return split_batch({**batch, "labels": torch.tensor([row["label"] for row in rows])}, 4)
+
+    calibration, held_out = encoded(0, 48), encoded(60, 40)
+    options = {"eval_dataset": held_out, "rank_multiple": 1}
+    results = list(compare(model, calibration, methods=["svd", "gptq-int4"], keep_ratios=[0.6], **options))
+    assert tensors_fingerprint(model.state_dict()) == before
+    svd, rounded = results
+    assert svd.parameters <= 0.6
+    assert rounded.parameters == 1.0
+    assert rounded.bytes < svd.bytes
+    layer = model.bert.encoder.layer[0].output.dense
+    u, s, v = torch.linalg.svd(layer.weight.detach().double(), full_matrices=False)
+    config = {"keep_ratio": 0.6, "metric": "identity", "objective": "uniform", "storage": "two-factor"}
+    compressor = LowRankCompressor(LosslessLowRankConfig(rank_multiple=1, **config))
+    compressor.compress(model, calibration, eval_dataset=held_out)
+    compressed = model.bert.encoder.layer[0].output.dense
+    best = (u[:, : compressed.rank] * s[: compressed.rank]) @ v[: compressed.rank]
+    assert torch.allclose(compressed.dense_weight().double(), best, atol=1e-6)
+    assert svd.loss_increase == pytest.approx(compressor.report.compressed.loss - compressor.report.dense.loss)
+
+
+def test_refuses_results_of_another_model_data_or_options(place, tmp_path, capsys):
+    records = tmp_path / "records.jsonl"
+    assert main(arguments(place, "--records", str(records), methods=["svd"])) == 0
+    before = records.read_text()
+    assert main(arguments(place, "--records", str(records), "--batch-size", "7", methods=["svd"])) == 1
+    assert "of another model, other data, or other options" in capsys.readouterr().err
+    assert records.read_text() == before
+    records.write_text('{"method": "svd"}\n')
+    assert main(arguments(place, "--records", str(records), methods=["svd"])) == 1
+    assert "is no file of such records" in capsys.readouterr().err
+
+
+def test_refuses_a_method_that_there_is_not(place, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments(place, methods=["sdv"]))
+    assert "invalid choice: 'sdv'" in capsys.readouterr().err
+    with pytest.raises(ConfigurationError, match="no method 'sdv'"):
+        next(compare(None, None, methods=["sdv"], keep_ratios=[0.5]))
+
+
+def test_the_table_has_a_dash_where_nothing_is_known():
+    result = MethodResult("svd", None, 0.5, 0.6, 0.1, None, None, "none", None, 1.0, "x")
+    assert methods_table([result]).splitlines()[-1] == "| svd | - | 0.500 | 0.600 | +0.1000 | - | - | none | - | 1.0 |"

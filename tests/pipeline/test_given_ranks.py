@@ -1,0 +1,53 @@
+"""Ranks that the user gives."""
+
+import pytest
+from support.compressions import BATCH_SIZE, build, factorized_layers
+from support.tiny_models import other_inputs, split_batch
+
+from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
+from hf_lossless_lr.errors import ConfigurationError, TargetError
+
+
+def compressed(ranks, **options):
+    model, batch = build("bert-sequence-classification")
+    compressor = LowRankCompressor(LosslessLowRankConfig(ranks=ranks, **options))
+    compressor.compress(model, split_batch(batch, BATCH_SIZE), eval_dataset=[other_inputs(batch)])
+    return model, compressor.report
+
+
+def test_are_those_of_the_layers_and_the_most_specific_pattern_counts():
+    ranks = {"query": 3, "re:.*attention.output.dense": 5, "bert.encoder.layer.1.attention.self.query": 4}
+    model, report = compressed(ranks)
+    found = {name: layer.rank for name, layer in factorized_layers(model).items()}
+    layers = "bert.encoder.layer"
+    assert found == {
+        f"{layers}.0.attention.self.query": 3,
+        f"{layers}.1.attention.self.query": 4,
+        f"{layers}.0.attention.output.dense": 5,
+        f"{layers}.1.attention.output.dense": 5,
+    }
+    assert {name: layer.rank for name, layer in report.layers.items() if layer.rank is not None} == found
+    assert report.config["objective"] == "ranks"
+
+
+def test_with_a_number_format_all_other_layers_are_rounded():
+    model, report = compressed({"query": 3}, formats=["int8"])
+    assert {layer.format for layer in report.layers.values()} == {"int8"}
+    assert len(factorized_layers(model)) == 2
+
+
+def test_that_compress_nothing_or_match_nothing_are_an_error():
+    with pytest.raises(ConfigurationError, match=r"query' \(32 x 32\) is smaller than dense up to rank \d+, got 32"):
+        compressed({"query": 32})
+    with pytest.raises(TargetError, match="ranks: 'quary' matches no layer; nearest: 'query'"):
+        compressed({"quary": 3})
+
+
+def test_another_size_is_chosen_by_the_budget():
+    model, batch = build("bert-sequence-classification")
+    compressor = LowRankCompressor(LosslessLowRankConfig(ranks={"query": 3}))
+    compressor.calibrate(model, split_batch(batch, BATCH_SIZE), eval_dataset=[other_inputs(batch)])
+    compressor.compress_to(0.6)
+    assert compressor.report.config["objective"] == "budget"
+    compressor.compress_to()
+    assert len(factorized_layers(model)) == 2
