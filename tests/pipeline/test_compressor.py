@@ -207,7 +207,7 @@ METRIC_OF = {
     "paper-lossless": "identity",
     "paper-compact": "identity",
 }
-"""Each objective to one of the metrics that it takes; `budget` goes with every metric, `ranks` has tests of its own."""
+"""Each objective to a metric that it takes; `budget` goes with every metric, `ranks` has tests of its own."""
 
 
 class TestCompressing:

@@ -1,0 +1,69 @@
+"""Methods of the field on the testbed's models: the same statistics, splits and held-out data for all of a model.
+
+    python studies/compare_methods.py --testbed ../shared/testbed --records studies/results/compare_methods.jsonl
+    python studies/compare_methods.py
+
+Results that the file has are not found again; without --testbed, the tables are printed from the file as it is.
+`hf-lossless-lr compare` does the same for any model.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmark_quality import Task, digits, language, sentiment
+from records import RESULTS, append_records, read_records
+
+from hf_lossless_lr.baselines import compare
+from hf_lossless_lr.report import MethodResult, methods_table
+
+METHODS = ("default", "no-refit", "kfac-svd", "mpifa", "aa-svd", "svd-llm", "asvd", "fwsvd", "svd")
+ROUNDING = ("mixed", "int8", "gptq-int4", "gptq-int3")
+# Model: loader, sizes, methods.
+TASKS: dict[str, tuple[Callable[[Path], Task], tuple[float, ...], tuple[str, ...]]] = {
+    "minilm-sst2": (sentiment, (0.7, 0.5), (*METHODS, *ROUNDING)),
+    "llama-small": (language, (0.7, 0.5), METHODS),
+    "swin-mnist": (digits, (0.5, 0.2), METHODS),
+}
+
+
+def tables(records: list[dict]) -> str:
+    """Return a table for each model, the best of each size first."""
+    parts = []
+    for name in dict.fromkeys(record["model"] for record in records):
+        found = [{key: value for key, value in r.items() if key != "model"} for r in records if r["model"] == name]
+        results = [MethodResult.from_dict(values) for values in found]
+        results.sort(key=lambda result: (-(result.keep_ratio or 0), result.loss_increase))
+        parts.append(f"### {name}\n\n{methods_table(results)}")
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--testbed", type=Path, help="folder of the trained models and their data")
+    parser.add_argument("--records", type=Path, default=RESULTS / "compare_methods.jsonl")
+    parser.add_argument("--models", nargs="+", choices=list(TASKS), default=list(TASKS))
+    arguments = parser.parse_args()
+    records = read_records(arguments.records) if arguments.records.exists() else []
+    for name in arguments.models if arguments.testbed else ():
+        load, keep_ratios, methods = TASKS[name]
+        task = load(arguments.testbed)
+        known = [{key: value for key, value in r.items() if key != "model"} for r in records if r["model"] == name]
+        for result in compare(
+            task.model,
+            task.calibration,
+            methods=methods,
+            keep_ratios=keep_ratios,
+            eval_dataset=task.evaluation,
+            processing_class=task.processing_class,
+            known=[MethodResult.from_dict(values) for values in known],
+            rank_multiple=1,
+        ):
+            records.append({"model": name, **asdict(result)})
+            append_records(arguments.records, records[-1:])
+    print(tables(records))
+
+
+if __name__ == "__main__":
+    main()
