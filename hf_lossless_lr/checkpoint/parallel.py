@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import CheckpointError
-from ..layers import METHOD, Factorized, Stored, called_with, is_factorized, stored_in
+from ..layers import METHOD, Factorized, Stored, UnfusedExperts, called_with, is_factorized, stored_in
 
 try:
     from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -25,6 +25,7 @@ except ImportError:  # a torch without processes, or a Transformers whose rules 
 
 logger = logging.get_logger(__name__)
 
+COMPRESSED = (Factorized, Stored, UnfusedExperts)
 RULE = "_lossless_lr_rule"
 """Attribute of a module whose rule waits for its numbers."""
 
@@ -44,10 +45,11 @@ def adapt_plan(model: PreTrainedModel, plan: dict[str, str]) -> None:
         tensor_parallel.RowwiseParallel,
         tensor_parallel.PackedColwiseParallel,
         tensor_parallel.EmbeddingParallel,
+        tensor_parallel.MoeExpertsParallel,
     )
     for name, module in model.named_modules():
         key = parallel_utils.replace_layer_number_by_wildcard(name)
-        if _waits(module) and key in plan and not plan[key].startswith(METHOD):
+        if isinstance(module, COMPRESSED) and key in plan and not plan[key].startswith(METHOD):
             style = styles[plan[key]]
             if isinstance(style, known):
                 plan[key] = f"{METHOD} {plan[key]}"
@@ -133,22 +135,19 @@ class _Style:
         self.style = style
 
     def validate_param(self, module: Any, param: str, mesh: Any, parameter_name: str | None = None) -> None:
-        if not _waits(module):
+        if not isinstance(module, COMPRESSED):
             self.style.validate_param(module, param, mesh, parameter_name)
 
     def shard_param(self, module: Any, param: str, mesh: Any) -> None:
-        if not _waits(module):
+        if not isinstance(module, COMPRESSED):
             self.style.shard_param(module, param, mesh)
 
     def install_forward(self, module: Any, mesh: Any) -> Any:
-        if not _waits(module):
+        if not isinstance(module, COMPRESSED):
             return self.style.install_forward(module, mesh)
-        vars(module)[RULE] = self.style, mesh
+        if not isinstance(module, UnfusedExperts):  # these are whole in each process
+            vars(module)[RULE] = self.style, mesh
         return module
-
-
-def _waits(module: nn.Module) -> bool:
-    return isinstance(module, (Factorized, Stored))
 
 
 def _keep_whole(layer: Any, style: Any, mesh: Any) -> None:

@@ -19,13 +19,14 @@ from transformers.quantizers import auto as quantizer_registry
 
 from ..errors import CheckpointError, ConfigurationError, TargetError
 from ..formats import FLOAT
-from ..layers import METHOD, Factorized, Stored, layout_of, replace_modules
+from ..layers import METHOD, Factorized, Stored, UnfusedExperts, layout_of, replace_modules
 from .attached import attach_saved_card, dequantize, mark_loaded, mark_loading, unmark_loading
 from .config import LosslessLowRankConfig, ModuleRecord
 from .contents import check_files, check_loaded
 from .encoding import dequantize_stored
 from .parallel import adapt_plan, split_layers, waiting_layers
 
+WHOLE = (Factorized, Stored, UnfusedExperts)
 KEPT = ("int8",)  # stay as they are stored with `compute="stored"`; unpacking fewer bits in every call does not pay
 
 
@@ -45,6 +46,8 @@ class LosslessLowRankQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = cast(LosslessLowRankConfig, self.quantization_config)
+        if config.unfused:
+            _unfuse(model, config.unfused)
         path_of = _paths_in(model, config.modules)
         built: dict[str, Factorized | Stored] = {}
         for name, path in path_of.items():
@@ -56,7 +59,9 @@ class LosslessLowRankQuantizer(HfQuantizer):
         self._files = kwargs.get("checkpoint_files")
         check_files(built, self._files, unused=len(config.modules) - len(built))
         replace_modules(model, {path_of[name]: module for name, module in built.items()})
-        whole = {type(module).__name__ for module in built.values()}  # a device map must not split them
+        whole = {
+            type(module).__name__ for module in model.modules() if isinstance(module, WHOLE)
+        }  # a device map must not split them
         model._no_split_modules = whole.union(model._no_split_modules or ())
         mark_loading(model)
         return model
@@ -115,6 +120,14 @@ def _empty(module: Any, record: ModuleRecord) -> Factorized | Stored:
         layer.down = Stored(layer.down, record.format, guarded=False)
         layer.up = Stored(layer.up, record.format, guarded=False)
     return layer
+
+
+def _unfuse(model: PreTrainedModel, names: Iterable[str]) -> None:
+    paths = _paths_in(model, names).values()
+    try:
+        replace_modules(model, {path: UnfusedExperts(model.get_submodule(path)) for path in paths})
+    except TargetError as error:
+        raise CheckpointError(f"the manifest does not fit the model: {error}.") from error
 
 
 def _paths_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:

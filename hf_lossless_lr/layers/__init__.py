@@ -6,11 +6,12 @@ room tests for a layer type.
 
 from .convolution import FactorizedConv1d, FactorizedConv2d
 from .coverage import other_weights
+from .experts import UnfusedExperts, projections, unfuse
 from .factorized import METHOD, Factorized, called_with, is_factorized, layers_in
 from .layout import Layout, layout_of, to_dense, weight_matrices
 from .linear import FactorizedLinear
 from .model_state import ModelState, differentiating_only, evaluating, on_device, own_config, random_state_kept
-from .replacement import finish, in_place, replace_modules
+from .replacement import Replacement, finish, in_place, replace_modules
 from .rounded import (
     as_matrix,
     checkpoint_bytes,
@@ -51,8 +52,10 @@ __all__ = [
     "FactorizedLinear",
     "Layout",
     "ModelState",
+    "Replacement",
     "Stored",
     "Targets",
+    "UnfusedExperts",
     "as_matrix",
     "break_even_rank",
     "called_with",
@@ -76,6 +79,7 @@ __all__ = [
     "on_device",
     "other_weights",
     "own_config",
+    "projections",
     "random_state_kept",
     "replace_modules",
     "restore_grids",
@@ -85,6 +89,7 @@ __all__ = [
     "stored_bytes",
     "stored_in",
     "to_dense",
+    "unfuse",
     "weight_bytes",
     "weight_matrices",
 ]

@@ -23,9 +23,12 @@ from ..factors import Forms, LossCurve
 from ..fingerprint import tensors_fingerprint
 from ..layers import (
     Targets,
+    UnfusedExperts,
     checkpoint_bytes,
     evaluating,
+    in_place,
     on_device,
+    projections,
 )
 from ..processes import make_accelerator
 from ..ranks import OBJECTIVES
@@ -37,6 +40,7 @@ from ..statistics import (
     data_fingerprint,
     load_statistics,
     save_statistics,
+    with_pooled,
 )
 from ..timing import Clock
 from ..verdict import KeptAnswers
@@ -59,6 +63,7 @@ class Dense:
         parameters: number of its parameters.
         bytes: bytes of its checkpoint.
         answers: its answers to the data that compressions are chosen by, as far as they were asked for and fit.
+        experts: what takes the place of its fused experts while it is calibrated and compressed.
     """
 
     model: PreTrainedModel
@@ -66,6 +71,7 @@ class Dense:
     parameters: int
     bytes: int
     answers: KeptAnswers
+    experts: Mapping[str, UnfusedExperts]
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,7 @@ def calibrate(
     config: LosslessLowRankConfig,
     parts: DataSplits,
     targets: Targets,
+    experts: Mapping[str, UnfusedExperts],
     statistics_path: str | os.PathLike[str] | None = None,
     max_memory: int | str | None = None,
     work_dir: str | os.PathLike[str] | None = None,
@@ -135,6 +142,7 @@ def calibrate(
         config: the choices.
         parts: the loaders.
         targets: the layers to factorize.
+        experts: what takes the place of fused experts meanwhile, by name.
         statistics_path: file of statistics: read if it exists, else written.
         max_memory: bytes that a process may have; None for what is free, less a margin.
         work_dir: folder that keeps finished stages and layers, to go on after an interruption; None for none.
@@ -149,9 +157,9 @@ def calibrate(
     """
     accelerator = make_accelerator()
     limit, clock = memory_limit(max_memory, accelerator.device), Clock()
-    with on_device(model, accelerator.device), ExitStack() as undo:
-        fingerprint = tensors_fingerprint(model.state_dict())
-        dense = Dense(model, fingerprint, model.num_parameters(), checkpoint_bytes(model), KeptAnswers())
+    fingerprint = tensors_fingerprint(model.state_dict())
+    dense = Dense(model, fingerprint, model.num_parameters(), checkpoint_bytes(model), KeptAnswers(), experts)
+    with in_place(model, experts), on_device(model, accelerator.device), ExitStack() as undo:
         for loader in (parts.held_out, parts.selection):  # what is wrong with them shows now, not after the work
             if loader is not None:
                 _try_first(model, loader, accelerator)
@@ -172,6 +180,7 @@ def calibrate(
             else:
                 with_gradients = OBJECTIVES[config.objective].needs_noise
                 statistics = _statistics(dense, targets, parts, accelerator, statistics_path, with_gradients)
+        statistics = with_pooled(statistics, projections(experts))
         targets = called(targets, statistics)
         with clock.timed("factorization"):
             targets = heard(config, targets, statistics)
@@ -214,11 +223,12 @@ def check_unchanged(calibration: Calibration) -> None:
         TargetError: if a layer or a weight is another one.
     """
     model = calibration.dense.model
-    for name, module in calibration.factors.targets.chosen.items():
-        if model.get_submodule(name) is not module:
-            raise TargetError(
-                f"{name!r} is another module than the one that was calibrated. Calibrate the model again."
-            )
+    with in_place(model, calibration.dense.experts):
+        for name, module in calibration.factors.targets.chosen.items():
+            if model.get_submodule(name) is not module:
+                raise TargetError(
+                    f"{name!r} is another module than the one that was calibrated. Calibrate the model again."
+                )
     if tensors_fingerprint(model.state_dict()) != calibration.dense.fingerprint:
         raise TargetError(
             "the weights of the model changed since it was calibrated (by training or a cast, for example), so its "

@@ -22,7 +22,18 @@ from ..checkpoint import (
 )
 from ..data import draw_labels, split_data
 from ..errors import ConfigurationError
-from ..layers import ModelState, check_model, find_targets, finish, on_device, own_config, replace_modules
+from ..layers import (
+    ModelState,
+    Replacement,
+    check_model,
+    find_targets,
+    finish,
+    in_place,
+    on_device,
+    own_config,
+    replace_modules,
+    unfuse,
+)
 from ..processes import make_accelerator
 from ..ranks import OBJECTIVES, Budget, LatencyTable
 from ..report import CompressionReport
@@ -166,7 +177,9 @@ class LowRankCompressor:
                 the data; statistics of another model or of other data are an error. Else it is written.
         """
         check_model(model)
-        targets = find_targets(model, self.config.target_modules, self.config.ignore)
+        experts = unfuse(model)
+        with in_place(model, experts):
+            targets = find_targets(model, self.config.target_modules, self.config.ignore)
         config = self.config
         if config.labels == "model":
             calib_dataset, eval_dataset = self._with_drawn_labels(
@@ -191,7 +204,7 @@ class LowRankCompressor:
             with ExitStack() as undo:
                 undo.callback(vars(model.config).update, dict(vars(model.config)))  # a loss may set its problem_type
                 calibration = calibrate(
-                    model, self.config, parts, targets, statistics_path, self.max_memory, self.work_dir
+                    model, self.config, parts, targets, experts, statistics_path, self.max_memory, self.work_dir
                 )
         except BaseException:
             before.restore()
@@ -241,17 +254,19 @@ class LowRankCompressor:
         self.restore()
         before, undo = ModelState(model), list[Callable[[], None]]()
         try:
+            check_unchanged(calibration)
+            unfused = replace_modules(model, calibration.dense.experts)
+            undo.append(unfused.undo)
             with on_device(model, calibration.accelerator.device, calibration.factors.targets.chosen.values()):
                 restore_config = own_config(model)
                 undo.append(restore_config)
-                check_unchanged(calibration)
                 trial, trials, epsilon = choose(calibration, config, self._budget(calibration, config), clock)
                 with clock.timed("held_out"):
                     data, accelerator = calibration.parts.held_out, calibration.accelerator
                     outcomes = paired_outcomes(model, trial.layers, data, accelerator, "Evaluating", temperatures=True)
                 with clock.timed("speed"):
                     speed = measured_speed(calibration, trial.layers)
-                self._put(calibration, trial, config, undo)
+                self._put(calibration, trial, config, unfused, undo)
                 found = trials, epsilon, outcomes, self._certified, clock.seconds, speed
                 report = make_report(calibration, config, trial, *found)
                 if trial.layers:
@@ -284,16 +299,31 @@ class LowRankCompressor:
             self._budgets[key] = budget_of(calibration, config, self._latencies)
         return self._budgets[key]
 
-    def _put(self, calibration: Calibration, trial: Trial, config: LosslessLowRankConfig, undo: Any) -> None:
-        """Put the chosen layers in, record them in the model's config, and add the ways back to `undo`."""
+    def _put(
+        self,
+        calibration: Calibration,
+        trial: Trial,
+        config: LosslessLowRankConfig,
+        unfused: Replacement,
+        undo: list[Callable[[], None]],
+    ) -> None:
+        """Put the chosen layers in, record them in the model's config, and add the ways back to `undo`.
+
+        Experts none of which is chosen are fused again.
+        """
+        model = calibration.dense.model
+        chosen = {path: any(name.startswith(f"{path}.") for name in trial.layers) for path in unfused.originals}
+        undo.append(replace_modules(model, {p: m for p, m in unfused.originals.items() if not chosen[p]}).undo)
         if not trial.layers:
             return
-        model = calibration.dense.model
         dense = {name: model.get_submodule(name) for name in trial.layers}
         records = {id(dense[name]): record for name, layer in trial.layers.items() if (record := record_of(layer))}
         replacement = replace_modules(model, trial.layers)
         undo.append(replacement.undo)
         config = deepcopy(config)
+        config.unfused = [path for path, any_chosen in chosen.items() if any_chosen]
+        for path in config.unfused:
+            calibration.dense.experts[path].own_weights()
         config.modules = {
             path: records[id(old)].to_dict() for path, old in replacement.originals.items() if id(old) in records
         }

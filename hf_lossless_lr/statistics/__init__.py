@@ -4,6 +4,7 @@ Also forward passes that wait at a layer, for the refit.
 """
 
 from .collect import collect_statistics, data_fingerprint
+from .pooling import with_pooled
 from .records import CalibrationStatistics, Key, LayerStatistics
 from .rows import LARGE, gram, precision_of, real_rows
 from .shelf import Shelf, Shelved
@@ -32,4 +33,5 @@ __all__ = [
     "real_rows",
     "rows_of",
     "save_statistics",
+    "with_pooled",
 ]
