@@ -36,6 +36,9 @@ def adapt_plan(model: PreTrainedModel, plan: dict[str, str]) -> None:
     Args:
         model: the model with its compressed layers, before its weights are loaded.
         plan: name with wildcards to style; changed in place.
+
+    Raises:
+        CheckpointError: if experts are to be spread that are one layer each.
     """
     if tensor_parallel is None:
         return
@@ -50,7 +53,12 @@ def adapt_plan(model: PreTrainedModel, plan: dict[str, str]) -> None:
     for name, module in model.named_modules():
         key = parallel_utils.replace_layer_number_by_wildcard(name)
         if isinstance(module, COMPRESSED) and key in plan and not plan[key].startswith(METHOD):
-            style = styles[plan[key]]
+            style, config = styles[plan[key]], getattr(model.config, "distributed_config", None)
+            if plan is model.ep_plan and getattr(config, "ep_size", 1) not in (None, 1):
+                raise CheckpointError(
+                    f"{name!r} has factorized experts, which are not spread over devices (ep_size). Load it "
+                    "with `tp_size`, or dequantize it first."
+                )
             if isinstance(style, known):
                 plan[key] = f"{METHOD} {plan[key]}"
                 styles.register(plan[key], _Style(style))

@@ -6,7 +6,7 @@ room tests for a layer type.
 
 from .convolution import FactorizedConv1d, FactorizedConv2d
 from .coverage import other_weights
-from .experts import UnfusedExperts, projections, unfuse
+from .experts import UnfusedExperts, projections, routed_rows, unfuse
 from .factorized import METHOD, Factorized, called_with, is_factorized, layers_in
 from .layout import Layout, layout_of, to_dense, weight_matrices
 from .linear import FactorizedLinear
@@ -84,6 +84,7 @@ __all__ = [
     "replace_modules",
     "restore_grids",
     "rounded_modules",
+    "routed_rows",
     "set_grid",
     "storage_in",
     "stored_bytes",

@@ -8,6 +8,7 @@ ordinary layers, to be observed, factorized and saved as any other.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from copy import copy
 from typing import Any
 
@@ -19,6 +20,14 @@ from .model_state import evaluating, random_state_kept
 
 PROJECTIONS = {"in_proj": ("gate_up_proj", "up_proj"), "out_proj": ("down_proj",)}
 """Layers of an expert to the fused parameters that they may come from."""
+
+
+_ROUTED: ContextVar[torch.Tensor | None] = ContextVar("routed", default=None)
+
+
+def routed_rows() -> torch.Tensor | None:
+    """Return which rows the expert that is running now was sent; None outside of any."""
+    return _ROUTED.get()
 
 
 class Expert(nn.Module):
@@ -99,7 +108,11 @@ class UnfusedExperts(nn.Module):
                 continue
             rows, places = (top_k_index == number).nonzero(as_tuple=True)
             expert: Any = self._modules[str(number)]
-            y = expert.out_proj(self._joined(expert.in_proj(hidden_states[rows])))
+            before = _ROUTED.set(rows)
+            try:
+                y = expert.out_proj(self._joined(expert.in_proj(hidden_states[rows])))
+            finally:
+                _ROUTED.reset(before)
             if getattr(self.template, "has_post_expert_norm", False):
                 y = self.post_expert_norm(y)
             result.index_add_(0, rows, (y * top_k_weights[rows, places, None]).to(result.dtype))

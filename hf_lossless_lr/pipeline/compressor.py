@@ -265,7 +265,7 @@ class LowRankCompressor:
                     data, accelerator = calibration.parts.held_out, calibration.accelerator
                     outcomes = paired_outcomes(model, trial.layers, data, accelerator, "Evaluating", temperatures=True)
                 with clock.timed("speed"):
-                    speed = measured_speed(calibration, trial.layers)
+                    speed = measured_speed(calibration, trial.layers, unfused.originals)
                 self._put(calibration, trial, config, unfused, undo)
                 found = trials, epsilon, outcomes, self._certified, clock.seconds, speed
                 report = make_report(calibration, config, trial, *found)

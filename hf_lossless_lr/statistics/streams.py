@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..data import PaddingMasks, run_batch, watching_masks
-from ..layers import called_with, layout_of
+from ..layers import called_with, layout_of, routed_rows
 from .rows import real_rows
 
 Group = tuple[str, ...]
@@ -35,6 +35,7 @@ class Stream(greenlet.greenlet):
         self.group: Group | None = None
         self.passed: set[Group] = set()
         self.rows: Callable[[], torch.Tensor] | None = None  # made from what the layer got when they are asked for
+        self.routed: torch.Tensor | None = None  # which rows these are, where a router sent them
 
     def advance(self, group: Group, finished: set[Group]) -> bool:
         """Go on until the input of `group` is there; a group that is finished already is passed."""
@@ -135,7 +136,7 @@ def pausing(model: PreTrainedModel, encoder: nn.Module | None, pauses: Sequence[
             if not isinstance(stream, Stream) or pause.group in stream.passed:
                 return
             stream.rows = pause.seen(stream.masks, called_with(args, kwargs), output)
-            stream.group = pause.group
+            stream.group, stream.routed = pause.group, routed_rows()
             stream.passed.add(pause.group)
             own = Autocast.of(model.device.type)
             caller.set()

@@ -1,16 +1,19 @@
 """Compressed checkpoints, split over two processes while they are loaded, answer and learn as in one."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.compressions import compress
+from support.mixtures import mixture
 from support.processes import in_two_processes, needs_processes
 from support.tiny_models import VOCABULARY, build, llama, text_inputs
 from transformers import AutoModelForCausalLM
 
-from hf_lossless_lr.checkpoint.parallel import RULE
+from hf_lossless_lr.checkpoint.parallel import RULE, adapt_plan
+from hf_lossless_lr.errors import CheckpointError
 from hf_lossless_lr.layers import is_factorized
 
 distributed = pytest.importorskip("transformers.distributed")
@@ -34,6 +37,7 @@ CASES = {  # model to options
     "rounded or not": ("llama", {"formats": "auto", "keep_ratio": 0.3}),
     "with biases": ("qwen2", {"storage": "two-factor"}),
     "pivoted with biases": ("qwen2", {"storage": "pivoted"}),
+    "experts": ("mixtral", {"storage": "two-factor"}),
     "packed": ("phi3", {"storage": "two-factor"}),
     "packed and pivoted": ("phi3", {"storage": "pivoted"}),
 }
@@ -42,6 +46,8 @@ CASES = {  # model to options
 def model_of(name):
     if name == "llama":
         return llama(12)
+    if name == "mixtral":
+        return mixture("Mixtral"), llama(12)[1]
     kind = {"qwen2": "Qwen2", "phi3": "Phi3"}[name]
     return build(f"{kind}ForCausalLM", f"{kind}Config", **SIZES, pad_token_id=0), llama(12)[1]
 
@@ -70,7 +76,7 @@ def answer_in_two_processes(folder: Path, process: int) -> None:
         torch.testing.assert_close(found, {name: expected[name] for name in found}, rtol=1e-3, atol=1e-4)
         for name, module in model.named_modules():
             split = [part for part, parameter in module.named_parameters() if hasattr(parameter, "full_tensor")]
-            if is_factorized(module):
+            if is_factorized(module) and ".experts." not in name:
                 factors = [part for part in split if part != "bias"]
                 assert len(factors) == (1 if module.storage == "two-factor" else 0), (case, name, split)
 
@@ -84,3 +90,10 @@ def test_a_model_split_over_two_processes_answers_and_learns_as_in_one(tmp_path)
         model = AutoModelForCausalLM.from_pretrained(tmp_path / case).eval()
         save_file(outcomes(model), tmp_path / case / EXPECTED)
     in_two_processes(answer_in_two_processes, tmp_path)
+
+
+def test_factorized_experts_are_not_spread_over_devices(tmp_path):
+    model, _ = compress(*model_of("mixtral"), keep_ratio=0.5)
+    model.config.distributed_config = SimpleNamespace(ep_size=2)
+    with pytest.raises(CheckpointError, match=r"not spread over devices \(ep_size\)"):
+        adapt_plan(model, model.ep_plan)
