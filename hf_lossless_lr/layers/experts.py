@@ -114,7 +114,7 @@ class UnfusedExperts(nn.Module):
             finally:
                 _ROUTED.reset(before)
             if getattr(self.template, "has_post_expert_norm", False):
-                y = self.post_expert_norm(y)
+                y = self.get_submodule("post_expert_norm")(y)
             result.index_add_(0, rows, (y * top_k_weights[rows, places, None]).to(result.dtype))
         return result
 
@@ -225,7 +225,7 @@ def _linear(parameters: Mapping[str, nn.Parameter], name: str, number: int, tran
 def _computes_the_same(fused: nn.Module, unfused: UnfusedExperts) -> bool:
     """Return whether both answer random rows in the same way; each expert gets two of them, and one row gets none."""
     count, weight = unfused.num_experts, next(fused.parameters())
-    hidden = unfused.get_submodule("0.in_proj").in_features
+    hidden: Any = unfused.get_submodule("0.in_proj").in_features
     with random_state_kept(weight.device):
         x = torch.randn(count, hidden, device=weight.device, dtype=weight.dtype)
         shares = torch.rand(count, min(2, count), device=weight.device, dtype=weight.dtype)
