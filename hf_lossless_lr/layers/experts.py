@@ -67,6 +67,7 @@ class UnfusedExperts(nn.Module):
         vars(self)["template"] = template  # no submodule: its parameters are not those of a checkpoint
         for name, child in fused.named_children():
             self.add_module(name, child)
+        self.config = getattr(fused, "config", None)
         for number in range(self.num_experts):
             expert = Expert()
             for layer, name in self.names.items():
@@ -147,6 +148,8 @@ class UnfusedExperts(nn.Module):
                 values[f"{name}_bias"] = torch.stack([linear.bias for linear in linears])
             for key, value in values.items():
                 module._parameters[key] = nn.Parameter(value, self.template._parameters[key].requires_grad)
+        if self.config is not None:
+            module.config = self.config
         return module.train(self.training)
 
 

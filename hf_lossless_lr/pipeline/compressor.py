@@ -275,7 +275,7 @@ class LowRankCompressor:
                     restore_config()
             self._restore_dense = undo  # success: the changes stay until the next ratio
         except BaseException:
-            before.restore()
+            finish([*reversed(undo), before.restore])
             raise
         self._certified += [report] if trial.layers else []
         self.report = report

@@ -16,6 +16,7 @@ from hf_lossless_lr.checkpoint.parallel import RULE, adapt_plan
 from hf_lossless_lr.errors import CheckpointError
 from hf_lossless_lr.layers import is_factorized
 
+pytest.importorskip("transformers.distributed.tensor_parallel")
 distributed = pytest.importorskip("transformers.distributed")
 
 SIZES = {

@@ -11,7 +11,7 @@ from support.tolerances import FLOAT32
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
 from hf_lossless_lr.layers import UnfusedExperts, is_factorized
-from hf_lossless_lr.pipeline import compressor as compressor_room
+from hf_lossless_lr.pipeline import compressor as compressor_module
 
 EXPERTS = ["re:.*experts.*"]
 STEPS = 90
@@ -92,13 +92,16 @@ def test_a_failure_leaves_fused_experts_as_they_were(monkeypatch):
         assert isinstance(model.model.layers[0].mlp.experts, UnfusedExperts)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compressor_room, "make_report", fail)
-    with pytest.raises(KeyboardInterrupt):
-        LowRankCompressor(LosslessLowRankConfig(keep_ratio=0.5, refit=False)).compress(
-            model, [words(4, seed) for seed in range(4)], eval_dataset=[words(8, 9)]
-        )
+    compressor = LowRankCompressor(LosslessLowRankConfig(keep_ratio=0.5, refit=False))
+    compressor.calibrate(model, [words(4, seed) for seed in range(4)], eval_dataset=[words(8, 9)])
+    with monkeypatch.context() as patched:
+        patched.setattr(compressor_module, "make_report", fail)
+        with pytest.raises(KeyboardInterrupt):
+            compressor.compress_to()
     assert model.model.layers[0].mlp.experts is experts
     check_same_state(model.state_dict(), before)
+    compressor.compress_to()  # nothing of the first try is left in what takes the place of the experts
+    assert compressor.report.keep_ratio <= 0.5
 
 
 def test_one_calibration_serves_several_sizes_and_the_model_is_dense_in_between():
