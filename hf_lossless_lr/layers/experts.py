@@ -7,6 +7,7 @@ ordinary layers, to be observed, factorized and saved as any other.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from copy import copy
@@ -59,8 +60,8 @@ class UnfusedExperts(nn.Module):
         if refusal is not None:
             raise TargetError(refusal)
         self.num_experts: int = fused.num_experts
-        self.transposed: bool = getattr(fused, "is_transposed", False)
         self.names = {layer: _parameter_of(fused, layer) for layer in PROJECTIONS}
+        self.transposed = _is_transposed(fused)
         template, parameters = copy(fused), dict(fused.named_parameters(recurse=False))
         template._parameters = {name: nn.Parameter(p.to("meta"), p.requires_grad) for name, p in parameters.items()}
         template._modules = dict(fused._modules)
@@ -90,34 +91,50 @@ class UnfusedExperts(nn.Module):
                 yield f"{number}.{layer}", getattr(self.get_submodule(str(number)), layer)
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor | None = None,
+        top_k_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Send each row through its experts, and add what they return, weighted.
 
         Args:
-            hidden_states: rows.  # shape: (rows, hidden)
+            hidden_states: rows; without numbers of experts, a block of all rows for each expert, in which those that
+                it is not sent are 0, as Llama 4 has it.  # shape: (rows, hidden)
             top_k_index: the experts of each row; a number that is none of an expert stands for no expert.
                 # shape: (rows, k)
             top_k_weights: their weights.  # shape: (rows, k)
 
         Returns:
-            The sums.  # shape: (rows, hidden)
+            The sums, or what each expert returns for its block.  # shape: (rows, hidden)
         """
         result = torch.zeros_like(hidden_states)
+        if top_k_index is None or top_k_weights is None:
+            blocks = hidden_states.reshape(self.num_experts, -1, hidden_states.shape[-1])
+            for number, block in enumerate(blocks):
+                rows = block.any(-1).nonzero().squeeze(1)
+                if len(rows):
+                    y = self._run(number, block[rows], rows)
+                    result.index_add_(0, rows + number * len(block), y.to(result.dtype))
+            return result
         for number in top_k_index.unique().tolist():
-            if not 0 <= number < self.num_experts:
-                continue
-            rows, places = (top_k_index == number).nonzero(as_tuple=True)
-            expert: Any = self._modules[str(number)]
-            before = _ROUTED.set(rows)
-            try:
-                y = expert.out_proj(self._joined(expert.in_proj(hidden_states[rows])))
-            finally:
-                _ROUTED.reset(before)
-            if getattr(self.template, "has_post_expert_norm", False):
-                y = self.get_submodule("post_expert_norm")(y)
-            result.index_add_(0, rows, (y * top_k_weights[rows, places, None]).to(result.dtype))
+            if 0 <= number < self.num_experts:
+                rows, places = (top_k_index == number).nonzero(as_tuple=True)
+                y = self._run(number, hidden_states[rows], rows) * top_k_weights[rows, places, None]
+                result.index_add_(0, rows, y.to(result.dtype))
         return result
+
+    def _run(self, number: int, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Return what an expert makes of the rows that it is sent."""
+        expert: Any = self._modules[str(number)]
+        before = _ROUTED.set(rows)
+        try:
+            y = expert.out_proj(self._joined(expert.in_proj(x)))
+        finally:
+            _ROUTED.reset(before)
+        return (
+            self.get_submodule("post_expert_norm")(y) if getattr(self.template, "has_post_expert_norm", False) else y
+        )
 
     def _joined(self, y: torch.Tensor) -> torch.Tensor:
         """Return the inputs of `out_proj`: the fused class says how gate and up are joined."""
@@ -213,6 +230,12 @@ def _parameter_of(fused: nn.Module, layer: str) -> Any:
     return next((name for name in PROJECTIONS[layer] if name in fused._parameters), None)
 
 
+def _is_transposed(fused: Any) -> bool:
+    """Return whether inputs come before outputs in the fused weights; where a class does not say so, sizes do."""
+    inner, outer = (fused._parameters[_parameter_of(fused, layer)] for layer in PROJECTIONS)
+    return bool(getattr(fused, "is_transposed", hasattr(fused, "gate_up_proj") and inner.shape[1] == outer.shape[2]))
+
+
 def _linear(parameters: Mapping[str, nn.Parameter], name: str, number: int, transposed: bool) -> nn.Linear:
     """Return the layer of one expert, whose weight and bias are views."""
     fused, bias = parameters[name], parameters.get(f"{name}_bias")
@@ -226,7 +249,7 @@ def _linear(parameters: Mapping[str, nn.Parameter], name: str, number: int, tran
 
 @torch.no_grad()
 def _computes_the_same(fused: nn.Module, unfused: UnfusedExperts) -> bool:
-    """Return whether both answer random rows in the same way; each expert gets two of them, and one row gets none."""
+    """Return whether both answer random rows in the same way; each expert gets at least one of them."""
     count, weight = unfused.num_experts, next(fused.parameters())
     hidden: Any = unfused.get_submodule("0.in_proj").in_features
     with random_state_kept(weight.device):
@@ -235,8 +258,10 @@ def _computes_the_same(fused: nn.Module, unfused: UnfusedExperts) -> bool:
     first = torch.arange(count, device=weight.device)
     index = torch.stack([first, (first + 1) % count][: shares.shape[1]], dim=1)
     try:
+        routed = len(inspect.signature(fused.forward).parameters) > 1
+        inputs = (x, index, shares) if routed else (x.repeat(2, 1).index_fill(0, first[:1], 0),)
         with evaluating(fused), evaluating(unfused):
-            expected, found = fused(x, index, shares), unfused(x, index, shares)
+            expected, found = fused(*inputs), unfused(*inputs)
     except Exception:  # noqa: BLE001 # whatever a class of another kind may say to such an input
         return False
     if not isinstance(expected, torch.Tensor) or expected.shape != found.shape:

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from support.mixtures import FAMILIES, mixture, words
-from support.tiny_models import build
 from support.tolerances import BFLOAT16, FLOAT32
 from torch import nn
 from transformers import MixtralConfig
@@ -138,11 +137,19 @@ def test_experts_that_are_called_through_a_hook_stay_fused():
     assert "through a hook" in why_fused(experts)
 
 
-def test_experts_that_get_their_rows_in_blocks_stay_fused():
-    sizes = {"hidden_size": 16, "intermediate_size": 8, "intermediate_size_mlp": 16, "vocab_size": 32}
-    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
-    model = build("Llama4ForCausalLM", "Llama4TextConfig", **sizes, **heads, num_local_experts=2, pad_token_id=0)
-    assert unfuse(model) == {}
+def test_rows_in_blocks_that_are_zero_are_sent_to_no_expert():
+    model, seen = mixture("Llama4"), {}
+    name, unfused = next(iter(unfuse(model).items()))
+    blocks = torch.randn(4, 3, 32) * torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 0], [1, 1, 1]])[..., None]
+    for layer, module in unfused.layers():
+        module.register_forward_hook(lambda *_, layer=layer: seen.update({layer: routed_rows().tolist()}))
+    found = unfused(blocks.flatten(0, 1))
+    torch.testing.assert_close(found, model.get_submodule(name)(blocks.flatten(0, 1)))
+    assert {layer: rows for layer, rows in seen.items() if "in" in layer} == {
+        "0.in_proj": [0, 2],
+        "2.in_proj": [1],
+        "3.in_proj": [0, 1, 2],
+    }
 
 
 def test_other_modules_are_no_experts():

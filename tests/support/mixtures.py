@@ -42,13 +42,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Ernie4_5_Moe": {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 0},
     "NemotronH": _TWO_OF_FOUR_ROUTED
     | {"layers_block_type": ["moe", "attention"], "moe_shared_expert_intermediate_size": 24, "head_dim": 8},
+    "Llama4": _TWO_OF_FOUR_LOCAL | {"head_dim": 8, "intermediate_size_mlp": 48, "intermediate_size": 24},
     "AriaText": {"moe_num_experts": 4, "moe_topk": 2},
 }
 """Name of a family to its options."""
 
 
 def mixture(family: str, **options: Any) -> PreTrainedModel:
-    return build(f"{family}ForCausalLM", f"{family}Config", **_SIZES | FAMILIES[family] | options)
+    config = "Llama4TextConfig" if family == "Llama4" else f"{family}Config"
+    return build(f"{family}ForCausalLM", config, **_SIZES | FAMILIES[family] | options)
 
 
 def words(count: int = EXAMPLES, seed: int = 0) -> Batch:
