@@ -132,9 +132,8 @@ class UnfusedExperts(nn.Module):
             y = expert.out_proj(self._joined(expert.in_proj(x)))
         finally:
             _ROUTED.reset(before)
-        return (
-            self.get_submodule("post_expert_norm")(y) if getattr(self.template, "has_post_expert_norm", False) else y
-        )
+        normed = getattr(self.template, "has_post_expert_norm", False)
+        return self.get_submodule("post_expert_norm")(y) if normed else y
 
     def _joined(self, y: torch.Tensor) -> torch.Tensor:
         """Return the inputs of `out_proj`: the fused class says how gate and up are joined."""

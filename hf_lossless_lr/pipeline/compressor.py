@@ -5,26 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from copy import deepcopy
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..checkpoint import (
-    MEASURED_OBJECTIVES,
-    LosslessLowRankConfig,
-    attach_card,
-    mark_compressed,
-    record_of,
-    unmark_compressed,
-)
+from ..checkpoint import MEASURED_OBJECTIVES, LosslessLowRankConfig, attach_card
 from ..data import draw_labels, split_data
 from ..errors import ConfigurationError
 from ..layers import (
     ModelState,
-    Replacement,
     check_model,
     find_targets,
     finish,
@@ -42,9 +32,9 @@ from ..verdict import paired_outcomes
 from .budget import budget_of
 from .calibration import Calibration, calibrate, check_unchanged
 from .choosing import choose
+from .placing import put_in_place
 from .speed import measured_speed
 from .summary import make_report
-from .trial import Trial
 
 
 class LowRankCompressor:
@@ -266,7 +256,7 @@ class LowRankCompressor:
                     outcomes = paired_outcomes(model, trial.layers, data, accelerator, "Evaluating", temperatures=True)
                 with clock.timed("speed"):
                     speed = measured_speed(calibration, trial.layers, unfused.originals)
-                self._put(calibration, trial, config, unfused, undo)
+                put_in_place(calibration, trial, config, unfused, undo)
                 found = trials, epsilon, outcomes, self._certified, clock.seconds, speed
                 report = make_report(calibration, config, trial, *found)
                 if trial.layers:
@@ -298,34 +288,3 @@ class LowRankCompressor:
         if key not in self._budgets:
             self._budgets[key] = budget_of(calibration, config, self._latencies)
         return self._budgets[key]
-
-    def _put(
-        self,
-        calibration: Calibration,
-        trial: Trial,
-        config: LosslessLowRankConfig,
-        unfused: Replacement,
-        undo: list[Callable[[], None]],
-    ) -> None:
-        """Put the chosen layers in, record them in the model's config, and add the ways back to `undo`.
-
-        Experts none of which is chosen are fused again.
-        """
-        model = calibration.dense.model
-        chosen = {path: any(name.startswith(f"{path}.") for name in trial.layers) for path in unfused.originals}
-        undo.append(replace_modules(model, {p: m for p, m in unfused.originals.items() if not chosen[p]}).undo)
-        if not trial.layers:
-            return
-        dense = {name: model.get_submodule(name) for name in trial.layers}
-        records = {id(dense[name]): record for name, layer in trial.layers.items() if (record := record_of(layer))}
-        replacement = replace_modules(model, trial.layers)
-        undo.append(replacement.undo)
-        config = deepcopy(config)
-        config.unfused = [path for path, any_chosen in chosen.items() if any_chosen]
-        for path in config.unfused:
-            calibration.dense.experts[path].own_weights()
-        config.modules = {
-            path: records[id(old)].to_dict() for path, old in replacement.originals.items() if id(old) in records
-        }
-        undo.append(partial(unmark_compressed, model))
-        mark_compressed(model, config)

@@ -14,15 +14,7 @@ from hf_lossless_lr.checkpoint.config import FORMAT_VERSION
 from hf_lossless_lr.errors import CheckpointError
 from hf_lossless_lr.layers import UnfusedExperts, is_factorized
 
-SAVED = [
-    "Mixtral",
-    "Qwen3Moe",
-    "GptOss",
-    "DeepseekV3",
-    "GraniteMoe",
-    "NemotronH",
-    "Llama4",
-]  # by different conversions
+SAVED = ["Mixtral", "Qwen3Moe", "GptOss", "DeepseekV3", "GraniteMoe", "NemotronH", "Llama4"]  # in different ways
 EXPERTS = {"target_modules": ["re:.*experts.*"]}
 STOCK = """
 import sys
