@@ -186,10 +186,10 @@ def _products(
         rows_seen += dense_rows.shape[-2]
         cross += dense_rows.mT @ shifted_rows
         input_gram += gram(shifted_rows)
-    counts = torch.tensor([rows_seen, unpaired], device=cross.device)
+    routed = any(compressed.rows is not None and compressed.rows.routed() is not None for _, compressed in streams)
+    counts = torch.tensor([rows_seen, unpaired, int(routed)], device=cross.device)
     cross, input_gram, counts = (accelerator.reduce(total, "sum") for total in (cross, input_gram, counts))
-    rows, unpaired = counts.tolist()
-    routed = any(stream.routed is not None for pair in streams for stream in pair)
+    rows, unpaired, routed = counts.tolist()
     if rows == 0 or unpaired or (routed and rows < size):
         return None
     if not outputs:
@@ -225,8 +225,9 @@ def _paired(dense: Stream, compressed: Stream) -> tuple[torch.Tensor, torch.Tens
     """
     if dense.rows is None or compressed.rows is None:
         return None
-    rows, shifted, ours, theirs = dense.rows(), compressed.rows(), dense.routed, compressed.routed
-    if ours is not None and theirs is not None and (len(ours), len(theirs)) == (rows.shape[-2], shifted.shape[-2]):
+    rows, shifted = dense.rows.values(), compressed.rows.values()
+    ours, theirs = dense.rows.routed(), compressed.rows.routed()
+    if ours is not None and theirs is not None:
         rows, shifted = rows[:, torch.isin(ours, theirs)], shifted[:, torch.isin(theirs, ours)]
     return (rows, shifted) if rows.shape[-2] == shifted.shape[-2] else None
 

@@ -6,7 +6,7 @@ room tests for a layer type.
 
 from .convolution import FactorizedConv1d, FactorizedConv2d
 from .coverage import other_weights
-from .experts import UnfusedExperts, projections, routed_rows, unfuse
+from .experts import Routed, UnfusedExperts, projections, routed_rows, unfuse
 from .factorized import METHOD, Factorized, called_with, is_factorized, layers_in
 from .layout import Layout, layout_of, to_dense, weight_matrices
 from .linear import FactorizedLinear
@@ -53,6 +53,7 @@ __all__ = [
     "Layout",
     "ModelState",
     "Replacement",
+    "Routed",
     "Stored",
     "Targets",
     "UnfusedExperts",

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from copy import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,11 +23,23 @@ PROJECTIONS = {"in_proj": ("gate_up_proj", "up_proj"), "out_proj": ("down_proj",
 """Layers of an expert to the fused parameters that they may come from."""
 
 
-_ROUTED: ContextVar[torch.Tensor | None] = ContextVar("routed", default=None)
+class Routed(NamedTuple):
+    """What an expert was sent.
+
+    Attributes:
+        rows: which rows.  # shape: (rows,)
+        total: of how many.
+    """
+
+    rows: torch.Tensor
+    total: int
 
 
-def routed_rows() -> torch.Tensor | None:
-    """Return which rows the expert that is running now was sent; None outside of any."""
+_ROUTED: ContextVar[Routed | None] = ContextVar("routed", default=None)
+
+
+def routed_rows() -> Routed | None:
+    """Return what the expert that is running now was sent; None outside of any."""
     return _ROUTED.get()
 
 
@@ -114,20 +126,21 @@ class UnfusedExperts(nn.Module):
             for number, block in enumerate(blocks):
                 rows = block.any(-1).nonzero().squeeze(1)
                 if len(rows):
-                    y = self._run(number, block[rows], rows)
+                    y = self._run(number, block[rows], Routed(rows, len(block)))
                     result.index_add_(0, rows + number * len(block), y.to(result.dtype))
             return result
         for number in top_k_index.unique().tolist():
             if 0 <= number < self.num_experts:
                 rows, places = (top_k_index == number).nonzero(as_tuple=True)
-                y = self._run(number, hidden_states[rows], rows) * top_k_weights[rows, places, None]
+                y = self._run(number, hidden_states[rows], Routed(rows, len(hidden_states)))
+                y = y * top_k_weights[rows, places, None]
                 result.index_add_(0, rows, y.to(result.dtype))
         return result
 
-    def _run(self, number: int, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def _run(self, number: int, x: torch.Tensor, routed: Routed) -> torch.Tensor:
         """Return what an expert makes of the rows that it is sent."""
         expert: Any = self._modules[str(number)]
-        before = _ROUTED.set(rows)
+        before = _ROUTED.set(routed)
         try:
             y = expert.out_proj(self._joined(expert.in_proj(x)))
         finally:

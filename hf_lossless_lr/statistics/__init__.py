@@ -9,7 +9,7 @@ from .records import CalibrationStatistics, Key, LayerStatistics
 from .rows import LARGE, gram, precision_of, real_rows
 from .shelf import Shelf, Shelved
 from .store import load_statistics, save_statistics
-from .streams import Group, Pause, Stream, paired_streams, pausing, rows_of
+from .streams import Group, Pause, Rows, Stream, paired_streams, pausing, rows_of
 from .windows import collect_in_windows
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Key",
     "LayerStatistics",
     "Pause",
+    "Rows",
     "Shelf",
     "Shelved",
     "Stream",

@@ -102,6 +102,8 @@ class Collector:
         for entry in self.inputs.values():
             layout, module, x = entry.layout, entry.module, entry.tensor
             rows = real_rows(layout.input_rows(module, x), entry.mask(), layout.positions(module, x))
+            if not rows.shape[-2]:  # of an expert that got padding alone
+                continue
             key = tuple(dict.fromkeys(entry.names))
             if key not in self.order:
                 self.order.insert(place, key)  # right behind the one before

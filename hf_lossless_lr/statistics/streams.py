@@ -21,7 +21,21 @@ from ..layers import called_with, layout_of, routed_rows
 from .rows import real_rows
 
 Group = tuple[str, ...]
-Seen = Callable[[PaddingMasks, torch.Tensor, torch.Tensor | None], Callable[[], torch.Tensor]]
+
+
+class Rows(NamedTuple):
+    """What a layer got, made when it is asked for.
+
+    Attributes:
+        values: gives the rows.
+        routed: gives which rows of the batch these are, where a router sent them.
+    """
+
+    values: Callable[[], torch.Tensor]
+    routed: Callable[[], torch.Tensor | None] = lambda: None
+
+
+Seen = Callable[[PaddingMasks, torch.Tensor, torch.Tensor | None], Rows]
 
 
 class Stream(greenlet.greenlet):
@@ -34,8 +48,7 @@ class Stream(greenlet.greenlet):
         masks.start(batch)
         self.group: Group | None = None
         self.passed: set[Group] = set()
-        self.rows: Callable[[], torch.Tensor] | None = None  # made from what the layer got when they are asked for
-        self.routed: torch.Tensor | None = None  # which rows these are, where a router sent them
+        self.rows: Rows | None = None
 
     def advance(self, group: Group, finished: set[Group]) -> bool:
         """Go on until the input of `group` is there; a group that is finished already is passed."""
@@ -108,8 +121,12 @@ def rows_of(dense: Any) -> Seen:
     """
     layout = layout_of(dense)
 
-    def seen(masks: PaddingMasks, x: torch.Tensor, output: torch.Tensor | None) -> Callable[[], torch.Tensor]:
-        positions, mask = layout.positions(dense, x), masks.of(dense, x)
+    def seen(masks: PaddingMasks, x: torch.Tensor, output: torch.Tensor | None) -> Rows:
+        positions, mask, sent = layout.positions(dense, x), masks.of(dense, x), routed_rows()
+
+        def routed() -> torch.Tensor | None:
+            kept = mask()
+            return None if sent is None else sent.rows if kept is None else sent.rows[kept]
 
         def rows() -> torch.Tensor:
             if output is None:
@@ -119,7 +136,7 @@ def rows_of(dense: Any) -> Seen:
             # Each matrix has its own outputs.
             return kept if dense.bias is None else kept - dense.bias.to(kept).reshape(len(kept), 1, -1)
 
-        return rows
+        return Rows(rows, routed)
 
     return seen
 
@@ -136,7 +153,7 @@ def pausing(model: PreTrainedModel, encoder: nn.Module | None, pauses: Sequence[
             if not isinstance(stream, Stream) or pause.group in stream.passed:
                 return
             stream.rows = pause.seen(stream.masks, called_with(args, kwargs), output)
-            stream.group, stream.routed = pause.group, routed_rows()
+            stream.group = pause.group
             stream.passed.add(pause.group)
             own = Autocast.of(model.device.type)
             caller.set()

@@ -91,8 +91,10 @@ def test_a_row_may_be_sent_to_no_expert():
 def test_it_is_known_which_rows_an_expert_got():
     unfused, seen = UnfusedExperts(fused_experts()), {}
     for name, layer in unfused.layers():
-        layer.register_forward_hook(lambda *_, name=name: seen.update({name: routed_rows().tolist()}))
+        layer.register_forward_hook(lambda *_, name=name: seen.update({name: routed_rows()}))
     unfused(torch.randn(4, 8), torch.tensor([[0], [2], [0], [0]]), torch.ones(4, 1))
+    assert {routed.total for routed in seen.values()} == {4}
+    seen = {name: routed.rows.tolist() for name, routed in seen.items()}
     assert seen == {"0.in_proj": [0, 2, 3], "0.out_proj": [0, 2, 3], "2.in_proj": [1], "2.out_proj": [1]}
     assert routed_rows() is None
 
@@ -142,7 +144,7 @@ def test_rows_in_blocks_that_are_zero_are_sent_to_no_expert():
     name, unfused = next(iter(unfuse(model).items()))
     blocks = torch.randn(4, 3, 32) * torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 0], [1, 1, 1]])[..., None]
     for layer, module in unfused.layers():
-        module.register_forward_hook(lambda *_, layer=layer: seen.update({layer: routed_rows().tolist()}))
+        module.register_forward_hook(lambda *_, layer=layer: seen.update({layer: routed_rows().rows.tolist()}))
     found = unfused(blocks.flatten(0, 1))
     torch.testing.assert_close(found, model.get_submodule(name)(blocks.flatten(0, 1)))
     assert {layer: rows for layer, rows in seen.items() if "in" in layer} == {

@@ -12,7 +12,7 @@ from hf_lossless_lr.layers.patches import sampled
 from support.tiny_models import IGNORED, Batch, rows
 
 ROUNDS_TO_FLOAT32 = ("llama", "t5", "t5-equal-lengths")  # in norms, rotary embeddings or softmax, also in float64
-SHIFTED = ("LlamaForCausalLM", "GPT2LMHeadModel")
+SHIFTED = ("LlamaForCausalLM", "GPT2LMHeadModel", "MixtralForCausalLM")
 
 
 class Oracle(NamedTuple):
