@@ -26,7 +26,6 @@ from .contents import check_files, check_loaded
 from .encoding import dequantize_stored
 from .parallel import adapt_plan, split_layers, waiting_layers
 
-WHOLE = (Factorized, Stored, UnfusedExperts)
 KEPT = ("int8",)  # stay as they are stored with `compute="stored"`; unpacking fewer bits in every call does not pay
 
 
@@ -59,9 +58,8 @@ class LosslessLowRankQuantizer(HfQuantizer):
         self._files = kwargs.get("checkpoint_files")
         check_files(built, self._files, unused=len(config.modules) - len(built))
         replace_modules(model, {path_of[name]: module for name, module in built.items()})
-        whole = {
-            type(module).__name__ for module in model.modules() if isinstance(module, WHOLE)
-        }  # a device map must not split them
+        kinds = (Factorized, Stored, UnfusedExperts)  # a device map must not split them
+        whole = {type(module).__name__ for module in model.modules() if isinstance(module, kinds)}
         model._no_split_modules = whole.union(model._no_split_modules or ())
         mark_loading(model)
         return model

@@ -14,6 +14,7 @@ from support.tolerances import FLOAT32
 from hf_lossless_lr.checkpoint.config import FORMAT_VERSION
 from hf_lossless_lr.errors import CheckpointError
 from hf_lossless_lr.layers import UnfusedExperts, is_factorized
+from hf_lossless_lr.report.records import REPORT_NAME
 
 SAVED = ["Mixtral", "Qwen3Moe", "GptOss", "DeepseekV3", "GraniteMoe", "NemotronH", "Llama4"]  # in different ways
 EXPERTS = {"target_modules": ["re:.*experts.*"]}
@@ -69,6 +70,7 @@ def test_a_checkpoint_with_factorized_experts_loads_as_it_was(family, tmp_path):
     loaded.save_pretrained(tmp_path / "second")
     first, second = (folder_content(tmp_path / name) for name in ("first", "second"))
     assert first["model.safetensors"] == second["model.safetensors"]
+    assert first[REPORT_NAME] == second[REPORT_NAME]
 
 
 def test_a_dequantized_model_is_a_stock_one_and_a_compressed_one_is_refused_without_the_package(mixtral, tmp_path):
