@@ -126,3 +126,4 @@ def test_one_calibration_serves_several_sizes_and_the_model_is_dense_in_between(
     again = copy.deepcopy(model)
     check_same_answers(again.dequantize() and again, model, batch, tolerance=FLOAT32)
     assert type(again.model.layers[0].mlp.experts) is type(dense.model.layers[0].mlp.experts)
+    assert again.model.layers[0].mlp.experts.config is again.config
