@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -130,10 +131,10 @@ def calibrate(
     config: LosslessLowRankConfig,
     parts: DataSplits,
     targets: Targets,
-    experts: Mapping[str, UnfusedExperts],
     statistics_path: str | os.PathLike[str] | None = None,
     max_memory: int | str | None = None,
     work_dir: str | os.PathLike[str] | None = None,
+    experts: Mapping[str, UnfusedExperts] = MappingProxyType({}),
 ) -> Calibration:
     """Collect statistics and factorize every target.
 
@@ -142,10 +143,10 @@ def calibrate(
         config: the choices.
         parts: the loaders.
         targets: the layers to factorize.
-        experts: what takes the place of fused experts meanwhile, by name.
         statistics_path: file of statistics: read if it exists, else written.
         max_memory: bytes that a process may have; None for what is free, less a margin.
         work_dir: folder that keeps finished stages and layers, to go on after an interruption; None for none.
+        experts: what takes the place of fused experts meanwhile, by name.
 
     Returns:
         The calibration.

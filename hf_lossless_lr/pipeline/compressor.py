@@ -194,7 +194,7 @@ class LowRankCompressor:
             with ExitStack() as undo:
                 undo.callback(vars(model.config).update, dict(vars(model.config)))  # a loss may set its problem_type
                 calibration = calibrate(
-                    model, self.config, parts, targets, experts, statistics_path, self.max_memory, self.work_dir
+                    model, self.config, parts, targets, statistics_path, self.max_memory, self.work_dir, experts
                 )
         except BaseException:
             before.restore()
