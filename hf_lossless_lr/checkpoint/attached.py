@@ -22,7 +22,7 @@ from transformers.utils import logging
 from ..errors import LosslessLowRankError, TargetError
 from ..files import replacing, write_atomically
 from ..fingerprint import tensors_fingerprint
-from ..layers import grids_in, is_factorized, replace_modules, restore_grids, to_dense
+from ..layers import UnfusedExperts, grids_in, is_factorized, replace_modules, restore_grids, to_dense
 from ..report import CARD_NAME, REPORT_NAME, CompressionReport, is_unedited, model_card
 from .config import LosslessLowRankConfig
 from .encoding import dequantize_stored, encoded_state, load_encoded
@@ -136,6 +136,8 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
         )
     if factorized:
         replace_modules(model, {name: to_dense(module) for name, module in factorized.items()})
+    unfused = {name: module for name, module in model.named_modules() if isinstance(module, UnfusedExperts)}
+    replace_modules(model, {name: module.fused() for name, module in unfused.items()})
     restore_grids(model, {})
     unmark_compressed(model)
     if dtype is not None:

@@ -19,7 +19,7 @@ from ..renamed import refuse_old_names, with_present_names
 from .options import CompressionOptions
 from .presets import preset
 
-FORMAT_VERSION = 4  # 1 had other names of some options, 2 no number formats, 3 no forms
+FORMAT_VERSION = 5  # 1 had other names of some options, 2 no number formats, 3 no forms, 4 no unfused experts
 COMPUTES = ("dequantized", "stored")
 
 
@@ -51,12 +51,13 @@ class ModuleRecord:
 class LosslessLowRankConfig(CompressionOptions, QuantizationConfigMixin):
     """Configuration of a low-rank compression, saved in the model's `config.json`.
 
-    See `CompressionOptions` for the choices. Two more fields are filled in by the compressor:
+    See `CompressionOptions` for the choices. More fields are filled in by the compressor:
 
     Attributes:
         modules: the manifest, module name to `{"rank": int, "storage": str}`, with `"format": str` where numbers are
             rounded and `"form": str` where factors are those of a spatial form; rank and storage are None where the
             module is dense. Empty until a model is compressed.
+        unfused: names of the modules whose fused experts are one linear layer each; see `UnfusedExperts`.
         compute: what the weights in memory are: `dequantized` when the model is loaded to the floating-point numbers
             that they stand for, or, for `int8`, as they are `stored`.
         format_version: version of the checkpoint format.
@@ -67,6 +68,7 @@ class LosslessLowRankConfig(CompressionOptions, QuantizationConfigMixin):
     """
 
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)
+    unfused: list[str] = field(default_factory=list)
     compute: str = COMPUTES[0]
     format_version: int = FORMAT_VERSION
     __repr__ = QuantizationConfigMixin.__repr__
@@ -86,6 +88,8 @@ class LosslessLowRankConfig(CompressionOptions, QuantizationConfigMixin):
             raise ConfigurationError(f"compute: must be one of {', '.join(COMPUTES)}, got {self.compute!r}.")
         if not isinstance(self.modules, Mapping):
             raise CheckpointError(f"modules: the manifest must map names to records, got {self.modules!r}.")
+        if not isinstance(self.unfused, list) or not all(isinstance(name, str) for name in self.unfused):
+            raise CheckpointError(f"unfused: must be a list of names of modules, got {self.unfused!r}.")
         self.modules = {name: _checked_record(name, record) for name, record in self.modules.items()}
 
     @classmethod

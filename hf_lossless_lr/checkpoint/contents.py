@@ -34,20 +34,23 @@ def check_files(modules: Mapping[str, Factorized | Stored], files: list[str] | N
     if not files or any(not str(file).endswith(".safetensors") for file in files):
         return
     stored = _stored_layers(files)
-    _check_kinds(modules, [n for n, shapes in stored.items() if is_complete(shapes)], files)
+    _check_kinds(modules, {n for n, shapes in stored.items() if is_complete(shapes)}, files)
     expected = {name: module.tensor_shapes() for name, module in modules.items()}
     strangers = {name: shapes for name, shapes in stored.items() if name not in expected}
+    namesakes: dict[Any, list[str]] = {}
+    for name, shapes in strangers.items():
+        namesakes.setdefault(frozenset(shapes.items()), []).append(name)
     for name, shapes in expected.items():
         if name in stored:
             _compare(name, shapes, stored[name])
             continue
-        namesake = next((stranger for stranger, found in strangers.items() if found == shapes), None)
-        if namesake is None:
+        found = namesakes.get(frozenset(shapes.items()))
+        if not found:
             raise CheckpointError(
                 f"the checkpoint has no tensors for {name!r} as its manifest describes it ({shapes}); it is "
                 "incomplete, or one of the two was edited."
             )
-        del strangers[namesake]
+        del strangers[found.pop()]
     unlisted = [name for name, shapes in strangers.items() if is_complete(shapes)]
     if len(unlisted) > unused:
         raise CheckpointError(f"the checkpoint has factors of {unlisted[0]!r}, which its manifest does not list.")
@@ -76,7 +79,8 @@ def _check_kinds(modules: Mapping[str, Factorized | Stored], names: Collection[s
         for key, tensor in module.state_dict().items():
             kinds.setdefault(key, set()).add(tensor.dtype)
     for file, tensors, key in _stored(files):
-        below = next((key[len(name) + 1 :] for name in names if key.startswith(f"{name}.")), None)
+        places = [place for place, sign in enumerate(key) if sign == "." and key[:place] in names]
+        below = key[places[0] + 1 :] if places else None
         if below == "permutation":
             _check_permutation(tensors.get_tensor(key), key, file)
         elif below in kinds:

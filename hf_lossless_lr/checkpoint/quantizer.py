@@ -7,7 +7,6 @@ after loading the model is not flagged as quantized: only `config.quantization_c
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -20,11 +19,12 @@ from transformers.quantizers import auto as quantizer_registry
 
 from ..errors import CheckpointError, ConfigurationError, TargetError
 from ..formats import FLOAT
-from ..layers import METHOD, Factorized, FactorizedLinear, Stored, layout_of, replace_modules, stored_in
+from ..layers import METHOD, Factorized, Stored, UnfusedExperts, layout_of, replace_modules
 from .attached import attach_saved_card, dequantize, mark_loaded, mark_loading, unmark_loading
 from .config import LosslessLowRankConfig, ModuleRecord
 from .contents import check_files, check_loaded
 from .encoding import dequantize_stored
+from .parallel import adapt_plan, split_layers, waiting_layers
 
 KEPT = ("int8",)  # stay as they are stored with `compute="stored"`; unpacking fewer bits in every call does not pay
 
@@ -45,6 +45,8 @@ class LosslessLowRankQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = cast(LosslessLowRankConfig, self.quantization_config)
+        if config.unfused:
+            _unfuse(model, config.unfused)
         path_of = _paths_in(model, config.modules)
         built: dict[str, Factorized | Stored] = {}
         for name, path in path_of.items():
@@ -56,20 +58,18 @@ class LosslessLowRankQuantizer(HfQuantizer):
         self._files = kwargs.get("checkpoint_files")
         check_files(built, self._files, unused=len(config.modules) - len(built))
         replace_modules(model, {path_of[name]: module for name, module in built.items()})
-        whole = {type(module).__name__ for module in built.values()}  # a device map must not split them
+        kinds = (Factorized, Stored, UnfusedExperts)  # a device map must not split them
+        whole = {type(module).__name__ for module in model.modules() if isinstance(module, kinds)}
         model._no_split_modules = whole.union(model._no_split_modules or ())
         mark_loading(model)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         unmark_loading(model)
-        if stored_in(model) and getattr(model, "_is_distributed_loading_by_transformers", False):
-            raise CheckpointError(
-                "a checkpoint with rounded weights cannot be split over devices while it is loaded. Load it in one "
-                "process, call `model.dequantize()`, save the result and load that."
-            )
         config = cast(LosslessLowRankConfig, self.quantization_config)
-        dequantize_stored(model, keep=KEPT if config.compute == "stored" else ())
+        waiting = waiting_layers(model)
+        dequantize_stored(model, keep=KEPT if config.compute == "stored" and not waiting else ())
+        split_layers(model, waiting)
         check_loaded(model, self._files)
         mark_loaded(model, config)
         if self._files:
@@ -77,12 +77,8 @@ class LosslessLowRankQuantizer(HfQuantizer):
         return model
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
-        """Move tensor-parallel rules from a dense layer to the factor that they apply to."""
-        for name, module in model.named_modules():
-            if isinstance(module, FactorizedLinear):
-                for key in {name, re.sub(r"\.\d+(?=\.|$)", ".*", name)} & set(plan):
-                    style = plan.pop(key)
-                    plan[key + (".up" if style.startswith("colwise") else ".down")] = style
+        """Let tensor-parallel rules for dense layers be right for those in their place, too."""
+        adapt_plan(model, plan)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         return dequantize(model, dtype)
@@ -122,6 +118,14 @@ def _empty(module: Any, record: ModuleRecord) -> Factorized | Stored:
         layer.down = Stored(layer.down, record.format, guarded=False)
         layer.up = Stored(layer.up, record.format, guarded=False)
     return layer
+
+
+def _unfuse(model: PreTrainedModel, names: Iterable[str]) -> None:
+    paths = _paths_in(model, names).values()
+    try:
+        replace_modules(model, {path: UnfusedExperts(model.get_submodule(path)) for path in paths})
+    except TargetError as error:
+        raise CheckpointError(f"the manifest does not fit the model: {error}.") from error
 
 
 def _paths_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:

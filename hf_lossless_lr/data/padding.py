@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..layers import layout_of
+from ..layers import Routed, layout_of, routed_rows
 from .architectures import TOKENS_FIRST
 from .cutting import sequence_masks
 from .labels import batch_examples
@@ -29,9 +29,10 @@ class PaddingMasks:
 
     The attention mask applies to all layers of a single-stack model. In an encoder-decoder it applies to the encoder,
     and to what the decoder reads from the encoder's output; the decoder's own mask (by default, where labels are not
-    -100) applies elsewhere. Where a layer's rows are not the tokens of these masks (frames of speech, words and then
-    patches, windows that are filled up), the attention mask counts that the model itself hands to the modules around
-    the layer. No mask applies to layers of which is known that their rows are no tokens.
+    -100) applies elsewhere. To the rows of an expert it applies by the tokens that these are. Where a layer's rows are
+    not the tokens of these masks (frames of speech, words and then patches, windows that are filled up), the attention
+    mask counts that the model itself hands to the modules around the layer. No mask applies to layers of which is
+    known that their rows are no tokens.
 
     Args:
         model: the model whose batches these are.
@@ -100,14 +101,21 @@ class PaddingMasks:
         if self.encoder is not None and id(module) not in self.in_encoder and id(x) not in self.encoded:
             own = self.decoder
         nearest = [mask for place in self.around.get(id(module), ()) for mask in self.handed.get(place, ())]
-        return partial(self._mask_of, id(module), shape, own, nearest)
+        return partial(self._mask_of, id(module), shape, own, nearest, routed_rows())
 
     def _mask_of(
-        self, module: int, shape: torch.Size, own: torch.Tensor | None, nearest: list[torch.Tensor]
+        self,
+        module: int,
+        shape: torch.Size,
+        own: torch.Tensor | None,
+        nearest: list[torch.Tensor],
+        routed: Routed | None,
     ) -> torch.Tensor | None:
         if not self.padded or module in self.whole:
             return None
         turned = module in self.in_tokens_first
+        if routed is not None and own is not None and own.numel() == routed.total:
+            return (own.T if turned else own).flatten()[routed.rows]
         own = None if own is None else _spread(own, shape, turned)
         if own is not None:
             return own

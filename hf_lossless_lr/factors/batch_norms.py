@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from ..data import PaddingMasks, run_batch
 from ..layers import evaluating, in_place
-from ..statistics import Group, Pause, Stream, paired_streams, pausing
+from ..statistics import Group, Pause, Rows, Stream, paired_streams, pausing
 
 SMALLEST_VARIANCE = 0.1  # of what it was
 
@@ -71,8 +71,8 @@ def shifted_batch_norms(
     return shifted
 
 
-def _input(masks: PaddingMasks, x: torch.Tensor, output: torch.Tensor | None) -> Any:
-    return lambda: x
+def _input(masks: PaddingMasks, x: torch.Tensor, output: torch.Tensor | None) -> Rows:
+    return Rows(lambda: x)
 
 
 def _order(model: PreTrainedModel, norms: Mapping[str, nn.Module], batches: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -99,7 +99,7 @@ def _moments(
     sums = torch.zeros(3, norm.num_features, dtype=torch.float64, device=norm.running_mean.device)
     for stream in streams:
         if stream.advance(group, finished) and stream.rows is not None:
-            values = stream.rows().movedim(1, 0).flatten(1).double()
+            values = stream.rows.values().movedim(1, 0).flatten(1).double()
             sums += torch.stack(
                 [values.sum(1), values.square().sum(1), torch.full_like(values[:, 0], values.shape[1])]
             )

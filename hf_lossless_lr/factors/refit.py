@@ -109,8 +109,9 @@ def refit(
         kept: where finished layers are kept, to go on after an interruption; None for nowhere.
 
     Returns:
-        The layers that were left as they are: in no group, not reached by the data, or behind a router that sends them
-        other rows in the compressed model than in the dense one.
+        The layers that were left as they are: in no group, not reached by the data, or with other rows in the
+        compressed model than in the dense one (behind a router, where it is not known which these are), or in an
+        expert that got fewer of them than it has features.
     """
     left = set(targets)
     layers = {**others, **{name: target.layer for name, target in targets.items()}}
@@ -183,10 +184,7 @@ def _compares_outputs(group: Sequence[RefitTarget]) -> bool:
 def _products(
     group: Sequence[RefitTarget], streams: list[tuple[Stream, Stream]], accelerator: Accelerator
 ) -> _Products | None:
-    """Return the products of a group over all processes; None if there are no rows, or they do not pair.
-
-    A layer behind a router may receive other rows in the compressed model than in the dense one.
-    """
+    """Return the products of a group over all processes; None if there are no rows, or they do not pair."""
     weights = [weight_matrices(target.dense) for target in group]
     stacked, outputs = torch.cat(weights, dim=-2), _compares_outputs(group)
     matrices, out, size = stacked.shape
@@ -200,10 +198,11 @@ def _products(
         rows_seen += dense_rows.shape[-2]
         cross += dense_rows.mT @ shifted_rows
         input_gram += gram(shifted_rows)
-    counts = torch.tensor([rows_seen, unpaired], device=cross.device)
+    routed = any(compressed.rows is not None and compressed.rows.routed() is not None for _, compressed in streams)
+    counts = torch.tensor([rows_seen, unpaired, int(routed)], device=cross.device)
     cross, input_gram, counts = (accelerator.reduce(total, "sum") for total in (cross, input_gram, counts))
-    rows, unpaired = counts.tolist()
-    if rows == 0 or unpaired:
+    rows, unpaired, routed = counts.tolist()
+    if rows == 0 or unpaired or (routed and rows < size):
         return None
     if not outputs:
         cross = stacked.to(cross.dtype) @ cross
@@ -219,8 +218,8 @@ def _chunks(streams: Sequence[tuple[Stream, Stream]]) -> Iterator[tuple[torch.Te
     """
     chunk: list[tuple[torch.Tensor, torch.Tensor]] = []
     for index, (dense, compressed) in enumerate(streams):
-        rows = None if dense.rows is None or compressed.rows is None else (dense.rows(), compressed.rows())
-        if rows is None or rows[0].shape[-2] != rows[1].shape[-2]:
+        rows = _paired(dense, compressed)
+        if rows is None:
             yield None, None
         else:
             chunk.append(rows)
@@ -228,6 +227,21 @@ def _chunks(streams: Sequence[tuple[Stream, Stream]]) -> Iterator[tuple[torch.Te
             dense_rows, shifted_rows = zip(*chunk, strict=True)
             yield torch.cat(dense_rows, dim=-2), torch.cat(shifted_rows, dim=-2)
             chunk = []
+
+
+def _paired(dense: Stream, compressed: Stream) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return the rows of two streams that are the same ones; None where that is not known.
+
+    A router may send an expert other rows in the compressed model than in the dense one: those that it gets in both
+    are a pair.
+    """
+    if dense.rows is None or compressed.rows is None:
+        return None
+    rows, shifted = dense.rows.values(), compressed.rows.values()
+    ours, theirs = dense.rows.routed(), compressed.rows.routed()
+    if ours is not None and theirs is not None:
+        rows, shifted = rows[:, torch.isin(ours, theirs)], shifted[:, torch.isin(theirs, ours)]
+    return (rows, shifted) if rows.shape[-2] == shifted.shape[-2] else None
 
 
 def _solve(target: RefitTarget, products: _Products, place: int, damping: float) -> None:

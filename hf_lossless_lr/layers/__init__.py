@@ -6,12 +6,13 @@ room tests for a layer type.
 
 from .convolution import FactorizedConv1d, FactorizedConv2d
 from .coverage import other_weights
+from .experts import Routed, UnfusedExperts, projections, routed_rows, unfuse
 from .factorized import METHOD, Factorized, called_with, is_factorized, layers_in
 from .layout import Layout, layout_of, to_dense, weight_matrices
 from .linear import FactorizedLinear
 from .model_state import ModelState, differentiating_only, evaluating, on_device, own_config, random_state_kept
 from .patterns import values_of
-from .replacement import finish, in_place, replace_modules
+from .replacement import Replacement, finish, in_place, replace_modules
 from .rounded import (
     as_matrix,
     checkpoint_bytes,
@@ -52,8 +53,11 @@ __all__ = [
     "FactorizedLinear",
     "Layout",
     "ModelState",
+    "Replacement",
+    "Routed",
     "Stored",
     "Targets",
+    "UnfusedExperts",
     "as_matrix",
     "break_even_rank",
     "called_with",
@@ -77,15 +81,18 @@ __all__ = [
     "on_device",
     "other_weights",
     "own_config",
+    "projections",
     "random_state_kept",
     "replace_modules",
     "restore_grids",
     "rounded_modules",
+    "routed_rows",
     "set_grid",
     "storage_in",
     "stored_bytes",
     "stored_in",
     "to_dense",
+    "unfuse",
     "values_of",
     "weight_bytes",
     "weight_matrices",

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from .experts import why_fused
 from .targets import Targets
 
 
@@ -48,4 +49,4 @@ def _reason(module: nn.Module, parameter: nn.Parameter, size: int) -> str:
         return "tied"
     if isinstance(module, nn.Embedding):
         return "embeddings"
-    return f"not supported: {parameter.ndim}-D weight of {type(module).__name__}"
+    return f"not supported: {why_fused(module) or f'{parameter.ndim}-D weight of {type(module).__name__}'}"

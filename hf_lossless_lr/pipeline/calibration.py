@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,9 +24,12 @@ from ..factors import Forms, LossCurve
 from ..fingerprint import tensors_fingerprint
 from ..layers import (
     Targets,
+    UnfusedExperts,
     checkpoint_bytes,
     evaluating,
+    in_place,
     on_device,
+    projections,
 )
 from ..processes import make_accelerator
 from ..ranks import OBJECTIVES
@@ -37,6 +41,7 @@ from ..statistics import (
     data_fingerprint,
     load_statistics,
     save_statistics,
+    with_pooled,
 )
 from ..timing import Clock
 from ..verdict import KeptAnswers
@@ -59,6 +64,7 @@ class Dense:
         parameters: number of its parameters.
         bytes: bytes of its checkpoint.
         answers: its answers to the data that compressions are chosen by, as far as they were asked for and fit.
+        experts: what takes the place of its fused experts while it is calibrated and compressed.
     """
 
     model: PreTrainedModel
@@ -66,6 +72,7 @@ class Dense:
     parameters: int
     bytes: int
     answers: KeptAnswers
+    experts: Mapping[str, UnfusedExperts]
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,7 @@ def calibrate(
     statistics_path: str | os.PathLike[str] | None = None,
     max_memory: int | str | None = None,
     work_dir: str | os.PathLike[str] | None = None,
+    experts: Mapping[str, UnfusedExperts] = MappingProxyType({}),
 ) -> Calibration:
     """Collect statistics and factorize every target.
 
@@ -139,6 +147,7 @@ def calibrate(
         statistics_path: file of statistics: read if it exists, else written.
         max_memory: bytes that a process may have; None for what is free, less a margin.
         work_dir: folder that keeps finished stages and layers, to go on after an interruption; None for none.
+        experts: what takes the place of fused experts meanwhile, by name.
 
     Returns:
         The calibration.
@@ -150,9 +159,9 @@ def calibrate(
     """
     accelerator = make_accelerator()
     limit, clock = memory_limit(max_memory, accelerator.device), Clock()
-    with on_device(model, accelerator.device), ExitStack() as undo:
-        fingerprint = tensors_fingerprint(model.state_dict())
-        dense = Dense(model, fingerprint, model.num_parameters(), checkpoint_bytes(model), KeptAnswers())
+    fingerprint = tensors_fingerprint(model.state_dict())
+    dense = Dense(model, fingerprint, model.num_parameters(), checkpoint_bytes(model), KeptAnswers(), experts)
+    with in_place(model, experts), on_device(model, accelerator.device), ExitStack() as undo:
         for loader in (parts.held_out, parts.selection):  # what is wrong with them shows now, not after the work
             if loader is not None:
                 _try_first(model, loader, accelerator)
@@ -173,6 +182,7 @@ def calibrate(
             else:
                 with_gradients = OBJECTIVES[config.objective].needs_noise
                 statistics = _statistics(dense, targets, parts, accelerator, statistics_path, with_gradients)
+        statistics = with_pooled(statistics, projections(experts))
         targets = called(targets, statistics)
         with clock.timed("factorization"):
             targets = heard(config, targets, statistics)
@@ -215,11 +225,12 @@ def check_unchanged(calibration: Calibration) -> None:
         TargetError: if a layer or a weight is another one.
     """
     model = calibration.dense.model
-    for name, module in calibration.factors.targets.chosen.items():
-        if model.get_submodule(name) is not module:
-            raise TargetError(
-                f"{name!r} is another module than the one that was calibrated. Calibrate the model again."
-            )
+    with in_place(model, calibration.dense.experts):
+        for name, module in calibration.factors.targets.chosen.items():
+            if model.get_submodule(name) is not module:
+                raise TargetError(
+                    f"{name!r} is another module than the one that was calibrated. Calibrate the model again."
+                )
     if tensors_fingerprint(model.state_dict()) != calibration.dense.fingerprint:
         raise TargetError(
             "the weights of the model changed since it was calibrated (by training or a cast, for example), so its "

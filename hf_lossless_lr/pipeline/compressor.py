@@ -5,24 +5,26 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from copy import deepcopy
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..checkpoint import (
-    MEASURED_OBJECTIVES,
-    LosslessLowRankConfig,
-    attach_card,
-    mark_compressed,
-    record_of,
-    unmark_compressed,
-)
+from ..checkpoint import MEASURED_OBJECTIVES, LosslessLowRankConfig, attach_card
 from ..data import draw_labels, split_data
 from ..errors import ConfigurationError
-from ..layers import ModelState, check_model, find_targets, finish, on_device, own_config, replace_modules, values_of
+from ..layers import (
+    ModelState,
+    check_model,
+    find_targets,
+    finish,
+    in_place,
+    on_device,
+    own_config,
+    replace_modules,
+    unfuse,
+    values_of,
+)
 from ..processes import make_accelerator
 from ..ranks import OBJECTIVES, Budget, LatencyTable
 from ..report import CompressionReport
@@ -31,9 +33,9 @@ from ..verdict import paired_outcomes
 from .budget import budget_of
 from .calibration import Calibration, calibrate, check_unchanged
 from .choosing import choose
+from .placing import put_in_place
 from .speed import measured_speed
 from .summary import make_report
-from .trial import Trial
 
 
 class LowRankCompressor:
@@ -166,7 +168,9 @@ class LowRankCompressor:
                 the data; statistics of another model or of other data are an error. Else it is written.
         """
         check_model(model)
-        targets = find_targets(model, self.config.target_modules, self.config.ignore)
+        experts = unfuse(model)
+        with in_place(model, experts):
+            targets = find_targets(model, self.config.target_modules, self.config.ignore)
         config = self.config
         values_of("ranks", config.given_ranks, targets.chosen)  # a pattern that matches nothing shows now
         if config.labels == "model":
@@ -192,7 +196,7 @@ class LowRankCompressor:
             with ExitStack() as undo:
                 undo.callback(vars(model.config).update, dict(vars(model.config)))  # a loss may set its problem_type
                 calibration = calibrate(
-                    model, self.config, parts, targets, statistics_path, self.max_memory, self.work_dir
+                    model, self.config, parts, targets, statistics_path, self.max_memory, self.work_dir, experts
                 )
         except BaseException:
             before.restore()
@@ -242,17 +246,19 @@ class LowRankCompressor:
         self.restore()
         before, undo = ModelState(model), list[Callable[[], None]]()
         try:
+            check_unchanged(calibration)
+            unfused = replace_modules(model, calibration.dense.experts)
+            undo.append(unfused.undo)
             with on_device(model, calibration.accelerator.device, calibration.factors.targets.chosen.values()):
                 restore_config = own_config(model)
                 undo.append(restore_config)
-                check_unchanged(calibration)
                 trial, trials, epsilon = choose(calibration, config, self._budget(calibration, config), clock)
                 with clock.timed("held_out"):
                     data, accelerator = calibration.parts.held_out, calibration.accelerator
                     outcomes = paired_outcomes(model, trial.layers, data, accelerator, "Evaluating", temperatures=True)
                 with clock.timed("speed"):
-                    speed = measured_speed(calibration, trial.layers)
-                self._put(calibration, trial, config, undo)
+                    speed = measured_speed(calibration, trial.layers, unfused.originals)
+                put_in_place(calibration, trial, config, unfused, undo)
                 found = trials, epsilon, outcomes, self._certified, clock.seconds, speed
                 report = make_report(calibration, config, trial, *found)
                 if trial.layers:
@@ -261,7 +267,7 @@ class LowRankCompressor:
                     restore_config()
             self._restore_dense = undo  # success: the changes stay until the next ratio
         except BaseException:
-            before.restore()
+            finish([*reversed(undo), before.restore])
             raise
         self._certified += [report] if trial.layers else []
         self.report = report
@@ -284,19 +290,3 @@ class LowRankCompressor:
         if key not in self._budgets:
             self._budgets[key] = budget_of(calibration, config, self._latencies)
         return self._budgets[key]
-
-    def _put(self, calibration: Calibration, trial: Trial, config: LosslessLowRankConfig, undo: Any) -> None:
-        """Put the chosen layers in, record them in the model's config, and add the ways back to `undo`."""
-        if not trial.layers:
-            return
-        model = calibration.dense.model
-        dense = {name: model.get_submodule(name) for name in trial.layers}
-        records = {id(dense[name]): record for name, layer in trial.layers.items() if (record := record_of(layer))}
-        replacement = replace_modules(model, trial.layers)
-        undo.append(replacement.undo)
-        config = deepcopy(config)
-        config.modules = {
-            path: records[id(old)].to_dict() for path, old in replacement.originals.items() if id(old) in records
-        }
-        undo.append(partial(unmark_compressed, model))
-        mark_compressed(model, config)

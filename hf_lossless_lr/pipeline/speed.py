@@ -23,12 +23,15 @@ logger = logging.get_logger(__name__)
 MAX_SECONDS = 3.0  # for all turns; three of them are made in any case
 
 
-def measured_speed(calibration: Calibration, layers: Mapping[str, nn.Module]) -> Speed | None:
+def measured_speed(
+    calibration: Calibration, layers: Mapping[str, nn.Module], fused: Mapping[str, nn.Module]
+) -> Speed | None:
     """Measure both models in turns on the first calibration batch, and say so where the compressed one is slower.
 
     Args:
         calibration: the calibration of a model, which is dense and on the accelerator's device.
         layers: the layers that compress it, by name.
+        fused: what the dense model has in the place of unfused experts, which take more time.
 
     Returns:
         The record, measured on the main process; None where nothing is compressed.
@@ -43,7 +46,9 @@ def measured_speed(calibration: Calibration, layers: Mapping[str, nn.Module]) ->
         shape = main.shape if isinstance(main, torch.Tensor) else (batch_examples(batch),)
         run = partial(run_batch, model, batch)
         with evaluating(model):
-            runs: list[Run] = [(nullcontext, run), (partial(in_place, model, layers), run)]
+            there = all(p.device == accelerator.device for module in fused.values() for p in module.parameters())
+            dense = partial(in_place, model, fused) if fused and there else nullcontext
+            runs: list[Run] = [(dense, run), (partial(in_place, model, layers), run)]
             measured = [speed_in_turns(runs, shape, accelerator.device, max_seconds=MAX_SECONDS)]
     broadcast_object_list(measured)
     speed: Speed = measured[0]

@@ -4,11 +4,12 @@ Also forward passes that wait at a layer, for the refit.
 """
 
 from .collect import collect_statistics, data_fingerprint
+from .pooling import with_pooled
 from .records import CalibrationStatistics, Key, LayerStatistics
 from .rows import LARGE, gram, precision_of, real_rows
 from .shelf import Shelf, Shelved
 from .store import load_statistics, save_statistics
-from .streams import Group, Pause, Stream, paired_streams, pausing, rows_of
+from .streams import Group, Pause, Rows, Stream, paired_streams, pausing, rows_of
 from .windows import collect_in_windows
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Key",
     "LayerStatistics",
     "Pause",
+    "Rows",
     "Shelf",
     "Shelved",
     "Stream",
@@ -32,4 +34,5 @@ __all__ = [
     "real_rows",
     "rows_of",
     "save_statistics",
+    "with_pooled",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from typing import Any, NamedTuple
@@ -98,20 +98,21 @@ class Collector:
         """Add the inputs of a finished forward pass, each once for all the layers that share it."""
         calls = Counter(name for entry in self.inputs.values() for name in entry.names)
         self.repeated |= {name for name, count in calls.items() if count > 1}
-        place = 0
+        keys: list[Key] = []
         for entry in self.inputs.values():
             layout, module, x = entry.layout, entry.module, entry.tensor
             rows = real_rows(layout.input_rows(module, x), entry.mask(), layout.positions(module, x))
+            if not rows.shape[-2]:  # of an expert that got padding alone
+                continue
             key = tuple(dict.fromkeys(entry.names))
-            if key not in self.order:
-                self.order.insert(place, key)  # right behind the one before
-            place = self.order.index(key) + 1
+            keys.append(key)
             product = gram(rows)
             if key in self.input_sums:
                 self.input_sums[key] += product
             else:
                 self.input_sums[key] = product.to(precision_of(product.shape[-1]))
             self.input_counts[key] = self.input_counts.get(key, 0) + rows.shape[-2]
+        _insert(self.order, keys)
         self.inputs.clear()
 
     def add_batch(self, batch: Mapping[str, Any], index: int) -> torch.Tensor:
@@ -210,7 +211,9 @@ class Collector:
 
     def groups(self) -> tuple[Key, ...]:
         """Return the groups of targets with the same input, in forward order, without targets called repeatedly."""
-        seen: list[Key] = next((keys for keys in gather_object([self.order]) if keys), [])
+        seen: list[Key] = []
+        for order in gather_object([self.order]):  # an expert may have been called in one process alone
+            _insert(seen, order)
         uses = Counter(name for key in seen for name in key)
         repeated = set(gather_object(sorted(self.repeated)))  # an idle process has seen none
         single = [tuple(name for name in key if name not in repeated and uses[name] == 1) for key in seen]
@@ -223,7 +226,7 @@ class Collector:
         for key in sorted(set(gather_object(list(self.input_sums)))):
             if key not in self.input_sums:
                 groups, _, size = weight_matrices(self.targets[key[0]]).shape
-                self.input_sums[key] = self.grad_sums[key[0]].new_zeros((groups, size, size))
+                self.input_sums[key] = self.grad_sums[key[0]].new_zeros((groups, size, size), dtype=precision_of(size))
             count = torch.tensor(self.input_counts.get(key, 0), device=accelerator.device)
             self.input_sums[key] = accelerator.reduce(self.input_sums[key], "sum")
             self.input_counts[key] = int(accelerator.reduce(count, "sum"))
@@ -251,3 +254,12 @@ class Collector:
             moments = self.grad_sums[name].div_(units)
             result[name] = LayerStatistics(gradients, covariance, moments, tokens[name], units)
         return result
+
+
+def _insert(order: list[Key], keys: Sequence[Key]) -> None:
+    """Take keys that come one after the other into an order, each right behind the one before."""
+    place = 0
+    for key in keys:
+        if key not in order:
+            order.insert(place, key)
+        place = order.index(key) + 1

@@ -17,11 +17,25 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..data import PaddingMasks, run_batch, watching_masks
-from ..layers import called_with, layout_of
+from ..layers import called_with, layout_of, routed_rows
 from .rows import real_rows
 
 Group = tuple[str, ...]
-Seen = Callable[[PaddingMasks, torch.Tensor, torch.Tensor | None], Callable[[], torch.Tensor]]
+
+
+class Rows(NamedTuple):
+    """What a layer got, made when it is asked for.
+
+    Attributes:
+        values: gives the rows.
+        routed: gives which rows of the batch these are, where a router sent them.
+    """
+
+    values: Callable[[], torch.Tensor]
+    routed: Callable[[], torch.Tensor | None] = lambda: None
+
+
+Seen = Callable[[PaddingMasks, torch.Tensor, torch.Tensor | None], Rows]
 
 
 class Stream(greenlet.greenlet):
@@ -34,7 +48,7 @@ class Stream(greenlet.greenlet):
         masks.start(batch)
         self.group: Group | None = None
         self.passed: set[Group] = set()
-        self.rows: Callable[[], torch.Tensor] | None = None  # made from what the layer got when they are asked for
+        self.rows: Rows | None = None
 
     def advance(self, group: Group, finished: set[Group]) -> bool:
         """Go on until the input of `group` is there; a group that is finished already is passed."""
@@ -107,8 +121,12 @@ def rows_of(dense: Any) -> Seen:
     """
     layout = layout_of(dense)
 
-    def seen(masks: PaddingMasks, x: torch.Tensor, output: torch.Tensor | None) -> Callable[[], torch.Tensor]:
-        positions, mask = layout.positions(dense, x), masks.of(dense, x)
+    def seen(masks: PaddingMasks, x: torch.Tensor, output: torch.Tensor | None) -> Rows:
+        positions, mask, sent = layout.positions(dense, x), masks.of(dense, x), routed_rows()
+
+        def routed() -> torch.Tensor | None:
+            kept = mask()
+            return None if sent is None else sent.rows if kept is None else sent.rows[kept]
 
         def rows() -> torch.Tensor:
             if output is None:
@@ -118,7 +136,7 @@ def rows_of(dense: Any) -> Seen:
             # Each matrix has its own outputs.
             return kept if dense.bias is None else kept - dense.bias.to(kept).reshape(len(kept), 1, -1)
 
-        return rows
+        return Rows(rows, routed)
 
     return seen
 

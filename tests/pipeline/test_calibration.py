@@ -126,7 +126,7 @@ class TestManyRatios:
         [
             "hf_lossless_lr.ranks.objectives.select_budget",
             "hf_lossless_lr.pipeline.trial.refit",
-            "hf_lossless_lr.pipeline.compressor.mark_compressed",
+            "hf_lossless_lr.pipeline.placing.mark_compressed",
             "hf_lossless_lr.pipeline.compressor.paired_outcomes",
             "hf_lossless_lr.pipeline.compressor.make_report",
         ],

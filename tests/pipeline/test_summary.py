@@ -191,7 +191,7 @@ class TestSequence:
 
     @pytest.mark.parametrize(
         "stage",
-        ["compressor.paired_outcomes", "compressor.mark_compressed", "compressor.make_report", "trial.build_layers"],
+        ["compressor.paired_outcomes", "placing.mark_compressed", "compressor.make_report", "trial.build_layers"],
     )
     def test_passes_over_a_compression_that_failed(self, stage, monkeypatch):
         compressor, _ = calibrated()

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.padded_models import unfused_experts
 from support.processes import accelerator, in_two_processes, loader_of, needs_processes
 from support.statistics_oracle import ROUNDS_TO_FLOAT32, Oracle, double_rows, slow_statistics, unpadded_examples
 from support.tiny_models import (
@@ -702,6 +703,7 @@ LAUNCHED = {
     "shared layers": (albert, 9, 2),
     "shared layers and an idle process": (albert, 4, 16),
     "convolutions": (TINY_MODELS["resnet"], 5, 1),
+    "experts that one process never calls": (partial(unfused_experts, seed=1), 2, 1),  # each misses another one
 }
 
 

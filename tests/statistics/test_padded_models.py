@@ -11,6 +11,7 @@ from support.padded_models import (
     experts,
     funnel,
     perceiver,
+    unfused_experts,
     vilt,
     wav2vec2,
     whisper,
@@ -63,7 +64,7 @@ def pair(request):
         patch.setattr("hf_lossless_lr.statistics.collector.real_rows", double_rows)
         got = collect(model, split_batch(batch, 3))
     oracle = slow_statistics(model, list(got.layers), unpadded_examples(model, batch))
-    in_float32 = ("deberta", "deberta-v2", "experts")  # masked scores, positions or routers in float32
+    in_float32 = ("deberta", "deberta-v2", "experts", "unfused-experts")  # scores, positions or routers
     return Pair(got, oracle, PARTLY_FLOAT32 if request.param in in_float32 else ROUNDING)
 
 
@@ -115,6 +116,14 @@ def test_nothing_is_named_where_masks_are_found(caplog, build):
     model, batch = build()
     collect(model, [batch])
     assert "attention mask" not in caplog.text
+
+
+def test_experts_that_tell_what_they_get_need_no_examples_one_by_one(monkeypatch):
+    model, batch = unfused_experts()
+    monkeypatch.setattr("hf_lossless_lr.statistics.collector.one_by_one", pytest.fail)
+    layers = collect(model, [batch]).layers
+    rows = [layer.tokens for name, layer in layers.items() if "layers.0.mlp" in name and name.endswith("in_proj")]
+    assert sum(rows) == 2 * int(batch["attention_mask"].sum())
 
 
 @pytest.mark.parametrize("name", ["deberta", "deberta-v2", "conformer"])

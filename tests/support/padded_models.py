@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel
 
+from hf_lossless_lr.layers import replace_modules, unfuse
+from support.mixtures import mixture
 from support.tiny_models import (
     EXAMPLES,
     FIRST_WORD,
@@ -164,6 +166,13 @@ def experts(count: int = EXAMPLES, seed: int = 0) -> tuple[PreTrainedModel, Batc
     return model, batch | {"labels": torch.where(targets["attention_mask"].bool(), targets["input_ids"], IGNORED)}
 
 
+def unfused_experts(count: int = EXAMPLES, seed: int = 0) -> tuple[PreTrainedModel, Batch]:
+    """Fused experts, made one layer each: it is known which tokens they get."""
+    model, batch = mixture("Mixtral"), text_inputs(count, seed=seed)
+    replace_modules(model, unfuse(model))
+    return model, batch | {"labels": torch.where(batch["attention_mask"].bool(), batch["input_ids"], IGNORED)}
+
+
 def perceiver(count: int = EXAMPLES, seed: int = 0) -> tuple[PreTrainedModel, Batch]:
     """As many latents for a short text as for a long one."""
     sizes = {"num_latents": 4, "d_latents": 32, "d_model": 16, "num_blocks": 1, "num_self_attends_per_block": 1}
@@ -192,6 +201,7 @@ PADDED_MODELS: dict[str, Callable[..., tuple[PreTrainedModel, Batch]]] = {
     "conformer": conformer,
     "funnel": funnel,
     "experts": experts,
+    "unfused-experts": unfused_experts,
     "perceiver": perceiver,
 }
 

@@ -11,8 +11,8 @@ from transformers.pytorch_utils import Conv1D
 from hf_lossless_lr.layers.patches import sampled
 from support.tiny_models import IGNORED, Batch, rows
 
-ROUNDS_TO_FLOAT32 = ("llama", "t5", "t5-equal-lengths")  # in norms, rotary embeddings or softmax, also in float64
-SHIFTED = ("LlamaForCausalLM", "GPT2LMHeadModel")
+ROUNDS_TO_FLOAT32 = ("llama", "mixtral", "t5", "t5-equal-lengths")  # in norms, positions or softmax, also in float64
+SHIFTED = ("LlamaForCausalLM", "GPT2LMHeadModel", "MixtralForCausalLM")
 
 
 class Oracle(NamedTuple):

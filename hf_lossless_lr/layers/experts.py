@@ -1,0 +1,282 @@
+"""Experts of a mixture whose weights are fused into 3-D parameters, as one linear layer each.
+
+Transformers keeps the weights of all experts of a layer in `gate_up_proj` (or `up_proj`) and `down_proj`, with the
+expert as first axis. `UnfusedExperts` takes the place of such a module and computes the same; what is inside are
+ordinary layers, to be observed, factorized and saved as any other.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from copy import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..errors import TargetError
+from .model_state import evaluating, random_state_kept
+
+PROJECTIONS = {"in_proj": ("gate_up_proj", "up_proj"), "out_proj": ("down_proj",)}
+"""Layers of an expert to the fused parameters that they may come from."""
+
+
+class Routed(NamedTuple):
+    """What an expert was sent.
+
+    Attributes:
+        rows: which rows.  # shape: (rows,)
+        total: of how many.
+    """
+
+    rows: torch.Tensor
+    total: int
+
+
+_ROUTED: ContextVar[Routed | None] = ContextVar("routed", default=None)
+
+
+def routed_rows() -> Routed | None:
+    """Return what the expert that is running now was sent; None outside of any."""
+    return _ROUTED.get()
+
+
+class Expert(nn.Module):
+    """The two layers of one expert; what is between them is in `UnfusedExperts`."""
+
+    in_proj: nn.Module
+    out_proj: nn.Module
+
+
+class UnfusedExperts(nn.Module):
+    """A module in the place of fused experts, with layers `0.in_proj`, `0.out_proj`, `1.in_proj` and so on.
+
+    `in_proj` has the outputs of gate and up in the order of the fused weight. How they are joined, and what else the
+    fused class has (activations, a norm), stays its own. Weights are views of the fused ones, until `own_weights`.
+
+    The fused parameters are left as guards, one number for each expert and half: Transformers may split and merge them
+    as it does fused weights when it saves and loads, and one that does not know this package refuses the checkpoint.
+
+    Args:
+        fused: the fused module; unchanged.
+
+    Raises:
+        TargetError: if its parameters are not those of fused experts.
+    """
+
+    def __init__(self, fused: Any) -> None:
+        super().__init__()
+        refusal = _unknown_structure(fused)
+        if refusal is not None:
+            raise TargetError(refusal)
+        self.num_experts: int = fused.num_experts
+        self.names = {layer: _parameter_of(fused, layer) for layer in PROJECTIONS}
+        self.transposed = _is_transposed(fused)
+        template, parameters = copy(fused), dict(fused.named_parameters(recurse=False))
+        template._parameters = {name: nn.Parameter(p.to("meta"), p.requires_grad) for name, p in parameters.items()}
+        template._modules = dict(fused._modules)
+        vars(self)["template"] = template  # no submodule: its parameters are not those of a checkpoint
+        for name, child in fused.named_children():
+            self.add_module(name, child)
+        self.config = getattr(fused, "config", None)
+        for number in range(self.num_experts):
+            expert = Expert()
+            for layer, name in self.names.items():
+                setattr(expert, layer, _linear(parameters, name, number, self.transposed))
+            self.add_module(str(number), expert)
+        for layer, name in self.names.items():
+            halves = 2 if layer == "in_proj" and name == "gate_up_proj" else 1
+            shape = (self.num_experts, 1, halves) if self.transposed else (self.num_experts, halves, 1)
+            self.register_buffer(name, torch.zeros_like(parameters[name][:, :1, :1].expand(shape)).detach())
+
+    @property
+    def template(self) -> Any:
+        """The fused module, without numbers."""
+        return vars(self)["template"]
+
+    def layers(self) -> Iterator[tuple[str, Any]]:
+        """Yield the layers of all experts, with their names below this module."""
+        for number in range(self.num_experts):
+            for layer in PROJECTIONS:
+                yield f"{number}.{layer}", getattr(self.get_submodule(str(number)), layer)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor | None = None,
+        top_k_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Send each row through its experts, and add what they return, weighted.
+
+        Args:
+            hidden_states: rows; without numbers of experts, a block of all rows for each expert, in which those that
+                it is not sent are 0, as Llama 4 has it.  # shape: (rows, hidden)
+            top_k_index: the experts of each row; a number that is none of an expert stands for no expert.
+                # shape: (rows, k)
+            top_k_weights: their weights.  # shape: (rows, k)
+
+        Returns:
+            The sums, or what each expert returns for its block.  # shape: (rows, hidden)
+        """
+        result = torch.zeros_like(hidden_states)
+        if top_k_index is None or top_k_weights is None:
+            blocks = hidden_states.reshape(self.num_experts, -1, hidden_states.shape[-1])
+            for number, block in enumerate(blocks):
+                rows = block.any(-1).nonzero().squeeze(1)
+                if len(rows):
+                    y = self._run(number, block[rows], Routed(rows, len(block)))
+                    result.index_add_(0, rows + number * len(block), y.to(result.dtype))
+            return result
+        for number in top_k_index.unique().tolist():
+            if 0 <= number < self.num_experts:
+                rows, places = (top_k_index == number).nonzero(as_tuple=True)
+                y = self._run(number, hidden_states[rows], Routed(rows, len(hidden_states)))
+                y = y * top_k_weights[rows, places, None]
+                result.index_add_(0, rows, y.to(result.dtype))
+        return result
+
+    def _run(self, number: int, x: torch.Tensor, routed: Routed) -> torch.Tensor:
+        """Return what an expert makes of the rows that it is sent."""
+        expert: Any = self._modules[str(number)]
+        before = _ROUTED.set(routed)
+        try:
+            y = expert.out_proj(self._joined(expert.in_proj(x)))
+        finally:
+            _ROUTED.reset(before)
+        normed = getattr(self.template, "has_post_expert_norm", False)
+        return self.get_submodule("post_expert_norm")(y) if normed else y
+
+    def _joined(self, y: torch.Tensor) -> torch.Tensor:
+        """Return the inputs of `out_proj`: the fused class says how gate and up are joined."""
+        if self.names["in_proj"] == "up_proj":
+            return self.template.act_fn(y)
+        if hasattr(self.template, "_apply_gate"):
+            return self.template._apply_gate(y)
+        gate, up = y.chunk(2, dim=-1)
+        return self.template.act_fn(gate) * up
+
+    @torch.no_grad()
+    def own_weights(self) -> None:
+        """Let weights no longer be views of fused ones, which cannot be let go of otherwise."""
+        for _, layer in self.layers():
+            for parameter in layer.parameters() if type(layer) is nn.Linear else ():
+                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+
+    @torch.no_grad()
+    def fused(self) -> nn.Module:
+        """Return the fused module with the weights of the experts, which are dense again."""
+        module, experts = copy(self.template), [self.get_submodule(str(n)) for n in range(self.num_experts)]
+        module._modules, module._parameters = dict(module._modules), dict(module._parameters)
+        for layer, name in self.names.items():
+            linears: list[Any] = [getattr(expert, layer) for expert in experts]
+            weight = torch.stack([linear.weight for linear in linears])
+            values = {name: weight.mT.contiguous() if self.transposed else weight}
+            if linears[0].bias is not None:
+                values[f"{name}_bias"] = torch.stack([linear.bias for linear in linears])
+            for key, value in values.items():
+                module._parameters[key] = nn.Parameter(value, self.template._parameters[key].requires_grad)
+        if self.config is not None:
+            module.config = self.config
+        return module.train(self.training)
+
+
+def unfuse(model: nn.Module) -> dict[str, UnfusedExperts]:
+    """Return what may take the place of each module of fused experts, by its name; the model is unchanged.
+
+    Args:
+        model: the dense model, with its weights.
+
+    Returns:
+        The unfused experts, of those modules only for which they compute the same.
+    """
+    modules = {name: module for name, module in model.named_modules() if _has_experts(module)}
+    return {name: UnfusedExperts(module) for name, module in modules.items() if why_fused(module) is None}
+
+
+def projections(experts: Mapping[str, UnfusedExperts]) -> list[tuple[str, ...]]:
+    """Return the names of the layers that stand beside one another in all experts of a module, module by module."""
+    return [
+        tuple(f"{path}.{number}.{layer}" for number in range(module.num_experts))
+        for path, module in experts.items()
+        for layer in PROJECTIONS
+    ]
+
+
+def why_fused(module: nn.Module) -> str | None:
+    """Return why a module of fused experts has to stay as it is; None if `UnfusedExperts` computes the same.
+
+    Args:
+        module: a module of the dense model, with its weights; in evaluation mode for a moment.
+    """
+    if not _has_experts(module):
+        return None
+    refusal = _unknown_structure(module)
+    if refusal is None and not _computes_the_same(module, UnfusedExperts(module)):
+        return f"{type(module).__name__} computes something else than its experts one by one"
+    return refusal
+
+
+def _has_experts(module: nn.Module) -> bool:
+    return "down_proj" in module._parameters and isinstance(getattr(module, "num_experts", None), int)
+
+
+def _unknown_structure(fused: Any) -> str | None:
+    """Return what is unlike fused experts in the parameters of a module."""
+    kind, parameters = type(fused).__name__, dict(fused.named_parameters(recurse=False))
+    if not _has_experts(fused):
+        return f"{kind} has no fused experts"
+    if "forward" in vars(fused):
+        return f"{kind} is called through a hook"
+    names = {name for layer in PROJECTIONS if (name := _parameter_of(fused, layer)) is not None}
+    biases = {f"{name}_bias" for name in names if f"{name}_bias" in parameters}
+    if len(names) < len(PROJECTIONS) or names | biases != set(parameters) or len(biases) not in (0, len(names)):
+        return f"{kind} has other parameters than fused experts: {', '.join(sorted(parameters))}"
+    if any(p.ndim != (2 if name in biases else 3) or len(p) != fused.num_experts for name, p in parameters.items()):
+        return f"{kind} has parameters of other shapes than fused experts"
+    return None
+
+
+def _parameter_of(fused: nn.Module, layer: str) -> Any:
+    return next((name for name in PROJECTIONS[layer] if name in fused._parameters), None)
+
+
+def _is_transposed(fused: Any) -> bool:
+    """Return whether inputs come before outputs in the fused weights; where a class does not say so, sizes do."""
+    inner, outer = (fused._parameters[_parameter_of(fused, layer)] for layer in PROJECTIONS)
+    return bool(getattr(fused, "is_transposed", hasattr(fused, "gate_up_proj") and inner.shape[1] == outer.shape[2]))
+
+
+def _linear(parameters: Mapping[str, nn.Parameter], name: str, number: int, transposed: bool) -> nn.Linear:
+    """Return the layer of one expert, whose weight and bias are views."""
+    fused, bias = parameters[name], parameters.get(f"{name}_bias")
+    weight = fused.detach()[number].mT if transposed else fused.detach()[number]
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight, fused.requires_grad)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach()[number], bias.requires_grad)
+    return layer
+
+
+@torch.no_grad()
+def _computes_the_same(fused: nn.Module, unfused: UnfusedExperts) -> bool:
+    """Return whether both answer random rows in the same way; each expert gets at least one of them."""
+    count, weight = unfused.num_experts, next(fused.parameters())
+    hidden: Any = unfused.get_submodule("0.in_proj").in_features
+    with random_state_kept(weight.device):
+        x = torch.randn(count, hidden, device=weight.device, dtype=weight.dtype)
+        shares = torch.rand(count, min(2, count), device=weight.device, dtype=weight.dtype)
+    first = torch.arange(count, device=weight.device)
+    index = torch.stack([first, (first + 1) % count][: shares.shape[1]], dim=1)
+    try:
+        routed = len(inspect.signature(fused.forward).parameters) > 1
+        inputs = (x, index, shares) if routed else (x.repeat(2, 1).index_fill(0, first[:1], 0),)
+        with evaluating(fused), evaluating(unfused):
+            expected, found = fused(*inputs), unfused(*inputs)
+    except Exception:  # noqa: BLE001 # whatever a class of another kind may say to such an input
+        return False
+    if not isinstance(expected, torch.Tensor) or expected.shape != found.shape:
+        return False
+    tolerance = torch.finfo(expected.dtype).eps ** 0.5 * float(expected.abs().max())
+    return bool((expected - found).abs().max() <= tolerance)
