@@ -8,7 +8,7 @@ after loading the model is not flagged as quantized: only `config.quantization_c
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +24,7 @@ from ..layers import METHOD, Factorized, FactorizedLinear, Stored, layout_of, re
 from .attached import attach_saved_card, dequantize, mark_loaded, mark_loading, unmark_loading
 from .config import LosslessLowRankConfig, ModuleRecord
 from .contents import check_files, check_loaded
+from .conversions import apart_from_layers
 from .encoding import dequantize_stored
 
 KEPT = ("int8",)  # stay as they are stored with `compute="stored"`; unpacking fewer bits in every call does not pay
@@ -54,7 +55,7 @@ class LosslessLowRankQuantizer(HfQuantizer):
             except (ConfigurationError, TargetError) as error:
                 raise CheckpointError(f"the manifest's record of {name!r} does not fit the model: {error}") from error
         self._files = kwargs.get("checkpoint_files")
-        check_files(built, self._files, unused=len(config.modules) - len(built))
+        check_files(built, self._files, unused=len(config.modules) - len(built), part=config.part)
         replace_modules(model, {path_of[name]: module for name, module in built.items()})
         whole = {type(module).__name__ for module in built.values()}  # a device map must not split them
         model._no_split_modules = whole.union(model._no_split_modules or ())
@@ -86,6 +87,10 @@ class LosslessLowRankQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         return dequantize(model, dtype)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Leave out what would cut or join tensors of compressed layers."""
+        return apart_from_layers(weight_conversions, model)
 
     def get_weight_conversions(self) -> list[Any]:
         """Return no conversions: tensors are stored as they are used."""
@@ -125,8 +130,8 @@ def _empty(module: Any, record: ModuleRecord) -> Factorized | Stored:
 
 
 def _paths_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """Map the manifest's names to modules of this class, which may have a head more or less than the saved one."""
-    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    """Map the manifest's names to modules of this class, which may have more or fewer parts than the saved one."""
+    modules = dict(model.named_modules(remove_duplicate=False))
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
     paths: dict[str, str] = {}
     for name in names:
@@ -134,7 +139,7 @@ def _paths_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
         path = next((c for c in candidates if c in modules), None)
         if path is not None:
             paths[name] = path
-        elif not prefix or name.startswith(prefix):
+        elif (not prefix or name.startswith(prefix)) and not any(_lies_beside(c, modules) for c in candidates):
             raise CheckpointError(
                 f"the manifest lists {name!r}, which {type(model).__name__} does not have. The config.json was "
                 "edited, or the checkpoint was written with another version of Transformers."
@@ -145,6 +150,14 @@ def _paths_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
             f"{', '.join(list(names)[:3]) or 'the manifest is empty'}."
         )
     return paths
+
+
+def _lies_beside(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Return whether a name is that of a whole part that a model of this class lacks: a decoder, a tower, a pooler."""
+    nearest = name
+    while nearest not in modules:
+        nearest = nearest.rpartition(".")[0]
+    return isinstance(modules[nearest], PreTrainedModel)
 
 
 # Set directly, not with the decorators: those refuse a second import (a reload, a notebook).

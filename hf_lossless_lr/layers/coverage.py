@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from .targets import Targets
 
@@ -48,4 +49,6 @@ def _reason(module: nn.Module, parameter: nn.Parameter, size: int) -> str:
         return "tied"
     if isinstance(module, nn.Embedding):
         return "embeddings"
+    if isinstance(module, ParametrizationList):
+        return "a weight is computed from it"
     return f"not supported: {parameter.ndim}-D weight of {type(module).__name__}"

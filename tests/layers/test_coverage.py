@@ -61,7 +61,7 @@ def test_weights_of_other_kinds_are_listed_with_their_kind():
     assert others == {
         "own": ("OwnLinear computes something else than its base type", 48),
         "attention.in_proj_weight": ("not supported: 2-D weight of MultiheadAttention", 192),
-        "attention.out_proj": ("not supported: 2-D weight of NonDynamicallyQuantizableLinear", 64),
+        "attention.out_proj": ("MultiheadAttention reads its weight instead of calling it", 64),
         "table": ("not supported: 3-D weight of Mixed", 40),
     }
 
