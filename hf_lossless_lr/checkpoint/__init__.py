@@ -6,7 +6,7 @@ Also what hangs on a compressed model. Sees no data, statistics or verdict.
 from .attached import attach_card, dequantize, mark_compressed, unmark_compressed
 from .config import LosslessLowRankConfig, record_of
 from .options import FEWEST_JUDGES, MEASURED_OBJECTIVES, CompressionOptions
-from .quantizer import LosslessLowRankQuantizer
+from .quantizer import LosslessLowRankQuantizer, compressed_architecture
 
 __all__ = [
     "FEWEST_JUDGES",
@@ -15,6 +15,7 @@ __all__ = [
     "LosslessLowRankConfig",
     "LosslessLowRankQuantizer",
     "attach_card",
+    "compressed_architecture",
     "dequantize",
     "mark_compressed",
     "record_of",

@@ -148,8 +148,8 @@ def _check_read(model: nn.Module, name: str, module: nn.Module, files: Sequence[
     for tensor in (*module.parameters(), *module.buffers()):
         if files and not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
             raise CheckpointError(
-                f"{type(model).__name__} found no numbers for {name!r} in {_file_of(name, files)}, which has them under "
-                f"other names. {LOAD_THE_WHOLE}"
+                f"{type(model).__name__} found no numbers for {name!r} in {_file_of(name, files)}, which has them "
+                f"under other names. {LOAD_THE_WHOLE}"
             )
 
 

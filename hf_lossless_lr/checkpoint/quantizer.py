@@ -21,7 +21,7 @@ from transformers.quantizers import auto as quantizer_registry
 from ..errors import CheckpointError, ConfigurationError, TargetError
 from ..formats import FLOAT
 from ..layers import METHOD, Factorized, FactorizedLinear, Stored, layout_of, replace_modules, stored_in
-from .attached import attach_saved_card, dequantize, mark_loaded, mark_loading, unmark_loading
+from .attached import attach_saved_card, dequantize, mark_compressed, mark_loaded, mark_loading, unmark_loading
 from .config import LosslessLowRankConfig, ModuleRecord
 from .contents import check_files, check_loaded
 from .conversions import apart_from_layers
@@ -46,19 +46,8 @@ class LosslessLowRankQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = cast(LosslessLowRankConfig, self.quantization_config)
-        path_of = _paths_in(model, config.modules)
-        built: dict[str, Factorized | Stored] = {}
-        for name, path in path_of.items():
-            record, module = config.record(name), model.get_submodule(path)
-            try:
-                built[name] = _empty(module, record)
-            except (ConfigurationError, TargetError) as error:
-                raise CheckpointError(f"the manifest's record of {name!r} does not fit the model: {error}") from error
         self._files = kwargs.get("checkpoint_files")
-        check_files(built, self._files, unused=len(config.modules) - len(built), part=config.part)
-        replace_modules(model, {path_of[name]: module for name, module in built.items()})
-        whole = {type(module).__name__ for module in built.values()}  # a device map must not split them
-        model._no_split_modules = whole.union(model._no_split_modules or ())
+        put_layers(model, config, self._files)
         mark_loading(model)
         return model
 
@@ -114,6 +103,68 @@ class LosslessLowRankQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """True: `torch.compile` works."""
         return True
+
+
+def put_layers(model: PreTrainedModel, config: LosslessLowRankConfig, files: list[str] | None = None) -> None:
+    """Put the layers that a manifest describes in the place of dense ones, without their numbers.
+
+    Args:
+        model: a dense model, changed in place.
+        config: the configuration with the manifest.
+        files: the checkpoint's files, which must have their tensors.
+
+    Raises:
+        CheckpointError: if the manifest does not fit the model or the files.
+    """
+    path_of = _paths_in(model, config.modules)
+    built: dict[str, Factorized | Stored] = {}
+    for name, path in path_of.items():
+        record, module = config.record(name), model.get_submodule(path)
+        try:
+            built[name] = _empty(module, record)
+        except (ConfigurationError, TargetError) as error:
+            raise CheckpointError(f"the manifest's record of {name!r} does not fit the model: {error}") from error
+    check_files(built, files, unused=len(config.modules) - len(built), part=config.part)
+    replace_modules(model, {path_of[name]: module for name, module in built.items()})
+    whole = {type(module).__name__ for module in built.values()}  # a device map must not split them
+    model._no_split_modules = whole.union(model._no_split_modules or ())
+
+
+def compressed_architecture(model: PreTrainedModel) -> PreTrainedModel:
+    """Give a model that `from_config` built the layers that its configuration lists as compressed, without numbers.
+
+    Transformers asks no plugin there, and builds the dense architecture whatever the configuration says. With this,
+    `accelerate.load_checkpoint_and_dispatch` loads a compressed checkpoint (with `offload_buffers=True` where some of
+    it goes to disk: the order of pivots is a buffer), and a compressed architecture can be trained from new numbers.
+
+    Args:
+        model: a dense model, which may be on the meta device (`accelerate.init_empty_weights`); changed in place.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TargetError: if its configuration is not that of a compressed checkpoint.
+        CheckpointError: if the checkpoint has rounded weights, which only `from_pretrained` reads, or its manifest
+            does not fit the model.
+    """
+    found: Any = getattr(model.config, "quantization_config", None)
+    found = found if found is None or isinstance(found, dict) else found.to_dict()
+    if found is None or found.get("quant_method") != METHOD:
+        raise TargetError(
+            f"the configuration of this {type(model).__name__} is not that of a compressed checkpoint: it has no "
+            f"quantization_config of the method {METHOD!r}. Read it from the checkpoint: AutoConfig.from_pretrained."
+        )
+    config: Any = LosslessLowRankConfig.from_dict(found)
+    rounded = [name for name in config.modules if config.record(name).format != FLOAT]
+    if rounded:
+        raise CheckpointError(
+            f"{rounded[0]!r} is stored in the format {config.record(rounded[0]).format!r}, which only from_pretrained "
+            "reads. Load the checkpoint with that; it takes a device_map, too."
+        )
+    put_layers(model, config)
+    mark_compressed(model, config)
+    return model
 
 
 def _empty(module: Any, record: ModuleRecord) -> Factorized | Stored:

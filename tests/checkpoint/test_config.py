@@ -39,6 +39,7 @@ def full_config():
         embeddings="int8",
         forms=["channel"],
         compute="stored",
+        part="vision_model",
         scope="model",
         metric="activation",
         target_modules=["q_proj", "re:.*fc\\d"],

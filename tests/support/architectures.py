@@ -116,7 +116,6 @@ def _rows(family: str, *rows: tuple[Any, ...]) -> list[Architecture]:
     return table
 
 
-_NO_ROOM = {"cannot": {"what has room": "list index out of range"}}  # Accelerate makes no map with these tied weights
 _READ_ON_DISK = {"cannot": {"what has room": "meta"}}  # a table or a weight that is read without a call is on disk
 _POSITIONS = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
 _ENCODERS = _rows(
@@ -126,7 +125,7 @@ _ENCODERS = _rows(
     ("BertForQuestionAnswering", inputs.text_and_span),
     ("BertForMultipleChoice", inputs.text_and_choice),
     ("BertForMaskedLM", inputs.text_and_itself),
-    ("BertForPreTraining", inputs.text_and_pretraining, _NO_ROOM),
+    ("BertForPreTraining", inputs.text_and_pretraining),
     ("BertForNextSentencePrediction", inputs.text_and_following),
     ("BertLMHeadModel", inputs.text_and_itself, {"is_decoder": True}),
     ("RobertaForSequenceClassification", inputs.text_and_class),
@@ -320,11 +319,15 @@ _VISION = _rows(
     ),
     (
         *("ViTMAEForPreTraining", inputs.picture, {"decoder_hidden_size": 24, "decoder_num_hidden_layers": 1}),
-        {"decoder_intermediate_size": 32, "decoder_num_attention_heads": 4, "refused": "the data has no labels"},
+        {
+            "decoder_intermediate_size": 32,
+            "decoder_num_attention_heads": 4,
+            "refused": "takes no labels, and a model is judged by its loss on",
+        },
     ),
 )
 
-_UNLABELLED = {"refused": "the data has no labels"}
+_UNLABELLED = {"refused": "takes no labels, and a model is judged by its loss on"}
 _IMAGE_WORD = {"image_token_index": inputs.IMAGE_WORD}
 _IMAGE_TEXT = _rows(
     "image–text",
@@ -332,7 +335,7 @@ _IMAGE_TEXT = _rows(
     ("SiglipModel", inputs.picture_and_its_text, _UNLABELLED),
     ("CLIPForImageClassification", inputs.picture_and_class, QUICK),
     ("SiglipForImageClassification", inputs.picture_and_class, _READ_ON_DISK),
-    ("BlipForConditionalGeneration", inputs.picture_and_caption, _NO_ROOM),
+    ("BlipForConditionalGeneration", inputs.picture_and_caption),
     ("GitForCausalLM", inputs.picture_and_caption),
     ("ViltForQuestionAnswering", inputs.picture_and_answer),
     ("VisualBertForQuestionAnswering", inputs.picture_and_answer),
