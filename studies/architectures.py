@@ -37,8 +37,8 @@ classes go, too: of these it is known.
 * **partial**: other weights stay dense as well, as the last column says; `report.skipped` names each of them;
 * **refused**: with that sentence, before any work.
 
-A weight that a model *reads* is one that its code uses as numbers instead of calling the layer. "No gradient of
-the loss reaches it" and "never called by the data" are about tiny random models, and may not hold for yours.
+A weight that a model *reads* is one that its code uses as numbers instead of calling the layer. Layers that your data
+do not reach stay dense, too, whatever the class; the table leaves that out.
 
 `python studies/architectures.py --output docs/architectures.md` writes this page.
 

@@ -24,7 +24,7 @@ from ..layers import Stored, grids_in, is_factorized, replace_modules, restore_g
 from ..report import CARD_NAME, REPORT_NAME, CompressionReport, model_card
 from .cards import base_model_in, is_replaceable, place_card
 from .config import LosslessLowRankConfig
-from .conversions import CONVERSIONS, conversions_of
+from .conversions import CONVERSIONS, harmless_conversions
 from .encoding import dequantize_stored, encoded_state, load_encoded
 from .options import CompressionOptions
 from .parts import config_of_part, parts_of
@@ -50,8 +50,10 @@ def mark_compressed(model: PreTrainedModel, config: LosslessLowRankConfig) -> No
         config: the configuration with their manifest.
     """
     model.config.quantization_config = config
-    vars(model).setdefault(BEFORE, getattr(model, CONVERSIONS, None))
-    vars(model)[CONVERSIONS] = conversions_of(model)
+    conversions = harmless_conversions(model)
+    if conversions is not None:
+        vars(model).setdefault(BEFORE, getattr(model, CONVERSIONS, None))
+        vars(model)[CONVERSIONS] = conversions
     for path, part in parts_of(model).items():
         of_part = config_of_part(config, path)
         if of_part.modules:
@@ -127,11 +129,10 @@ def unmark_compressed(model: PreTrainedModel) -> None:
     """Undo `mark_compressed`, and let the model save as any other."""
     for name in ATTACHED:
         model.__dict__.pop(name, None)
-    before = vars(model).pop(BEFORE, None)
-    if before is None:
-        vars(model).pop(CONVERSIONS, None)
-    else:
-        vars(model)[CONVERSIONS] = before
+    if BEFORE in vars(model):
+        vars(model)[CONVERSIONS] = vars(model).pop(BEFORE)
+        if vars(model)[CONVERSIONS] is None:  # it was not loaded
+            del vars(model)[CONVERSIONS]
     hook = vars(model).pop(HOOK, None)
     if hook is not None:
         hook.remove()

@@ -115,22 +115,40 @@ def _check_permutation(order: torch.Tensor, name: str, file: str) -> None:
         )
 
 
+def check_read(model: nn.Module, files: Sequence[str] | None) -> None:
+    """Refuse a loaded model if Transformers looked for numbers under other names than they have in the files.
+
+    Those of such layers would be random. It is asked before rounded weights are decoded.
+
+    Args:
+        model: the model, as it was loaded; what is not in memory (offloaded) is passed over.
+        files: the checkpoint's files; without any, a state dict was given, and nothing is asked.
+
+    Raises:
+        CheckpointError: if a tensor of a compressed layer was not loaded.
+    """
+    for name, module in model.named_modules() if files else ():
+        if is_factorized(module) or isinstance(module, Stored):
+            for tensor in (*module.parameters(), *module.buffers()):
+                if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
+                    raise CheckpointError(
+                        f"{type(model).__name__} found no numbers for {name!r} in {_file_of(name, files)}, which has "
+                        f"them under other names. {LOAD_THE_WHOLE}"
+                    )
+
+
 def check_loaded(model: nn.Module, files: Sequence[str] | None) -> None:
     """Refuse a loaded model whose factors cannot be used; what is not in memory (offloaded) is passed over.
-
-    The numbers of a layer that Transformers looks for under another name than it has in the files are random.
 
     Args:
         model: the model, as it was loaded.
         files: the checkpoint's files, for the message.
 
     Raises:
-        CheckpointError: if a tensor of a compressed layer was not loaded, a parameter is not finite, or a permutation
-            is none.
+        CheckpointError: if a parameter is not finite, or a permutation is none.
     """
     for name, module in model.named_modules():
         if is_factorized(module):
-            _check_read(model, name, module, files)
             for key, buffer in module.named_buffers(recurse=False):
                 if key == "permutation" and not buffer.is_meta:
                     _check_permutation(buffer, f"{name}.{key}", _file_of(f"{name}.{key}", files))
@@ -141,15 +159,6 @@ def check_loaded(model: nn.Module, files: Sequence[str] | None) -> None:
             raise CheckpointError(
                 f"the tensor {name!r} in {_file_of(name, files)} has values that are NaN or infinite in "
                 f"{values.dtype}. The file was edited or damaged, or its numbers are too large for that dtype."
-            )
-
-
-def _check_read(model: nn.Module, name: str, module: nn.Module, files: Sequence[str] | None) -> None:
-    for tensor in (*module.parameters(), *module.buffers()):
-        if files and not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
-            raise CheckpointError(
-                f"{type(model).__name__} found no numbers for {name!r} in {_file_of(name, files)}, which has them "
-                f"under other names. {LOAD_THE_WHOLE}"
             )
 
 

@@ -19,17 +19,21 @@ CONVERSIONS = "_weight_conversions"
 """Attribute in which Transformers keeps how a model was loaded, which saving does backwards."""
 
 
-def conversions_of(model: Any) -> list[Any]:
+def harmless_conversions(model: Any) -> list[Any] | None:
     """Return what Transformers would do backwards when it saves a model, less what would change compressed layers.
 
     Args:
         model: a model with factorized or rounded layers.
+
+    Returns:
+        The rest; None where all of it is harmless.
     """
     present = getattr(model, CONVERSIONS, None)
     if present is None:  # a model that was not loaded: Transformers then takes off no prefix that it did not add
         found = get_model_conversion_mapping(model, add_legacy=False)
         present = [conversion for conversion in found if type(conversion).__name__ != "PrefixChange"]
-    return apart_from_layers(present, model)
+    kept = apart_from_layers(present, model)
+    return kept if len(kept) < len(present) else None
 
 
 def apart_from_layers(conversions: Iterable[Any], model: nn.Module) -> list[Any]:

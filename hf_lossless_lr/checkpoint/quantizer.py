@@ -23,7 +23,7 @@ from ..formats import FLOAT
 from ..layers import METHOD, Factorized, FactorizedLinear, Stored, layout_of, replace_modules, stored_in
 from .attached import attach_saved_card, dequantize, mark_compressed, mark_loaded, mark_loading, unmark_loading
 from .config import LosslessLowRankConfig, ModuleRecord
-from .contents import check_files, check_loaded
+from .contents import check_files, check_loaded, check_read
 from .conversions import apart_from_layers
 from .encoding import dequantize_stored
 
@@ -52,6 +52,7 @@ class LosslessLowRankQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        check_read(model, self._files)
         unmark_loading(model)
         if stored_in(model) and getattr(model, "_is_distributed_loading_by_transformers", False):
             raise CheckpointError(
