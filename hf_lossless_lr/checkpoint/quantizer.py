@@ -191,7 +191,7 @@ def _paths_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
         path = next((c for c in candidates if c in modules), None)
         if path is not None:
             paths[name] = path
-        elif (not prefix or name.startswith(prefix)) and not any(_lies_beside(c, modules) for c in candidates):
+        elif (not prefix or name.startswith(prefix)) and not _lies_beside(candidates, modules):
             raise CheckpointError(
                 f"the manifest lists {name!r}, which {type(model).__name__} does not have. The config.json was "
                 "edited, or the checkpoint was written with another version of Transformers."
@@ -204,12 +204,11 @@ def _paths_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     return paths
 
 
-def _lies_beside(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Return whether a name is that of a whole part that a model of this class lacks: a decoder, a tower, a pooler."""
-    nearest = name
-    while nearest not in modules:
-        nearest = nearest.rpartition(".")[0]
-    return isinstance(modules[nearest], PreTrainedModel)
+def _lies_beside(names: Iterable[str], modules: Mapping[str, nn.Module]) -> bool:
+    """Return whether a module's names lead to a part that a class lacks as a whole: a decoder, a tower, a pooler."""
+    parts = (name.split(".") for name in names)
+    above = (".".join(path[:length]) for path in parts for length in range(len(path)))
+    return isinstance(modules[max((name for name in above if name in modules), key=len)], PreTrainedModel)
 
 
 # Set directly, not with the decorators: those refuse a second import (a reload, a notebook).

@@ -4,6 +4,7 @@
 """
 
 import copy
+from contextlib import suppress
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_lossless_lr.errors import LosslessLowRankError
 
 BLOCKS_OF_PRODUCTS = 10 * FLOAT32  # a dense weight in place of its factors, in all layers one after the other
-ROOM = 0.7  # share of a model that fits beside what goes to disk
+ROOMS = (0.7, 0.6, 0.5)  # shares of a model that fit beside what goes to disk
 LAYER_TYPES = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d)
 
 
@@ -60,7 +61,8 @@ class Saved:
         self.inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
         self.expected = answers(model, self.inputs)
         size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        self.room = {"device_map": "auto", "max_memory": {"cpu": int(ROOM * size), "disk": 10**9}}
+        rooms = ({"cpu": int(share * size), "disk": 10**9} for share in ROOMS)
+        self.maps = [{"device_map": "auto", "max_memory": room} for room in rooms]
         model.save_pretrained(folder / "whole")
 
     def again(self, **options):
@@ -126,8 +128,11 @@ def check_a_block_on_disk(case):
 
 def check_what_has_room(case):
     """It may split a block, and never a factorized layer."""
-    again = case.again(**case.room, offload_folder=case.folder / "disk")
-    case.room = {"device_map": again.hf_device_map}
+    for options in case.maps:
+        with suppress(IndexError):  # of Accelerate, where the room ends at a tied head
+            again = case.again(**options, offload_folder=case.folder / "disk")
+            break
+    case.maps = [{"device_map": again.hf_device_map}]
     assert "disk" in again.hf_device_map.values()
     inside = tuple(f"{name}." for name in factorized_layers(again))
     assert not [place for place in again.hf_device_map if place.startswith(inside)]
@@ -206,7 +211,7 @@ def test_architecture(architecture, tmp_path, stock):
         if name in architecture.cannot:  # nor can the dense model, with the same modules on disk
             check_fails(check, case, architecture.cannot[name])
             as_it_was = Saved(dense, batch, tmp_path / "as it was")
-            as_it_was.room = case.room
+            as_it_was.maps = case.maps
             check_fails(check, as_it_was, architecture.cannot[name])
         else:
             check(case)
