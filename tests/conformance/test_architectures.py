@@ -62,7 +62,7 @@ class Saved:
         self.expected = answers(model, self.inputs)
         size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         rooms = ({"cpu": int(share * size), "disk": 10**9} for share in ROOMS)
-        self.maps = [{"device_map": "auto", "max_memory": room} for room in rooms]
+        self.block, self.maps = None, [{"device_map": "auto", "max_memory": room} for room in rooms]
         model.save_pretrained(folder / "whole")
 
     def again(self, **options):
@@ -119,10 +119,11 @@ def places(model, block, path=""):
 
 def check_a_block_on_disk(case):
     lists = ((name, module) for name, module in case.model.named_modules() if isinstance(module, nn.ModuleList))
-    blocks = [f"{name}.{child}" for name, module in lists for child, _ in module.named_children()]
-    block = next((name for name in blocks if factorized_layers(case.model.get_submodule(name))), blocks[0])
-    again = case.again(device_map=places(case.model, block), offload_folder=case.folder / "disk")
-    assert any(parameter.is_meta for parameter in again.get_submodule(block).parameters())
+    blocks = (f"{name}.{child}" for name, module in lists for child, _ in module.named_children())
+    factorized = (name for name in blocks if factorized_layers(case.model.get_submodule(name)))
+    case.block = case.block or next(factorized)
+    again = case.again(device_map=places(case.model, case.block), offload_folder=case.folder / "disk")
+    assert any(parameter.is_meta for parameter in again.get_submodule(case.block).parameters())
     check_same(case.expected, answers(again, case.inputs))
 
 
@@ -211,7 +212,7 @@ def test_architecture(architecture, tmp_path, stock):
         if name in architecture.cannot:  # nor can the dense model, with the same modules on disk
             check_fails(check, case, architecture.cannot[name])
             as_it_was = Saved(dense, batch, tmp_path / "as it was")
-            as_it_was.maps = case.maps
+            as_it_was.block, as_it_was.maps = case.block, case.maps
             check_fails(check, as_it_was, architecture.cannot[name])
         else:
             check(case)
