@@ -5,10 +5,10 @@ STAMP := $(VENV)/.installed
 PATHS := $(wildcard hf_lossless_lr tests examples studies)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-portable test-timm lint types format clean
+.PHONY: help setup demo test test-conformance test-portable test-timm lint types format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## create .venv with the package and its development tools (PYTHON=... chooses the interpreter)
 
@@ -29,6 +29,10 @@ demo: setup ## compress a small model, trained on the spot, and print the report
 # Without -n, as in `pytest -k name`, there are no workers to wait for.
 test: setup ## run the tests
 	@$(BIN)/python -m pytest -n auto --dist loadfile
+
+# The rows of one file go to all workers, each of which starts a process with stock Transformers.
+test-conformance: setup ## run every architecture of the conformance suite (some minutes)
+	@$(BIN)/python -m pytest tests/conformance --every-architecture -n auto --dist worksteal
 
 test-portable: setup ## run the numerical tests as other processors would (a few minutes for each of some 15 settings)
 	@$(BIN)/python tests/portable.py

@@ -13,7 +13,7 @@ Example:
     ```
 """
 
-from .checkpoint import LosslessLowRankConfig, dequantize
+from .checkpoint import LosslessLowRankConfig, compressed_architecture, dequantize
 from .errors import (
     CertificateError,
     CheckpointError,
@@ -49,6 +49,7 @@ __all__ = [
     "__version__",
     "certify",
     "certify_together",
+    "compressed_architecture",
     "dequantize",
     "paired_outcomes",
     "verify",

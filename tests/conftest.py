@@ -25,6 +25,7 @@ def _seed():
 
 def pytest_addoption(parser):
     parser.addoption("--threads", type=int, default=1, help="threads of torch (default: 1)")
+    parser.addoption("--every-architecture", action="store_true", help="run all of tests/conformance, not a few rows")
     parser.addoption("--perturb", type=int, metavar="SEED", help="compute products otherwise; see perturbation.py")
 
 

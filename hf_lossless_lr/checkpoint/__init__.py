@@ -7,7 +7,7 @@ from .attached import attach_card, dequantize, mark_compressed, unmark_compresse
 from .config import LosslessLowRankConfig, record_of
 from .options import FEWEST_JUDGES, MEASURED_OBJECTIVES, CompressionOptions
 from .presets import PRESETS
-from .quantizer import LosslessLowRankQuantizer
+from .quantizer import LosslessLowRankQuantizer, compressed_architecture
 
 __all__ = [
     "FEWEST_JUDGES",
@@ -17,6 +17,7 @@ __all__ = [
     "LosslessLowRankConfig",
     "LosslessLowRankQuantizer",
     "attach_card",
+    "compressed_architecture",
     "dequantize",
     "mark_compressed",
     "record_of",

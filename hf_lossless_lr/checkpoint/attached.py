@@ -12,27 +12,31 @@ from typing import Any
 
 import torch
 import transformers
-import yaml
-from huggingface_hub import CardData, ModelCard, ModelCardData, try_to_load_from_cache
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import LosslessLowRankError, TargetError
-from ..files import replacing, write_atomically
+from ..files import replacing
 from ..fingerprint import tensors_fingerprint
-from ..layers import UnfusedExperts, grids_in, is_factorized, replace_modules, restore_grids, to_dense
-from ..report import CARD_NAME, REPORT_NAME, CompressionReport, is_unedited, model_card
+from ..layers import Stored, UnfusedExperts, grids_in, is_factorized, replace_modules, restore_grids, to_dense
+from ..report import CARD_NAME, REPORT_NAME, CompressionReport, model_card
+from .cards import base_model_in, is_replaceable, place_card
 from .config import LosslessLowRankConfig
+from .conversions import CONVERSIONS, harmless_conversions
 from .encoding import dequantize_stored, encoded_state, load_encoded
 from .options import CompressionOptions
+from .parts import config_of_part, parts_of
 
 logger = logging.get_logger(__name__)
 
 
 ATTACHED = ("dequantize", "save_pretrained", "_upload_modified_files")
 """Attributes of a compressed model; `mark_compressed` sets the first and, for rounded weights, the second."""
+
+BEFORE = "_lossless_lr_conversions"
+"""Attribute with what Transformers kept of how the dense model was loaded."""
 
 HOOK = "_lossless_lr_load_hook"
 """Attribute with the handle of the hook that lets a model with rounded weights read its own checkpoints."""
@@ -46,6 +50,14 @@ def mark_compressed(model: PreTrainedModel, config: LosslessLowRankConfig) -> No
         config: the configuration with their manifest.
     """
     model.config.quantization_config = config
+    conversions = harmless_conversions(model)
+    if conversions is not None:
+        vars(model).setdefault(BEFORE, getattr(model, CONVERSIONS, None))
+        vars(model)[CONVERSIONS] = conversions
+    for path, part in parts_of(model).items():
+        of_part = config_of_part(config, path)
+        if of_part.modules:
+            part.config.quantization_config = of_part
     vars(model)["dequantize"] = partial(dequantize, model)  # a bound method would not survive pickling
     if grids_in(model):
         _attach_save(model, partial(_save_encoded, model))
@@ -76,8 +88,16 @@ def _save_encoded(
 
 
 def mark_loading(model: PreTrainedModel) -> None:
-    """Let Transformers tie an output layer to the guard of a rounded table without cutting its bias to that size."""
+    """Keep what Transformers does to a model while it loads away from what the checkpoint has.
+
+    An output layer that is tied to the guard of a rounded table does not get its bias cut to that size. Compressed
+    layers are not initialized: a model may know what to initialize by the name of a class, or by its having a weight.
+    """
     vars(model)["_adjust_bias"] = _leave_bias
+    for module in model.modules():
+        if is_factorized(module) or isinstance(module, Stored):
+            for part in module.modules():
+                vars(part)["_is_hf_initialized"] = True  # as Transformers flags all modules in the end
 
 
 def unmark_loading(model: PreTrainedModel) -> None:
@@ -96,7 +116,7 @@ def mark_loaded(model: PreTrainedModel, config: LosslessLowRankConfig) -> None:
         model: a model with factorized layers, as `from_pretrained` leaves it.
         config: the configuration with their manifest.
     """
-    config.compute = "dequantized"  # a choice for one load
+    config.compute, config.part = "dequantized", None  # they were about one load
     for name in ("is_quantized", "hf_quantizer", "quantization_method"):
         model.__dict__.pop(name, None)
     for module in model.modules():
@@ -109,10 +129,15 @@ def unmark_compressed(model: PreTrainedModel) -> None:
     """Undo `mark_compressed`, and let the model save as any other."""
     for name in ATTACHED:
         model.__dict__.pop(name, None)
+    if BEFORE in vars(model):
+        vars(model)[CONVERSIONS] = vars(model).pop(BEFORE)
+        if vars(model)[CONVERSIONS] is None:  # it was not loaded
+            del vars(model)[CONVERSIONS]
     hook = vars(model).pop(HOOK, None)
     if hook is not None:
         hook.remove()
-    model.config.__dict__.pop("quantization_config", None)
+    for part in (model, *parts_of(model).values()):
+        part.config.__dict__.pop("quantization_config", None)
 
 
 def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -145,10 +170,6 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
     return model
 
 
-TEMPLATE_DESCRIPTION = (  # what Transformers puts into the template of a new repository's card
-    "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
-    "automatically generated."
-)
 CHANGED_WEIGHTS = (
     "the weights were changed after they were measured (by training or a cast, for example), so no figure here is "
     "about this checkpoint"
@@ -185,13 +206,8 @@ def attach_saved_card(model: PreTrainedModel, folder: Path) -> None:
         logger.warning("%s cannot be used, and will not be saved with the model again: %s", path, error)
         return
     if report.compressed_fingerprint is not None:
-        base = _base_model(folder / CARD_NAME)
+        base = base_model_in(folder / CARD_NAME)
         _attach_save(model, partial(_save_pretrained, model, report, base, report.compressed_fingerprint))
-
-
-def _base_model(card: Path) -> str | None:
-    found = ModelCard.load(card, ignore_metadata_errors=True).data.base_model if card.is_file() else None
-    return found if isinstance(found, str) else None
 
 
 def _hub_name(model: PreTrainedModel) -> str | None:
@@ -225,7 +241,7 @@ def _save_pretrained(
         logger.warning_once("%s; its model card has no certificate.", CHANGED_WEIGHTS)
         report = replace(report, certificate=None, uncertified=CHANGED_WEIGHTS, compressed_fingerprint=None)
     card, path = card_of(report, base_model), Path(save_directory) / CARD_NAME
-    users = path.read_bytes() if path.exists() and not _replaceable(path) else None
+    users = path.read_bytes() if path.exists() and not is_replaceable(path) else None
     uploaded = card if users is None else users.decode(errors="replace")
     vars(model)["_upload_modified_files"] = partial(_upload, model, report, uploaded)  # an upload follows a save
     try:
@@ -235,7 +251,7 @@ def _save_pretrained(
             with replacing(path) as temporary:  # with push_to_hub=True, Transformers has replaced it
                 temporary.write_bytes(users)
     report.save(save_directory)
-    _place(card, path)
+    place_card(card, path)
 
 
 def card_of(report: CompressionReport, base_model: str | None = None) -> str:
@@ -263,45 +279,5 @@ def _upload(
 ) -> Any:
     """Upload a folder whose card is the repository's by now, or the template of Transformers."""
     report.save(working_dir)
-    _place(card, Path(working_dir) / CARD_NAME)
+    place_card(card, Path(working_dir) / CARD_NAME)
     return type(model)._upload_modified_files(model, working_dir, *args, **kwargs)
-
-
-def _place(card: str, path: Path) -> None:
-    """Write a card, unless a user's is there."""
-    if not path.exists():
-        write_atomically(path, card)
-    elif _replaceable(path):
-        write_atomically(path, _with_metadata(card, ModelCard.load(path, ignore_metadata_errors=True).data))
-
-
-def _with_metadata(card: str, others: CardData) -> str:
-    """Add what another card's metadata say besides, and its tags."""
-    try:
-        result = ModelCard(card, ignore_metadata_errors=True)
-    except (ValueError, yaml.YAMLError):  # a user's
-        return card
-    mine, theirs = result.data.to_dict(), others.to_dict()
-    mine["tags"] = list(dict.fromkeys([*mine.get("tags", []), *theirs.get("tags", [])]))
-    result.data = ModelCardData(**{**theirs, **mine}, ignore_metadata_errors=True)
-    return str(result)
-
-
-def _replaceable(path: Path) -> bool:
-    """Return whether a card is the template of Transformers, or ours and not edited."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    block = REGEX_YAML_BLOCK.match(text)
-    try:
-        if block is None or not isinstance(yaml.safe_load(block[2]), dict):
-            return False
-    except yaml.YAMLError:
-        return False
-    body = text[block.end() :]
-    unedited = is_unedited(body)
-    if unedited is not None:
-        return unedited
-    try:
-        template = ModelCard.from_template(ModelCardData(), model_description=TEMPLATE_DESCRIPTION)
-    except ImportError:  # without Jinja2, Transformers has no template either
-        return False
-    return body.split() == template.text.split()

@@ -61,6 +61,8 @@ class LosslessLowRankConfig(CompressionOptions, QuantizationConfigMixin):
         compute: what the weights in memory are: `dequantized` when the model is loaded to the floating-point numbers
             that they stand for, or, for `int8`, as they are `stored`.
         format_version: version of the checkpoint format.
+        part: for the configuration of a part of a model, the name of that part in the files; else None, and not
+            written.
 
     Raises:
         ConfigurationError: at construction, if a value is unknown, out of range or contradicts another one.
@@ -71,6 +73,7 @@ class LosslessLowRankConfig(CompressionOptions, QuantizationConfigMixin):
     unfused: list[str] = field(default_factory=list)
     compute: str = COMPUTES[0]
     format_version: int = FORMAT_VERSION
+    part: str | None = None
     __repr__ = QuantizationConfigMixin.__repr__
     quant_method: str = METHOD  # type: ignore[assignment]  # Transformers types it as its own closed enum
 
@@ -138,6 +141,10 @@ class LosslessLowRankConfig(CompressionOptions, QuantizationConfigMixin):
             ConfigurationError: if there is no such method, or a value contradicts it.
         """
         return cls(**{**preset(name).options, **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `config.json` has of the configuration."""
+        return {name: value for name, value in super().to_dict().items() if (name, value) != ("part", None)}
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Return what the configuration given to `from_pretrained` says of a checkpoint that has its own."""

@@ -13,10 +13,13 @@ from torch import nn
 from ..errors import CheckpointError
 from ..layers import Factorized, Stored, is_complete, is_factorized, layers_in
 
+LOAD_THE_WHOLE = "Load the class that was saved, which the config.json names, and take this model from it."
 INTEGERS = {torch.int8: "I8", torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32"}  # as safetensors call them
 
 
-def check_files(modules: Mapping[str, Factorized | Stored], files: list[str] | None, unused: int) -> None:
+def check_files(
+    modules: Mapping[str, Factorized | Stored], files: list[str] | None, unused: int, part: str | None = None
+) -> None:
     """Refuse files whose tensors are not those of the compressed modules; stock loading would fill gaps at random.
 
     Transformers renames modules of some architectures when it saves them, so a module without a namesake in the files
@@ -25,7 +28,8 @@ def check_files(modules: Mapping[str, Factorized | Stored], files: list[str] | N
     Args:
         modules: manifest name to the empty module, factorized or with a rounded weight.
         files: the checkpoint's files.
-        unused: number of records whose module this class does not have (a head).
+        unused: number of records whose module this class does not have (a head, a decoder).
+        part: name of the model in the files, where it is a part of the one that they are of.
 
     Raises:
         CheckpointError: if a file cannot be read, a tensor is missing, extra, of another shape or kind of number, or a
@@ -34,6 +38,14 @@ def check_files(modules: Mapping[str, Factorized | Stored], files: list[str] | N
     if not files or any(not str(file).endswith(".safetensors") for file in files):
         return
     stored = _stored_layers(files)
+    if part is not None and not modules.keys() <= stored.keys():  # else it was saved as a model of its own
+        stored = {name: shapes for name, shapes in stored.items() if name.startswith(f"{part}.")}
+        modules = {f"{part}.{name}": module for name, module in modules.items()}
+        if not stored:
+            raise CheckpointError(
+                f"{Path(files[0]).parent} has the model {part!r} under other names, so that nothing would be found "
+                f"for it. {LOAD_THE_WHOLE}"
+            )
     _check_kinds(modules, {n for n, shapes in stored.items() if is_complete(shapes)}, files)
     expected = {name: module.tensor_shapes() for name, module in modules.items()}
     strangers = {name: shapes for name, shapes in stored.items() if name not in expected}
@@ -105,6 +117,28 @@ def _check_permutation(order: torch.Tensor, name: str, file: str) -> None:
             f"the tensor {name!r} in {file} is no permutation of 0 to {len(order) - 1}: a place is missing, doubled "
             "or out of range. The file was edited or damaged."
         )
+
+
+def check_read(model: nn.Module, files: Sequence[str] | None) -> None:
+    """Refuse a loaded model if Transformers looked for numbers under other names than they have in the files.
+
+    Those of such layers would be random. It is asked before rounded weights are decoded.
+
+    Args:
+        model: the model, as it was loaded; what is not in memory (offloaded) is passed over.
+        files: the checkpoint's files; without any, a state dict was given, and nothing is asked.
+
+    Raises:
+        CheckpointError: if a tensor of a compressed layer was not loaded.
+    """
+    for name, module in model.named_modules() if files else ():
+        if is_factorized(module) or isinstance(module, Stored):
+            for tensor in (*module.parameters(), *module.buffers()):
+                if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
+                    raise CheckpointError(
+                        f"{type(model).__name__} found no numbers for {name!r} in {_file_of(name, files)}, which has "
+                        f"them under other names. {LOAD_THE_WHOLE}"
+                    )
 
 
 def check_loaded(model: nn.Module, files: Sequence[str] | None) -> None:

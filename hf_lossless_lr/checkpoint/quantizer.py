@@ -7,7 +7,7 @@ after loading the model is not flagged as quantized: only `config.quantization_c
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,9 +20,10 @@ from transformers.quantizers import auto as quantizer_registry
 from ..errors import CheckpointError, ConfigurationError, TargetError
 from ..formats import FLOAT
 from ..layers import METHOD, Factorized, Stored, UnfusedExperts, layout_of, replace_modules
-from .attached import attach_saved_card, dequantize, mark_loaded, mark_loading, unmark_loading
+from .attached import attach_saved_card, dequantize, mark_compressed, mark_loaded, mark_loading, unmark_loading
 from .config import LosslessLowRankConfig, ModuleRecord
-from .contents import check_files, check_loaded
+from .contents import check_files, check_loaded, check_read
+from .conversions import apart_from_layers
 from .encoding import dequantize_stored
 from .parallel import adapt_plan, split_layers, waiting_layers
 
@@ -45,26 +46,13 @@ class LosslessLowRankQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = cast(LosslessLowRankConfig, self.quantization_config)
-        if config.unfused:
-            _unfuse(model, config.unfused)
-        path_of = _paths_in(model, config.modules)
-        built: dict[str, Factorized | Stored] = {}
-        for name, path in path_of.items():
-            record, module = config.record(name), model.get_submodule(path)
-            try:
-                built[name] = _empty(module, record)
-            except (ConfigurationError, TargetError) as error:
-                raise CheckpointError(f"the manifest's record of {name!r} does not fit the model: {error}") from error
         self._files = kwargs.get("checkpoint_files")
-        check_files(built, self._files, unused=len(config.modules) - len(built))
-        replace_modules(model, {path_of[name]: module for name, module in built.items()})
-        kinds = (Factorized, Stored, UnfusedExperts)  # a device map must not split them
-        whole = {type(module).__name__ for module in model.modules() if isinstance(module, kinds)}
-        model._no_split_modules = whole.union(model._no_split_modules or ())
+        put_layers(model, config, self._files)
         mark_loading(model)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        check_read(model, self._files)
         unmark_loading(model)
         config = cast(LosslessLowRankConfig, self.quantization_config)
         waiting = waiting_layers(model)
@@ -82,6 +70,10 @@ class LosslessLowRankQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         return dequantize(model, dtype)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Leave out what would cut or join tensors of compressed layers."""
+        return apart_from_layers(weight_conversions, model)
 
     def get_weight_conversions(self) -> list[Any]:
         """Return no conversions: tensors are stored as they are used."""
@@ -107,6 +99,71 @@ class LosslessLowRankQuantizer(HfQuantizer):
         return True
 
 
+def put_layers(model: PreTrainedModel, config: LosslessLowRankConfig, files: list[str] | None = None) -> None:
+    """Put the layers that a manifest describes in the place of dense ones, without their numbers.
+
+    Args:
+        model: a dense model, changed in place.
+        config: the configuration with the manifest.
+        files: the checkpoint's files, which must have their tensors.
+
+    Raises:
+        CheckpointError: if the manifest does not fit the model or the files.
+    """
+    if config.unfused:
+        _unfuse(model, config.unfused)
+    path_of = _paths_in(model, config.modules)
+    built: dict[str, Factorized | Stored] = {}
+    for name, path in path_of.items():
+        record, module = config.record(name), model.get_submodule(path)
+        try:
+            built[name] = _empty(module, record)
+        except (ConfigurationError, TargetError) as error:
+            raise CheckpointError(f"the manifest's record of {name!r} does not fit the model: {error}") from error
+    check_files(built, files, unused=len(config.modules) - len(built), part=config.part)
+    replace_modules(model, {path_of[name]: module for name, module in built.items()})
+    kinds = (Factorized, Stored, UnfusedExperts)  # a device map must not split them
+    whole = {type(module).__name__ for module in model.modules() if isinstance(module, kinds)}
+    model._no_split_modules = whole.union(model._no_split_modules or ())
+
+
+def compressed_architecture(model: PreTrainedModel) -> PreTrainedModel:
+    """Give a model that `from_config` built the layers that its configuration lists as compressed, without numbers.
+
+    Transformers asks no plugin there, and builds the dense architecture whatever the configuration says. With this,
+    `accelerate.load_checkpoint_and_dispatch` loads a compressed checkpoint (with `offload_buffers=True` where some of
+    it goes to disk: the order of pivots is a buffer), and a compressed architecture can be trained from new numbers.
+
+    Args:
+        model: a dense model, which may be on the meta device (`accelerate.init_empty_weights`); changed in place.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TargetError: if its configuration is not that of a compressed checkpoint.
+        CheckpointError: if the checkpoint has rounded weights, which only `from_pretrained` reads, or its manifest
+            does not fit the model.
+    """
+    found: Any = getattr(model.config, "quantization_config", None)
+    found = found if found is None or isinstance(found, dict) else found.to_dict()
+    if found is None or found.get("quant_method") != METHOD:
+        raise TargetError(
+            f"the configuration of this {type(model).__name__} is not that of a compressed checkpoint: it has no "
+            f"quantization_config of the method {METHOD!r}. Read it from the checkpoint: AutoConfig.from_pretrained."
+        )
+    config: Any = LosslessLowRankConfig.from_dict(found)
+    rounded = [name for name in config.modules if config.record(name).format != FLOAT]
+    if rounded:
+        raise CheckpointError(
+            f"{rounded[0]!r} is stored in the format {config.record(rounded[0]).format!r}, which only from_pretrained "
+            "reads. Load the checkpoint with that; it takes a device_map, too."
+        )
+    put_layers(model, config)
+    mark_compressed(model, config)
+    return model
+
+
 def _empty(module: Any, record: ModuleRecord) -> Factorized | Stored:
     """Return what takes the place of a module, without its numbers."""
     if record.rank is None or record.storage is None:
@@ -129,8 +186,8 @@ def _unfuse(model: PreTrainedModel, names: Iterable[str]) -> None:
 
 
 def _paths_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """Map the manifest's names to modules of this class, which may have a head more or less than the saved one."""
-    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    """Map the manifest's names to modules of this class, which may have more or fewer parts than the saved one."""
+    modules = dict(model.named_modules(remove_duplicate=False))
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
     paths: dict[str, str] = {}
     for name in names:
@@ -138,7 +195,7 @@ def _paths_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
         path = next((c for c in candidates if c in modules), None)
         if path is not None:
             paths[name] = path
-        elif not prefix or name.startswith(prefix):
+        elif (not prefix or name.startswith(prefix)) and not _lies_beside(candidates, modules):
             raise CheckpointError(
                 f"the manifest lists {name!r}, which {type(model).__name__} does not have. The config.json was "
                 "edited, or the checkpoint was written with another version of Transformers."
@@ -149,6 +206,13 @@ def _paths_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
             f"{', '.join(list(names)[:3]) or 'the manifest is empty'}."
         )
     return paths
+
+
+def _lies_beside(names: Iterable[str], modules: Mapping[str, nn.Module]) -> bool:
+    """Return whether a module's names lead to a part that a class lacks as a whole: a decoder, a tower, a pooler."""
+    parts = (name.split(".") for name in names)
+    above = (".".join(path[:length]) for path in parts for length in range(len(path)))
+    return isinstance(modules[max((name for name in above if name in modules), key=len)], PreTrainedModel)
 
 
 # Set directly, not with the decorators: those refuse a second import (a reload, a notebook).

@@ -80,8 +80,8 @@ def shift_by_gradient(
         0 or 1, or None where the gradient shows neither.
     """
     if outputs.logits.requires_grad:
-        (grad,) = torch.autograd.grad(loss, outputs.logits, retain_graph=True)
-        return _shift_of(grad, labels, ignored)
+        (grad,) = torch.autograd.grad(loss, outputs.logits, retain_graph=True, allow_unused=True)
+        return None if grad is None else _shift_of(grad, labels, ignored)
     with torch.enable_grad(), differentiating_only(model, {}):
         for parameters in (list(model.parameters())[-1:], list(model.parameters())):  # the last one is often enough
             for parameter in parameters:

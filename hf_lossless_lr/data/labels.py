@@ -87,6 +87,12 @@ def check_labels(model: PreTrainedModel, batch: Mapping[str, Any]) -> str:
         DataError: if the batch has no labels.
     """
     names = [name for name in label_names(model) if isinstance(batch.get(name), (torch.Tensor, list, tuple))]
+    if not names and not find_labels(type(model)):
+        raise DataError(
+            f"{type(model).__name__} takes no labels, and a model is judged by its loss on labelled examples. Compare "
+            "its representations with labels='model', take a class with a task head, or write one whose forward takes "
+            "labels and returns their loss: examples/your_own_task.py."
+        )
     if not names:
         raise DataError(
             f"the data has no labels: {type(model).__name__} takes {' or '.join(label_names(model))}, the batch has "

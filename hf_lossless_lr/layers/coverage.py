@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from .experts import why_fused
 from .targets import Targets
@@ -33,7 +34,7 @@ def other_weights(model: nn.Module, targets: Targets) -> dict[str, tuple[str, in
         is_layer = name in targets.skipped
         if is_layer or sum(size > 1 for size in parameter.shape) > 1:
             size = 0 if id(parameter) in seen else parameter.numel()
-            others[name] = (targets.skipped[name] if is_layer else _reason(module, parameter, size), size)
+            others[name] = (targets.skipped[name] if is_layer else _reason(name, module, parameter, size), size)
             seen.add(id(parameter))
     return others
 
@@ -44,9 +45,11 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter
             yield path if name == "weight" and path else f"{path}.{name}".strip("."), module, parameter
 
 
-def _reason(module: nn.Module, parameter: nn.Parameter, size: int) -> str:
+def _reason(name: str, module: nn.Module, parameter: nn.Parameter, size: int) -> str:
     if not size:
         return "tied"
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding) or "embed" in name.rpartition(".")[2]:  # a table of positions, for one
         return "embeddings"
+    if isinstance(module, ParametrizationList):
+        return "a weight is computed from it"
     return f"not supported: {why_fused(module) or f'{parameter.ndim}-D weight of {type(module).__name__}'}"

@@ -20,6 +20,7 @@ from ..errors import TargetError
 from .factorized import METHOD, is_factorized
 from .layout import LAYOUTS, find_layout
 from .patterns import TYPE, best_match, check_patterns
+from .readers import readers
 from .subclasses import answers_as_its_base
 
 
@@ -66,7 +67,7 @@ def find_targets(
     reasons = dict.fromkeys(heads, "task head") | _default_skips(model)
     targets: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
-    candidates = _candidates(model)
+    candidates, read = _candidates(model), readers(model)
     for name, module in candidates.items():
         wanted = best_match(target_modules or (), name, module)
         unwanted = best_match(ignore or (), name, module)
@@ -76,6 +77,8 @@ def find_targets(
             skipped[name] = "in `ignore`"
         elif not wanted:
             skipped[name] = "not in `target_modules`"
+        elif id(module) in read:
+            skipped[name] = f"{read[id(module)]} reads its weight instead of calling it"
         elif refusal := _refusal(module):
             skipped[name] = refusal
         elif name in reasons and (wanted <= TYPE or reasons[name] == "tied"):
@@ -94,11 +97,8 @@ def find_targets(
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers that could be targets: not those whose weights a module around them reads by itself."""
-    modules = dict(model.named_modules())
-    readers = (m for m in modules.values() if isinstance(m, (nn.TransformerEncoderLayer, nn.MultiheadAttention)))
-    read = {id(child) for module in readers for child in module.children()}
-    return {name: module for name, module in modules.items() if _is_layer(module) and id(module) not in read}
+    """Return the layers that could be targets."""
+    return {name: module for name, module in model.named_modules() if _is_layer(module)}
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -188,7 +188,10 @@ def _nothing_left(model: PreTrainedModel, skipped: dict[str, str]) -> str:
     if not skipped:
         known = ", ".join(kind.__name__ for kind in LAYOUTS)
         return f"{name} has no layer that can be factorized ({known})."
-    listed = "; ".join(f"{layer} ({reason})" for layer, reason in list(skipped.items())[:5])
+    order = sorted(
+        skipped.items(), key=lambda entry: entry[1] == "not in `target_modules`"
+    )  # first what was asked for
+    listed = "; ".join(f"{layer} ({reason})" for layer, reason in order[:5])
     return (
         f"no layer of {name} is left to factorize; skipped: {listed}{' …' if len(skipped) > 5 else ''}. Name layers "
         "in `target_modules`."

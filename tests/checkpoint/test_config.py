@@ -46,6 +46,7 @@ def full_config():
         embeddings="int8",
         forms=["channel"],
         compute="stored",
+        part="vision_model",
         scope="model",
         metric="activation",
         target_modules=["q_proj", "re:.*fc\\d"],

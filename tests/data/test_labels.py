@@ -183,6 +183,13 @@ class TestUnits:
         ):
             check_labels(model, unlabelled)
 
+    def test_of_a_model_that_takes_none_says_what_it_takes(self):
+        body = head("bert-sequence-classification").bert
+        with pytest.raises(
+            DataError, match=r"^BertModel takes no labels, and a model is judged by its loss on labelled"
+        ):
+            check_labels(body, {"input_ids": WORDS})
+
     def test_of_labels_that_are_none_is_an_error(self):
         with pytest.raises(DataError, match="labels=input_ids"):
             check_labels(head("llama"), {"input_ids": WORDS, "labels": None})
@@ -265,6 +272,15 @@ class TestAlignment:
         found = reading(Shifting(model, of_states), batch)
         assert (found.questions, found.explained) == ([], False)
         assert found.units == int((batch["labels"] != N).sum())
+
+    @pytest.mark.parametrize("graph", [False, True])
+    def test_is_none_where_the_loss_is_of_other_logits_than_the_model_returns(self, graph):
+        model, batch = TINY_MODELS["bert-token-classification"]()
+        odd = Shifting(model, lambda logits, labels: model.classifier.bias.square().sum())
+        with torch.set_grad_enabled(graph):
+            outputs = odd(**batch)
+            found = read_labels(odd, batch, outputs, outputs.loss)
+        assert (found.questions, found.explained) == ([], False)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bert-masked-lm", "bert-token-classification"])

@@ -30,6 +30,7 @@ class Mixed(PreTrainedModel):
         self.window = nn.Conv1d(8, 8, 3)
         self.token = nn.Parameter(torch.zeros(1, 1, 8))  # a vector, whatever its dimensions
         self.table = nn.Parameter(torch.zeros(1, 5, 8))
+        self.position_embeddings = nn.Parameter(torch.zeros(1, 6, 8))
         self.post_init()
 
 
@@ -56,13 +57,21 @@ def test_targets_and_others_are_all_there_is(name):
     check_accounts_for_everything(TINY_MODELS[name]()[0])
 
 
+def test_what_a_weight_is_computed_from_is_listed_as_that():
+    model = Mixed(BertConfig())
+    nn.utils.parametrizations.weight_norm(model.plain)
+    others = check_accounts_for_everything(model)
+    assert others["plain.parametrizations.weight.original1"] == ("a weight is computed from it", 64)
+
+
 def test_weights_of_other_kinds_are_listed_with_their_kind():
     others = check_accounts_for_everything(Mixed(BertConfig()))
     assert others == {
         "own": ("OwnLinear computes something else than its base type", 48),
         "attention.in_proj_weight": ("not supported: 2-D weight of MultiheadAttention", 192),
-        "attention.out_proj": ("not supported: 2-D weight of NonDynamicallyQuantizableLinear", 64),
+        "attention.out_proj": ("MultiheadAttention reads its weight instead of calling it", 64),
         "table": ("not supported: 3-D weight of Mixed", 40),
+        "position_embeddings": ("embeddings", 48),
     }
 
 

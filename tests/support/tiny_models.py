@@ -33,10 +33,15 @@ _BERT = {
 
 
 def build(model_class: str, config_class: str, seed: int = 0, **options: Any) -> PreTrainedModel:
+    config = getattr(transformers, config_class)(**options)
+    return initialized(lambda: getattr(transformers, model_class)(config), seed)
+
+
+def initialized(make: Callable[[], PreTrainedModel], seed: int = 0) -> PreTrainedModel:
     """Build a model in evaluation mode; biases and norms get noise, so that losing one of them shows."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = getattr(transformers, model_class)(getattr(transformers, config_class)(**options))
+        model = make()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 1:

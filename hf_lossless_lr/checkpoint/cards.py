@@ -1,0 +1,68 @@
+"""Model cards in a folder: which one may be replaced, and with what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+from huggingface_hub import CardData, ModelCard, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+from ..files import write_atomically
+from ..report import is_unedited
+
+TEMPLATE_DESCRIPTION = (  # what Transformers puts into the template of a new repository's card
+    "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
+    "automatically generated."
+)
+
+
+def base_model_in(card: Path) -> str | None:
+    """Return the base model that a card names, if it is there and names one."""
+    found = ModelCard.load(card, ignore_metadata_errors=True).data.base_model if card.is_file() else None
+    return found if isinstance(found, str) else None
+
+
+def place_card(card: str, path: Path) -> None:
+    """Write a card, unless a user's is there.
+
+    Args:
+        card: its text.
+        path: where it belongs.
+    """
+    if not path.exists():
+        write_atomically(path, card)
+    elif is_replaceable(path):
+        write_atomically(path, _with_metadata(card, ModelCard.load(path, ignore_metadata_errors=True).data))
+
+
+def _with_metadata(card: str, others: CardData) -> str:
+    """Add what another card's metadata say besides, and its tags."""
+    try:
+        result = ModelCard(card, ignore_metadata_errors=True)
+    except (ValueError, yaml.YAMLError):  # a user's
+        return card
+    mine, theirs = result.data.to_dict(), others.to_dict()
+    mine["tags"] = list(dict.fromkeys([*mine.get("tags", []), *theirs.get("tags", [])]))
+    result.data = ModelCardData(**{**theirs, **mine}, ignore_metadata_errors=True)
+    return str(result)
+
+
+def is_replaceable(path: Path) -> bool:
+    """Return whether a card is the template of Transformers, or ours and not edited."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    block = REGEX_YAML_BLOCK.match(text)
+    try:
+        if block is None or not isinstance(yaml.safe_load(block[2]), dict):
+            return False
+    except yaml.YAMLError:
+        return False
+    body = text[block.end() :]
+    unedited = is_unedited(body)
+    if unedited is not None:
+        return unedited
+    try:
+        template = ModelCard.from_template(ModelCardData(), model_description=TEMPLATE_DESCRIPTION)
+    except ImportError:  # without Jinja2, Transformers has no template either
+        return False
+    return body.split() == template.text.split()

@@ -1,0 +1,57 @@
+"""Architectures whose checkpoints have other tensors than the model: what of that must not touch compressed layers.
+
+Transformers renames tensors when it saves and loads, and for some architectures also cuts or joins them, as a fused
+projection of queries, keys and values. Factors cannot be joined: a compressed model keeps its own layers in its files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+
+from ..layers import is_factorized, rounded_modules, stored_in
+
+CONVERSIONS = "_weight_conversions"
+"""Attribute in which Transformers keeps how a model was loaded, which saving does backwards."""
+
+
+def harmless_conversions(model: Any) -> list[Any] | None:
+    """Return what Transformers would do backwards when it saves a model, less what would change compressed layers.
+
+    Args:
+        model: a model with factorized or rounded layers.
+
+    Returns:
+        The rest; None where all of it is harmless.
+    """
+    present = getattr(model, CONVERSIONS, None)
+    if present is None:  # a model that was not loaded: Transformers then takes off no prefix that it did not add
+        found = get_model_conversion_mapping(model, add_legacy=False)
+        present = [conversion for conversion in found if type(conversion).__name__ != "PrefixChange"]
+    kept = apart_from_layers(present, model)
+    return kept if len(kept) < len(present) else None
+
+
+def apart_from_layers(conversions: Iterable[Any], model: nn.Module) -> list[Any]:
+    """Leave out the conversions that cut or join tensors of factorized or rounded layers.
+
+    Args:
+        conversions: those of the model.
+        model: the model.
+
+    Returns:
+        The others.
+    """
+    names = {name for name, module in model.named_modules() if is_factorized(module)}
+    names |= {name for name, *_ in rounded_modules(model)} | set(stored_in(model))
+    keys = [key for key in model.state_dict() if any(key.startswith(f"{name}.") for name in names)]
+    return [c for c in conversions if not isinstance(c, WeightConverter) or not _changes(c, keys)]
+
+
+def _changes(converter: Any, keys: Iterable[str]) -> bool:
+    backwards = converter.reverse_transform()
+    return any(backwards.rename_source_key(key)[1] is not None for key in keys)
