@@ -55,9 +55,11 @@ def share_of(architecture: Architecture, report: CompressionReport) -> str:
         except (ImportError, ValueError, TypeError, AttributeError):  # these sizes need more than they say
             return "–"
     layers = {re.sub(r"\d+", "#", name) for name in report.layers}
-    inside = [module for name, module in model.named_modules() if re.sub(r"\d+", "#", name) in layers]
-    kept = sum(weight.numel() for module in inside if (weight := getattr(module, "weight", None)) is not None)
-    return f"{100 * kept / model.num_parameters():.0f} %"
+    fused = {name.rpartition(".#.")[0] for name in layers if name.endswith((".#.in_proj", ".#.out_proj"))}
+    modules = [(re.sub(r"\d+", "#", name), module) for name, module in model.named_modules()]
+    weights = [getattr(module, "weight", None) for name, module in modules if name in layers]
+    weights += [w for name, module in modules if name in fused for w in module.parameters(recurse=False) if w.ndim > 2]
+    return f"{100 * sum(w.numel() for w in weights if w is not None) / model.num_parameters():.0f} %"
 
 
 def row_of(architecture: Architecture) -> str:

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import find_labels, logging
 
 from ..errors import DataError
 from ..layers import evaluating
@@ -92,7 +92,8 @@ def _draw(outputs: Any, model: PreTrainedModel, batch: Mapping[str, Any], genera
         rows = zip(*(scores.double().cpu() for scores in spans), strict=True)  # type: ignore[union-attr]
         return [{n: _class(s, generator) for n, s in zip(names, row, strict=True)} for row in rows]
     name, logits = label_names(model)[0], getattr(outputs, "logits", None)
-    if logits is None and representations(outputs, {**batch, NOISE: _examples(batch)}):
+    headless = logits is None or not find_labels(type(model))
+    if headless and representations(outputs, {**batch, NOISE: _examples(batch)}):
         seeds = torch.randint(2**40, (len(_examples(batch)),), generator=generator)
         return [{NOISE: number} for number in seeds]
     draw = _way(logits, model)

@@ -26,6 +26,10 @@ def _text(model: PreTrainedModel, count: int, seed: int, longest: int = LENGTH) 
     return text_inputs(count, longest, seed, 0 if pad is None else pad)
 
 
+def text(model: PreTrainedModel, count: int, seed: int) -> Batch:
+    return _text(model, count, seed)
+
+
 def _drawn(high: int, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     return torch.randint(0, high, shape, generator=generator(seed + 2000))
 

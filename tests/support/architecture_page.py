@@ -41,6 +41,7 @@ def compress(architecture: Architecture, model: PreTrainedModel, batch: Batch) -
     """Compress a model of an architecture in place, in the cheapest way that is a real one."""
     _, others = architecture.build(EXAMPLES, seed=7)
     options = {"keep_ratio": 0.6, "rank_multiple": 1, "refit": False, "ignore": architecture.ignore}
+    options["labels"] = architecture.labels
     compressor = LowRankCompressor(LosslessLowRankConfig(**options))
     compressor.compress(model, halves(batch), eval_dataset=halves(others))
     return compressor.report

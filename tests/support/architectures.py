@@ -48,6 +48,7 @@ class Architecture:
         quick: whether it is among the few that every run of the tests takes.
         refused: the sentence with which the library refuses it, before the work; None where it is compressed.
         ignore: layers that are left dense, as patterns.
+        labels: where labels come from; `model` for a class without a head.
         cannot: name of a check to what the dense model, as stock Transformers has it, already fails with there.
     """
 
@@ -59,6 +60,7 @@ class Architecture:
     quick: bool = False
     refused: str | None = None
     ignore: list[str] | None = None
+    labels: str = "data"
     cannot: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -103,7 +105,7 @@ def small(config_class: type[PreTrainedConfig], **options: Any) -> PreTrainedCon
 
 
 QUICK = {"quick": True}
-SPECIAL = ("variant", "quick", "refused", "ignore", "cannot")
+SPECIAL = ("variant", "quick", "refused", "ignore", "labels", "cannot")
 
 
 def _rows(family: str, *rows: tuple[Any, ...]) -> list[Architecture]:
@@ -328,11 +330,15 @@ _VISION = _rows(
 )
 
 _UNLABELLED = {"refused": "takes no labels, and a model is judged by its loss on"}
+_HEADLESS = {"variant": "by its representations", "labels": "model"}
 _IMAGE_WORD = {"image_token_index": inputs.IMAGE_WORD}
 _IMAGE_TEXT = _rows(
     "image–text",
     ("CLIPModel", inputs.picture_and_its_text, _UNLABELLED),
-    ("SiglipModel", inputs.picture_and_its_text, _UNLABELLED),
+    ("CLIPModel", inputs.picture_and_its_text, _HEADLESS),
+    ("SiglipModel", inputs.picture_and_its_text, _HEADLESS),
+    ("CLIPVisionModelWithProjection", inputs.picture, _HEADLESS),
+    ("BertModel", inputs.text, _HEADLESS),
     ("CLIPForImageClassification", inputs.picture_and_class, QUICK),
     ("SiglipForImageClassification", inputs.picture_and_class, _READ_ON_DISK),
     ("BlipForConditionalGeneration", inputs.picture_and_caption),
