@@ -24,7 +24,7 @@ from .errors import (
     NumericalWarning,
     TargetError,
 )
-from .layers import FactorizedConv2d, FactorizedLinear
+from .layers import FactorizedConv2d, FactorizedLinear, lora_targets
 from .pipeline import LowRankCompressor, verify
 from .report import Certificate, CompressionReport
 from .verdict import PairedOutcomes, certify, certify_together, paired_outcomes
@@ -50,6 +50,7 @@ __all__ = [
     "certify",
     "certify_together",
     "dequantize",
+    "lora_targets",
     "paired_outcomes",
     "verify",
 ]

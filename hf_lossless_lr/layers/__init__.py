@@ -4,6 +4,7 @@ A layer type is one file: its layout (how its weight is one or several matrices)
 room tests for a layer type.
 """
 
+from .adapters import lora_targets
 from .convolution import FactorizedConv1d, FactorizedConv2d
 from .coverage import other_weights
 from .factorized import METHOD, Factorized, called_with, is_factorized, layers_in
@@ -73,6 +74,7 @@ __all__ = [
     "is_factorized",
     "layers_in",
     "layout_of",
+    "lora_targets",
     "on_device",
     "other_weights",
     "own_config",

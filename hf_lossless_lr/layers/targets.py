@@ -100,7 +100,7 @@ def find_targets(
     """
     if any(is_factorized(module) for module in model.modules()):
         raise TargetError("the model is already compressed; call `dequantize()` on it, or start from the dense model.")
-    reasons = dict.fromkeys(heads, "task head") | _default_skips(model)
+    reasons = dict.fromkeys(heads, "task head") | default_skips(model)
     targets: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
     candidates = _candidates(model)
@@ -121,8 +121,8 @@ def find_targets(
             skipped[name] = reasons[name]
         else:
             targets[name] = module
-    _check_patterns("target_modules", target_modules, candidates)
-    _check_patterns("ignore", ignore, candidates)
+    check_patterns("target_modules", target_modules, candidates)
+    check_patterns("ignore", ignore, candidates)
     if not targets:
         raise TargetError(_nothing_left(model, skipped))
     for name, module in targets.items():
@@ -175,8 +175,8 @@ def _check_layer(name: str, module: nn.Module) -> None:
         )
 
 
-def _default_skips(model: PreTrainedModel) -> dict[str, str]:
-    """Return the reason for each module that the defaults leave alone."""
+def default_skips(model: PreTrainedModel) -> dict[str, str]:
+    """Return the reason for each module that the defaults leave alone: tied, output embeddings, pooler, task head."""
     reasons: dict[str, str] = {}
     outside = _outside_of_bases(model)
     heads = {id(module) for module in _classifiers(model)}
@@ -220,8 +220,17 @@ def _outside_of_bases(model: PreTrainedModel) -> set[int]:
     return outside
 
 
-def _check_patterns(option: str, patterns: Sequence[str] | None, candidates: dict[str, nn.Module]) -> None:
-    """Refuse a pattern that matches nothing, naming what comes near."""
+def check_patterns(option: str, patterns: Sequence[str] | None, candidates: dict[str, nn.Module]) -> None:
+    """Refuse a pattern that matches nothing, naming what comes near.
+
+    Args:
+        option: name of the argument, for the message.
+        patterns: the patterns; None for none.
+        candidates: name to layer.
+
+    Raises:
+        TargetError: if a pattern matches no candidate.
+    """
     for pattern in patterns or ():
         if any(match_specificity(pattern, name, module) for name, module in candidates.items()):
             continue
