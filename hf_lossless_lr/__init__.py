@@ -13,7 +13,7 @@ Example:
     ```
 """
 
-from .checkpoint import LosslessLowRankConfig, dequantize
+from .checkpoint import LosslessLowRankConfig, change_storage, dequantize
 from .errors import (
     CertificateError,
     CheckpointError,
@@ -49,6 +49,7 @@ __all__ = [
     "__version__",
     "certify",
     "certify_together",
+    "change_storage",
     "dequantize",
     "lora_targets",
     "paired_outcomes",

@@ -7,6 +7,7 @@ from .attached import attach_card, dequantize, mark_compressed, unmark_compresse
 from .config import LosslessLowRankConfig, record_of
 from .options import FEWEST_JUDGES, MEASURED_OBJECTIVES, CompressionOptions
 from .quantizer import LosslessLowRankQuantizer
+from .storing import change_storage
 
 __all__ = [
     "FEWEST_JUDGES",
@@ -15,6 +16,7 @@ __all__ = [
     "LosslessLowRankConfig",
     "LosslessLowRankQuantizer",
     "attach_card",
+    "change_storage",
     "dequantize",
     "mark_compressed",
     "record_of",

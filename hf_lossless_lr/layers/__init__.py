@@ -8,7 +8,7 @@ from .adapters import lora_targets
 from .convolution import FactorizedConv1d, FactorizedConv2d
 from .coverage import other_weights
 from .factorized import METHOD, Factorized, called_with, is_factorized, layers_in
-from .layout import Layout, layout_of, to_dense, weight_matrices
+from .layout import Layout, find_layout, layout_of, to_dense, weight_matrices
 from .linear import FactorizedLinear
 from .model_state import ModelState, differentiating_only, evaluating, on_device, own_config, random_state_kept
 from .replacement import finish, in_place, replace_modules
@@ -63,6 +63,7 @@ __all__ = [
     "differentiating_only",
     "evaluating",
     "factorized_parameters",
+    "find_layout",
     "find_targets",
     "finish",
     "format_of",

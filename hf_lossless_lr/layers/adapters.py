@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -14,14 +15,15 @@ from .stored import Stored
 from .targets import check_patterns, default_skips, match_specificity
 
 ALL_LINEAR = "all-linear"
-FACTORS = ("down", "up")
 
 
 def lora_targets(model: PreTrainedModel, target_modules: Sequence[str] | str | None = None) -> list[str]:
     """Return names for `LoraConfig(target_modules=...)` that mean the same layers as in the dense model.
 
-    PEFT puts adapters on plain layers only, so a factorized layer is named by both of its factors: an adapter of one
-    of them would be confined to the inputs that the other one lets through, or to the outputs that it reaches.
+    PEFT puts adapters on plain layers only, so a factorized layer is named by its factor `up`. An adapter there makes
+    any change of the outputs out of what `down` lets through of the inputs; one of `down` is confined to the outputs
+    that the compression kept. With as many parameters, `up` learns more than `down`, and than both
+    (`studies/train_compressed.py`).
 
     Args:
         model: a compressed model, or a dense one.
@@ -30,7 +32,7 @@ def lora_targets(model: PreTrainedModel, target_modules: Sequence[str] | str | N
             takes by default in a model of this type.
 
     Returns:
-        The names: those of the factors where a layer is factorized, of the layer itself where it is dense.
+        The names: of the factor where a layer is factorized, of the layer itself where it is dense.
 
     Raises:
         TargetError: if a pattern matches no layer, a layer holds codes instead of numbers, or there is no default.
@@ -44,34 +46,42 @@ def lora_targets(model: PreTrainedModel, target_modules: Sequence[str] | str | N
         chosen = {n: m for n, m in layers.items() if n not in left and _is_linear(m)}
     else:
         patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-        check_patterns("target_modules", patterns, layers)
-        chosen = {n: m for n, m in layers.items() if any(match_specificity(p, n, m) for p in patterns)}
-    names = [name for layer in chosen.items() for name in _plain(*layer)]
-    return list(dict.fromkeys(names))
+        unknown = [p for p in patterns if not any(_matches(p, n, m) for n, m in layers.items())]
+        check_patterns("target_modules", unknown, layers)
+        chosen = {n: m for n, m in layers.items() if any(_matches(p, n, m) for p in patterns)}
+    return [_plain(name, layer) for name, layer in chosen.items()]
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the layers that a pattern may mean; a factor of a layer is one, too."""
+    """Yield the layers that a pattern may mean; a factor of a layer is none."""
+    layers: list[Any] = [module for module in model.modules() if is_factorized(module)]
+    factors = {id(factor) for layer in layers for factor in (layer.down, layer.up)}
     for name, module in model.named_modules():
-        if is_factorized(module) or isinstance(module, Stored) or find_layout(module) is not None:
+        known = is_factorized(module) or isinstance(module, Stored) or find_layout(module) is not None
+        if known and id(module) not in factors:
             yield name, module
 
 
-def _is_linear(module: nn.Module) -> bool:
+def _matches(pattern: str, name: str, module: Any) -> bool:
+    """Return whether a pattern means a layer; a factorized one is also of the type that it replaced."""
+    return bool(match_specificity(pattern, name, module)) or (is_factorized(module) and pattern == module.layer_type)
+
+
+def _is_linear(module: Any) -> bool:
     plain = module.down if is_factorized(module) else module
     plain = plain.template if isinstance(plain, Stored) else plain
     layout = find_layout(plain)
     return layout is not None and not layout.kernel_size(plain)
 
 
-def _plain(name: str, module: nn.Module) -> list[str]:
-    """Return the names of the plain layers that a layer consists of."""
+def _plain(name: str, module: nn.Module) -> str:
+    """Return the name of the plain layer that an adapter is put on."""
     if any(isinstance(part, Stored) for part in module.modules()):
         raise TargetError(
             f"target_modules: {name!r} holds codes, beside which no adapter can be put. Load the checkpoint without "
             '`compute="stored"`; its numbers are then floating-point ones.'
         )
-    return [f"{name}.{factor}" for factor in FACTORS] if is_factorized(module) else [name]
+    return f"{name}.up" if is_factorized(module) else name
 
 
 def _default_of_peft(model: PreTrainedModel, layers: dict[str, nn.Module]) -> list[str]:
@@ -86,4 +96,4 @@ def _default_of_peft(model: PreTrainedModel, layers: dict[str, nn.Module]) -> li
             f'"{ALL_LINEAR}".'
         )
     patterns = [f"re:{found}"] if isinstance(found, str) else list(found)
-    return [p for p in patterns if any(match_specificity(p, name, module) for name, module in layers.items())]
+    return [p for p in patterns if any(_matches(p, name, module) for name, module in layers.items())]
