@@ -22,7 +22,7 @@ from ..errors import CheckpointError, ConfigurationError, TargetError
 from ..formats import FLOAT
 from ..layers import METHOD, Factorized, FactorizedLinear, Stored, layout_of, replace_modules, stored_in
 from .attached import attach_saved_card, dequantize, mark_loaded, mark_loading, unmark_loading
-from .config import LosslessLowRankConfig, ModuleRecord
+from .config import WRITTEN_METHOD, LosslessLowRankConfig, ModuleRecord
 from .contents import check_files, check_loaded
 from .encoding import dequantize_stored
 
@@ -148,7 +148,8 @@ def _paths_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
 
 
 # Set directly, not with the decorators: those refuse a second import (a reload, a notebook).
-quantizer_registry.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = LosslessLowRankConfig
+quantizer_registry.AUTO_QUANTIZATION_CONFIG_MAPPING[WRITTEN_METHOD] = LosslessLowRankConfig
+quantizer_registry.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = LosslessLowRankConfig  # as older versions wrote it
 quantizer_registry.AUTO_QUANTIZER_MAPPING[METHOD] = LosslessLowRankQuantizer
 _registry: Any = quantizer_registry
 if LosslessLowRankConfig not in _registry.LOADING_ATTRIBUTES_CONFIG_TYPES:  # those whose loading attributes are heeded

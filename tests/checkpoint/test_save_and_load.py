@@ -376,6 +376,9 @@ class TestTransformersWithoutThisPackage:
         assert error == "RuntimeError"
         assert "ignore_mismatched_sizes" in text
 
+    def test_says_what_is_missing(self, outcome):
+        assert "got lossless_lr: pip install hf-lossless-lr, then import hf_lossless_lr" in outcome.stderr
+
     def test_ends_with_an_error_that_names_the_layers_and_the_sizes(self, outcome):
         assert outcome.returncode != 0
         assert "MISMATCH" in outcome.stderr
@@ -636,5 +639,5 @@ class TestTraining:
 
 def test_a_config_of_a_compressed_checkpoint_alone_loads(bert):
     config = AutoConfig.from_pretrained(bert.folder)
-    assert config.quantization_config["quant_method"] == "lossless_lr"
+    assert config.quantization_config["quant_method"].startswith("lossless_lr: ")
     assert json.loads(bert.model.config.to_json_string())["quantization_config"]["modules"].keys() >= {QUERY, WIDE}
