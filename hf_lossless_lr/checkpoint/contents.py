@@ -78,7 +78,9 @@ def _check_kinds(modules: Mapping[str, Factorized | Stored], names: Collection[s
     for file, tensors, key in _stored(files):
         below = next((key[len(name) + 1 :] for name in names if key.startswith(f"{name}.")), None)
         if below == "permutation":
-            _check_permutation(tensors.get_tensor(key), key, file)
+            with torch.device("cpu"):  # Transformers may be building a model on the meta device
+                order = tensors.get_tensor(key)
+            _check_permutation(order, key, file)
         elif below in kinds:
             dtype = tensors.get_slice(key).get_dtype()
             integers = [INTEGERS[kind] for kind in kinds[below] if not kind.is_floating_point]

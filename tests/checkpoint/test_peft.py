@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 from support.compressions import answers, auto_class, build, check_same_answers, compressed, factorized_layers
 from support.tolerances import FLOAT32
 from torch import nn
@@ -59,7 +60,7 @@ class TestNames:
         assert {name.rpartition(".")[0] for name in lora_targets(model)} == adapters
 
     def test_leave_out_of_the_default_what_the_model_does_not_have(self, monkeypatch):
-        monkeypatch.setitem(vars(peft_defaults())["DEFAULTS"], "bert", ["query", "q_proj"])
+        monkeypatch.setitem(DEFAULTS, "bert", ["query", "q_proj"])
         assert lora_targets(build(BERT)[0]) == [f"bert.encoder.layer.{n}.attention.self.query" for n in (0, 1)]
 
     def test_of_all_linear_layers_leave_heads_poolers_and_convolutions(self):
@@ -84,15 +85,6 @@ class TestNames:
             model = auto_class(BERT).from_pretrained(tmp_path, quantization_config=config)
         with pytest.raises(TargetError, match=r"holds codes.*Load the checkpoint without `compute=\"stored\"`"):
             lora_targets(model, ["query"])
-
-
-def peft_defaults():
-    import peft.utils
-
-    class Holder:
-        DEFAULTS = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-
-    return Holder
 
 
 @pytest.fixture(scope="module", params=CASES)
