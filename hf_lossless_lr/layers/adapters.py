@@ -20,10 +20,9 @@ ALL_LINEAR = "all-linear"
 def lora_targets(model: PreTrainedModel, target_modules: Sequence[str] | str | None = None) -> list[str]:
     """Return names for `LoraConfig(target_modules=...)` that mean the same layers as in the dense model.
 
-    PEFT puts adapters on plain layers only, so a factorized layer is named by its factor `up`. An adapter there makes
-    any change of the outputs out of what `down` lets through of the inputs; one of `down` is confined to the outputs
-    that the compression kept. With as many parameters, `up` learns more than `down`, and than both
-    (`studies/train_compressed.py`).
+    PEFT puts adapters on plain layers only, so a factorized layer is named by a factor. It is `up`: with an adapter,
+    that makes any change of the outputs out of what `down` lets through of the inputs. Where pivots are outputs, which
+    `down` computes and `up` does not reach, it is both. `studies/train_compressed.py` compares the places.
 
     Args:
         model: a compressed model, or a dense one.
@@ -32,7 +31,7 @@ def lora_targets(model: PreTrainedModel, target_modules: Sequence[str] | str | N
             takes by default in a model of this type.
 
     Returns:
-        The names: of the factor where a layer is factorized, of the layer itself where it is dense.
+        The names: of one or both factors where a layer is factorized, of the layer itself where it is dense.
 
     Raises:
         TargetError: if a pattern matches no layer, a layer holds codes instead of numbers, or there is no default.
@@ -49,7 +48,7 @@ def lora_targets(model: PreTrainedModel, target_modules: Sequence[str] | str | N
         unknown = [p for p in patterns if not any(_matches(p, n, m) for n, m in layers.items())]
         check_patterns("target_modules", unknown, layers)
         chosen = {n: m for n, m in layers.items() if any(_matches(p, n, m) for p in patterns)}
-    return [_plain(name, layer) for name, layer in chosen.items()]
+    return [plain for name, layer in chosen.items() for plain in _plain(name, layer)]
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -74,14 +73,17 @@ def _is_linear(module: Any) -> bool:
     return layout is not None and not layout.kernel_size(plain)
 
 
-def _plain(name: str, module: nn.Module) -> str:
-    """Return the name of the plain layer that an adapter is put on."""
+def _plain(name: str, module: Any) -> list[str]:
+    """Return the names of the plain layers that an adapter of a layer is put on."""
     if any(isinstance(part, Stored) for part in module.modules()):
         raise TargetError(
             f"target_modules: {name!r} holds codes, beside which no adapter can be put. Load the checkpoint without "
             '`compute="stored"`; its numbers are then floating-point ones.'
         )
-    return f"{name}.up" if is_factorized(module) else name
+    if not is_factorized(module):
+        return [name]
+    pivots_are_outputs = module.permutation is not None and not module.pivots_inputs
+    return [f"{name}.{factor}" for factor in (("down", "up") if pivots_are_outputs else ("up",))]
 
 
 def _default_of_peft(model: PreTrainedModel, layers: dict[str, nn.Module]) -> list[str]:

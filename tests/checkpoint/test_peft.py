@@ -42,10 +42,15 @@ def trained(model, batch, steps=2):
 
 
 class TestNames:
-    def test_of_a_factorized_layer_are_its_factor_up_and_of_a_dense_one_its_own(self):
-        model, _ = compressed(BERT, target_modules=["query", "intermediate.dense"])
-        names = lora_targets(model, [f"{LAYER}.query", f"{LAYER}.value"])
-        assert names == [f"{LAYER}.query.up", f"{LAYER}.value"]
+    def test_are_those_of_factors_that_reach_all_outputs_and_of_dense_layers_themselves(self):
+        """Pivots of a square layer are outputs, those of one with more outputs than inputs are inputs."""
+        query, value, wide = f"{LAYER}.query", f"{LAYER}.value", "bert.encoder.layer.0.intermediate.dense"
+        for storage, expected in (
+            ("pivoted", [f"{query}.down", f"{query}.up", value, f"{wide}.up"]),
+            ("two-factor", [f"{query}.up", value, f"{wide}.up"]),
+        ):
+            model, _ = compressed(BERT, storage=storage, target_modules=["query", "intermediate.dense"])
+            assert lora_targets(model, [query, value, wide]) == expected
 
     def test_in_a_dense_model_are_those_that_were_asked_for(self):
         model, _ = build(BERT)
@@ -64,7 +69,7 @@ class TestNames:
         assert lora_targets(build(BERT)[0]) == [f"bert.encoder.layer.{n}.attention.self.query" for n in (0, 1)]
 
     def test_of_all_linear_layers_leave_heads_poolers_and_convolutions(self):
-        model, _ = compressed(BERT, target_modules=["query"])
+        model, _ = compressed(BERT, target_modules=["query"], storage="two-factor")
         names = lora_targets(model, "all-linear")
         assert len(names) == 2 * 6  # in each block
         assert not [name for name in names if "classifier" in name or "pooler" in name]
