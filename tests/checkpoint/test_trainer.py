@@ -13,7 +13,6 @@ from hf_lossless_lr.layers.rounded import grids_in
 BERT = "bert-sequence-classification"
 CASES = {
     "pivoted": {"storage": "pivoted"},
-    "two factors": {"storage": "two-factor"},
     "int8": {"formats": ["int8"], "keep_ratio": 0.15},
 }
 
