@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 PATHS := $(wildcard hf_lossless_lr tests examples studies)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-conformance test-portable test-timm lint types format clean
+.PHONY: help setup demo test test-conformance test-portable test-timm test-oldest test-newest lint types format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +48,29 @@ $(TIMM)/.installed: pyproject.toml
 test-timm: $(TIMM)/.installed ## test networks of timm in an environment of their own (several gigabytes the first time)
 	@$(TIMM)/bin/python -m pytest tests/test_timm.py
 
+# Both ends of the ranges in pyproject.toml. The oldest versions have no release for Python 3.12 and newer; torch 2.6
+# comes with CUDA libraries. Left out is what needs newer extras, and what repeats or trains.
+OLDEST := .venv-oldest
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	@rm -rf $(OLDEST) && $(PYTHON) -m venv $(OLDEST)
+	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt \
+		-e '.[eval,peft,plots,vision]' 'pytest>=8' 'pytest-xdist>=3.7'
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed ## run the tests with the oldest versions of all dependencies (several gigabytes the first time)
+	@$(OLDEST)/bin/python -m pytest -n auto --dist loadfile -m "not slow" --ignore=tests/test_lm_eval.py
+
+# The torch of constraints.txt, and otherwise the newest of everything.
+NEWEST := .venv-newest
+$(NEWEST)/.installed: pyproject.toml constraints.txt
+	@rm -rf $(NEWEST) && $(PYTHON) -m venv $(NEWEST)
+	@$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep ^torch== constraints.txt)" -e '.[dev]'
+	@touch $@
+
+test-newest: $(NEWEST)/.installed ## run the tests with the newest versions of all dependencies but torch
+	@$(NEWEST)/bin/python -m pytest -n auto --dist loadfile
+
 lint: setup ## check style and formatting
 	@$(BIN)/ruff check $(PATHS)
 	@$(BIN)/ruff format --check $(PATHS)
@@ -60,5 +83,5 @@ format: setup ## rewrite the sources in the project's format
 	@$(BIN)/ruff format $(PATHS)
 
 clean: ## remove the environment, caches and build results
-	rm -rf $(VENV) $(TIMM) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(TIMM) $(OLDEST) $(NEWEST) build dist .mypy_cache .pytest_cache .ruff_cache
 	find hf_lossless_lr tests examples studies -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

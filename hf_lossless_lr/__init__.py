@@ -13,7 +13,7 @@ Example:
     ```
 """
 
-from .checkpoint import LosslessLowRankConfig, compressed_architecture, dequantize
+from .checkpoint import LosslessLowRankConfig, change_storage, compressed_architecture, dequantize
 from .errors import (
     CertificateError,
     CheckpointError,
@@ -24,7 +24,7 @@ from .errors import (
     NumericalWarning,
     TargetError,
 )
-from .layers import FactorizedConv2d, FactorizedLinear
+from .layers import FactorizedConv2d, FactorizedLinear, lora_targets
 from .pipeline import LowRankCompressor, verify
 from .report import Certificate, CompressionReport
 from .verdict import PairedOutcomes, certify, certify_together, paired_outcomes
@@ -49,8 +49,10 @@ __all__ = [
     "__version__",
     "certify",
     "certify_together",
+    "change_storage",
     "compressed_architecture",
     "dequantize",
+    "lora_targets",
     "paired_outcomes",
     "verify",
 ]

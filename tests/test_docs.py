@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict
+from peft import LoraConfig, get_peft_model
 from support.tiny_models import bert_sequence_classification
 from support.word_tokenizer import WORDS, word_tokenizer
 from transformers import AutoModelForSequenceClassification
 
-from hf_lossless_lr import LosslessLowRankConfig
+from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
 from hf_lossless_lr.commands.cli import build_parser
 from hf_lossless_lr.evaluation.glue import GLUE_LABELS
 from hf_lossless_lr.evaluation.registry import EVALUATION_TASKS
@@ -97,6 +98,31 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     exec(compile(code.replace(name, f"name = {str(tmp_path / 'model')!r}"), "README.md", "exec"), {})
     assert capsys.readouterr().out.strip().startswith(("lossless@", "improved", "inconclusive", "lossy"))
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "half").num_labels == 3
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator:UserWarning")
+def test_the_code_of_the_page_after_compression_runs(tmp_path, monkeypatch):
+    """From top to bottom, on a tiny model and a few sentences."""
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    tokenizer, rows = word_tokenizer(), [{"words": f"{WORDS[n]} {WORDS[-n]}", "labels": n % 3} for n in range(16)]
+    data = Dataset.from_list([{**tokenizer(row["words"]), "labels": row["labels"]} for row in rows])
+    dense, _ = bert_sequence_classification()
+    dense.save_pretrained("my-model")
+    model = LowRankCompressor(LosslessLowRankConfig()).compress(dense, data, processing_class=tokenizer)
+    for part in (model, tokenizer):
+        part.save_pretrained("my-model-half")
+    adapted = get_peft_model(type(model).from_pretrained("my-model"), LoraConfig(target_modules=["query"]))
+    adapted.save_pretrained("adapter-of-my-model")
+    names = {"train_dataset": data, "held_out": data}
+    for code in code_blocks(ROOT / "docs" / "after_compression.md"):
+        exec(compile(code, "after_compression.md", "exec"), names)
+    for folder in ("my-model-half-trained", "my-model-half-merged"):
+        assert AutoModelForSequenceClassification.from_pretrained(folder).config.quantization_config.modules
+    assert not hasattr(
+        AutoModelForSequenceClassification.from_pretrained("my-model-dense").config, "quantization_config"
+    )
+    assert names["classify"]("good")[0]["label"] in model.config.label2id
 
 
 def test_every_option_is_described_with_its_default():

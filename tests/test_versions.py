@@ -22,6 +22,15 @@ def test_are_those_of_the_packages_at_work():
     assert found["torch"] == importlib.metadata.version("torch")
 
 
+def test_the_oldest_that_are_tested_are_the_lower_bounds():
+    """Each dependency has one, and `make test-oldest` installs it."""
+    root = PACKAGE.parent
+    declared = (root / "pyproject.toml").read_text().split("\ndependencies = [\n")[1].split("\n]")[0].splitlines()
+    bounds = [line.split('"')[1].replace(">=", "==") for line in declared]
+    tested = (root / "constraints-oldest.txt").read_text().splitlines()
+    assert [line for line in tested if not line.startswith("#")] == bounds
+
+
 def test_need_no_installation(monkeypatch):
     def fail(name):
         raise importlib.metadata.PackageNotFoundError(name)

@@ -8,6 +8,7 @@ from .config import LosslessLowRankConfig, record_of
 from .options import FEWEST_JUDGES, MEASURED_OBJECTIVES, CompressionOptions
 from .presets import PRESETS
 from .quantizer import LosslessLowRankQuantizer, compressed_architecture
+from .storing import change_storage
 
 __all__ = [
     "FEWEST_JUDGES",
@@ -17,6 +18,7 @@ __all__ = [
     "LosslessLowRankConfig",
     "LosslessLowRankQuantizer",
     "attach_card",
+    "change_storage",
     "compressed_architecture",
     "dequantize",
     "mark_compressed",

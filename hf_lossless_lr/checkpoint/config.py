@@ -21,6 +21,8 @@ from .presets import preset
 
 FORMAT_VERSION = 5  # 1 had other names of some options, 2 no number formats, 3 no forms, 4 no unfused experts
 COMPUTES = ("dequantized", "stored")
+WRITTEN_METHOD = f"{METHOD}: pip install hf-lossless-lr, then import hf_lossless_lr"
+"""What a `config.json` calls the method. Where it is unknown, Transformers prints it, which says what is missing."""
 
 
 UNWRITTEN = (("format", FLOAT), ("form", CHANNEL))
@@ -80,6 +82,8 @@ class LosslessLowRankConfig(CompressionOptions, QuantizationConfigMixin):
     def __post_init__(self) -> None:
         """Validate the choices and the manifest."""
         super().__post_init__()
+        if self.quant_method == WRITTEN_METHOD:
+            self.quant_method = METHOD
         if self.quant_method != METHOD:
             raise ConfigurationError(f"quant_method: must be {METHOD!r}, got {self.quant_method!r}.")
         if not isinstance(self.format_version, int) or not 1 <= self.format_version <= FORMAT_VERSION:
@@ -144,7 +148,8 @@ class LosslessLowRankConfig(CompressionOptions, QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `config.json` has of the configuration."""
-        return {name: value for name, value in super().to_dict().items() if (name, value) != ("part", None)}
+        written = super().to_dict() | {"quant_method": WRITTEN_METHOD}
+        return {name: value for name, value in written.items() if (name, value) != ("part", None)}
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Return what the configuration given to `from_pretrained` says of a checkpoint that has its own."""

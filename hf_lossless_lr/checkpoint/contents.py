@@ -94,7 +94,9 @@ def _check_kinds(modules: Mapping[str, Factorized | Stored], names: Collection[s
         places = [place for place, sign in enumerate(key) if sign == "." and key[:place] in names]
         below = key[places[0] + 1 :] if places else None
         if below == "permutation":
-            _check_permutation(tensors.get_tensor(key), key, file)
+            with torch.device("cpu"):  # Transformers may be building a model on the meta device
+                order = tensors.get_tensor(key)
+            _check_permutation(order, key, file)
         elif below in kinds:
             dtype = tensors.get_slice(key).get_dtype()
             integers = [INTEGERS[kind] for kind in kinds[below] if not kind.is_floating_point]

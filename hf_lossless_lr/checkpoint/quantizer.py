@@ -21,7 +21,7 @@ from ..errors import CheckpointError, ConfigurationError, TargetError
 from ..formats import FLOAT
 from ..layers import METHOD, Factorized, Stored, UnfusedExperts, layout_of, replace_modules
 from .attached import attach_saved_card, dequantize, mark_compressed, mark_loaded, mark_loading, unmark_loading
-from .config import LosslessLowRankConfig, ModuleRecord
+from .config import WRITTEN_METHOD, LosslessLowRankConfig, ModuleRecord
 from .contents import check_files, check_loaded, check_read
 from .conversions import apart_from_layers
 from .encoding import dequantize_stored
@@ -112,7 +112,7 @@ def put_layers(model: PreTrainedModel, config: LosslessLowRankConfig, files: lis
     """
     if config.unfused:
         _unfuse(model, config.unfused)
-    path_of = _paths_in(model, config.modules)
+    path_of = paths_in(model, config.modules)
     built: dict[str, Factorized | Stored] = {}
     for name, path in path_of.items():
         record, module = config.record(name), model.get_submodule(path)
@@ -147,7 +147,7 @@ def compressed_architecture(model: PreTrainedModel) -> PreTrainedModel:
     """
     found: Any = getattr(model.config, "quantization_config", None)
     found = found if found is None or isinstance(found, dict) else found.to_dict()
-    if found is None or found.get("quant_method") != METHOD:
+    if found is None or found.get("quant_method") not in (METHOD, WRITTEN_METHOD):
         raise TargetError(
             f"the configuration of this {type(model).__name__} is not that of a compressed checkpoint: it has no "
             f"quantization_config of the method {METHOD!r}. Read it from the checkpoint: AutoConfig.from_pretrained."
@@ -178,14 +178,14 @@ def _empty(module: Any, record: ModuleRecord) -> Factorized | Stored:
 
 
 def _unfuse(model: PreTrainedModel, names: Iterable[str]) -> None:
-    paths = _paths_in(model, names).values()
+    paths = paths_in(model, names).values()
     try:
         replace_modules(model, {path: UnfusedExperts(model.get_submodule(path)) for path in paths})
     except TargetError as error:
         raise CheckpointError(f"the manifest does not fit the model: {error}.") from error
 
 
-def _paths_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+def paths_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     """Map the manifest's names to modules of this class, which may have more or fewer parts than the saved one."""
     modules = dict(model.named_modules(remove_duplicate=False))
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
@@ -216,7 +216,8 @@ def _lies_beside(names: Iterable[str], modules: Mapping[str, nn.Module]) -> bool
 
 
 # Set directly, not with the decorators: those refuse a second import (a reload, a notebook).
-quantizer_registry.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = LosslessLowRankConfig
+quantizer_registry.AUTO_QUANTIZATION_CONFIG_MAPPING[WRITTEN_METHOD] = LosslessLowRankConfig
+quantizer_registry.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = LosslessLowRankConfig  # as older versions wrote it
 quantizer_registry.AUTO_QUANTIZER_MAPPING[METHOD] = LosslessLowRankQuantizer
 _registry: Any = quantizer_registry
 if LosslessLowRankConfig not in _registry.LOADING_ATTRIBUTES_CONFIG_TYPES:  # those whose loading attributes are heeded

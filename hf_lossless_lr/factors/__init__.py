@@ -5,6 +5,7 @@
 
 from .batch_norms import batch_norms, shifted_batch_norms
 from .curves import LossCurve, RoundingCost
+from .decomposition import metric_svd
 from .factorize import Factorization, factorize, loss_curve
 from .filling import fill
 from .linalg import damped
@@ -41,6 +42,7 @@ __all__ = [
     "factorize_spatially",
     "fill",
     "loss_curve",
+    "metric_svd",
     "refit",
     "refit_groups",
     "round_dense",

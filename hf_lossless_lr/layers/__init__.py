@@ -4,11 +4,12 @@ A layer type is one file: its layout (how its weight is one or several matrices)
 room tests for a layer type.
 """
 
+from .adapters import lora_targets
 from .convolution import FactorizedConv1d, FactorizedConv2d
 from .coverage import other_weights
 from .experts import Routed, UnfusedExperts, projections, routed_rows, unfuse
 from .factorized import METHOD, Factorized, called_with, is_factorized, layers_in
-from .layout import Layout, layout_of, to_dense, weight_matrices
+from .layout import Layout, find_layout, layout_of, to_dense, weight_matrices
 from .linear import FactorizedLinear
 from .model_state import ModelState, differentiating_only, evaluating, on_device, own_config, random_state_kept
 from .patterns import values_of
@@ -67,6 +68,7 @@ __all__ = [
     "differentiating_only",
     "evaluating",
     "factorized_parameters",
+    "find_layout",
     "find_targets",
     "finish",
     "format_of",
@@ -78,6 +80,7 @@ __all__ = [
     "is_factorized",
     "layers_in",
     "layout_of",
+    "lora_targets",
     "on_device",
     "other_weights",
     "own_config",

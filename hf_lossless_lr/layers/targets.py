@@ -64,7 +64,7 @@ def find_targets(
     """
     if any(is_factorized(module) for module in model.modules()):
         raise TargetError("the model is already compressed; call `dequantize()` on it, or start from the dense model.")
-    reasons = dict.fromkeys(heads, "task head") | _default_skips(model)
+    reasons = dict.fromkeys(heads, "task head") | default_skips(model)
     targets: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
     candidates, read = _candidates(model), readers(model)
@@ -138,8 +138,8 @@ def _check_layer(name: str, module: nn.Module) -> None:
         )
 
 
-def _default_skips(model: PreTrainedModel) -> dict[str, str]:
-    """Return the reason for each module that the defaults leave alone."""
+def default_skips(model: PreTrainedModel) -> dict[str, str]:
+    """Return the reason for each module that the defaults leave alone: tied, output embeddings, pooler, task head."""
     reasons: dict[str, str] = {}
     outside = _outside_of_bases(model)
     heads = {id(module) for module in _classifiers(model)}

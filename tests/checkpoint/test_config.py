@@ -7,7 +7,13 @@ from dataclasses import MISSING, asdict, fields
 import pytest
 from transformers import BertConfig, HfArgumentParser
 
-from hf_lossless_lr.checkpoint.config import FORMAT_VERSION, METHOD, LosslessLowRankConfig, ModuleRecord
+from hf_lossless_lr.checkpoint.config import (
+    FORMAT_VERSION,
+    METHOD,
+    WRITTEN_METHOD,
+    LosslessLowRankConfig,
+    ModuleRecord,
+)
 from hf_lossless_lr.checkpoint.options import (
     DEFAULT_KEEP_RATIO,
     MEASURED_OBJECTIVES,
@@ -414,8 +420,9 @@ def test_a_dictionary_gives_the_config_back(objective):
 
 def test_a_dictionary_holds_every_field():
     config = full_config()
-    assert config.to_dict() == asdict(config)
+    assert config.to_dict() == asdict(config) | {"quant_method": WRITTEN_METHOD}
     assert LosslessLowRankConfig.from_dict(config.to_dict()) == config
+    assert LosslessLowRankConfig.from_dict(asdict(config)) == config
 
 
 def test_json_gives_the_config_back(tmp_path):
@@ -429,7 +436,7 @@ def test_the_config_travels_in_the_config_of_a_model(tmp_path):
     config = full_config()
     BertConfig(quantization_config=config).save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    assert stored["quant_method"] == METHOD
+    assert stored["quant_method"] == WRITTEN_METHOD
     assert LosslessLowRankConfig.from_dict(stored) == config
 
 

@@ -19,10 +19,11 @@ def test_a_map_made_by_room_splits_no_factorized_layer(name, tmp_path):
         room = {"cpu": int(share * size), "disk": 10**9}
         options = {"device_map": "auto", "max_memory": room, "offload_folder": str(tmp_path / "disk")}
         loaded = type(model).from_pretrained(tmp_path / "model", **options).eval()
-        spread = spread or len(set(loaded.hf_device_map.values())) > 1
+        places = getattr(loaded, "hf_device_map", {})  # older versions of Transformers have none for one device
+        spread = spread or len(set(places.values())) > 1
         layers = [path for path, module in loaded.named_modules() if is_factorized(module)]
         assert layers
-        assert not [place for place in loaded.hf_device_map if any(place.startswith(f"{layer}.") for layer in layers)]
+        assert not [place for place in places if any(place.startswith(f"{layer}.") for layer in layers)]
         for key, value in answers(loaded, batch).items():
             torch.testing.assert_close(value.cpu(), expected[key], rtol=1e-4, atol=1e-4)
     assert spread

@@ -40,6 +40,14 @@ def test_the_rates_of_wrong_verdicts_are_those_of_the_records(study):
     assert [row for row in shown if row not in documented] == []
 
 
+def test_the_figures_of_training_are_those_of_the_records(study):
+    records = study("records").read_records(RESULTS / "train_compressed.jsonl")
+    shown = [line for line in study("train_compressed").tables(records).splitlines() if line]
+    documented = (ROOT / "docs" / "after_compression.md").read_text(encoding="utf-8").splitlines()
+    assert len(shown) == 3 * 2 + 6 + 6 + 7
+    assert [line for line in shown if line not in documented] == []
+
+
 @needs_matplotlib
 def test_plots_are_drawn_of_the_records(study, tmp_path):
     read = study("records").read_records
@@ -75,6 +83,30 @@ def test_the_answers_of_both_models_are_collected(study, monkeypatch, tmp_path):
     assert list(answers) == ["tiny, keep 0.7", "tiny, keep 0.5"]
     assert all(pair.clusters == 80 and pair.tempered is not None for pair in answers.values())
     assert (answers["tiny, keep 0.5"].loss[0] == answers["tiny, keep 0.7"].loss[0]).all()
+
+
+def test_a_model_is_trained_in_each_storage(study, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    bert_sequence_classification()[0].save_pretrained(tmp_path / "minilm-sst2")
+    word_tokenizer().save_pretrained(tmp_path / "minilm-sst2")
+    sentences = [{"sentence": f"{WORDS[n]} {WORDS[2 * n % 50]}", "label": n % 3} for n in range(32)]
+    words = [{"tokens": [WORDS[n], WORDS[n + 1]], "ner_tags": [n % 7, 0]} for n in range(16)]
+    for folder, names, rows in (
+        ("sst2", ("calibration", "validation"), sentences),
+        ("wikiann", ("train", "validation"), words),
+    ):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+        for name in names:
+            file = tmp_path / "data" / folder / f"{name}.jsonl"
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = tmp_path / "records.jsonl"
+    options = ["--testbed", tmp_path, "--records", file, "--examples", 32, "--steps", 1, "--held-out", 16]
+    monkeypatch.setattr(sys, "argv", ["train_compressed.py", *map(str, options)])
+    study("train_compressed").main()
+    kept = study("records").read_records(RESULTS / "train_compressed.jsonl")
+    measured = study("records").read_records(file)
+    assert [list(record) for record in measured] == [list(record) for record in kept]
+    assert "| pivoted | `up` |" in capsys.readouterr().out
 
 
 def test_times_are_written_for_each_stage(study, monkeypatch, tmp_path, capsys):
