@@ -395,7 +395,8 @@ WRONG = {  # options to change or add, and the message
     ),
     "columns of a published task": (
         lambda command: [*changed(command, task="sst2"), "--columns", "sentence", "label"],
-        "--columns is for text-classification, token-classification, text-generation, image-classification; sst2 has",
+        "--columns is for text-classification, token-classification, feature-extraction, "
+        "text-generation, image-classification; sst2 has",
     ),
     "solved examples": (lambda command: [*command, "--shots_files", "x"], "--shots_files is for mmlu, not for text-"),
     "size": (lambda command: [*command, "--keep_ratio", "0.0001"], "keep_ratio=0.0001 cannot be reached"),

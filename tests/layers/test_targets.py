@@ -9,7 +9,8 @@ from transformers import BertConfig, PreTrainedModel
 from hf_lossless_lr.errors import TargetError
 from hf_lossless_lr.layers.factorized import is_factorized
 from hf_lossless_lr.layers.linear import FactorizedLinear
-from hf_lossless_lr.layers.targets import EXACT, GLOB, NO_MATCH, REGEX, SUFFIX, TYPE, find_targets, match_specificity
+from hf_lossless_lr.layers.patterns import EXACT, GLOB, NO_MATCH, REGEX, SUFFIX, TYPE, match_specificity
+from hf_lossless_lr.layers.targets import find_targets
 
 ATTENTION = [f"{p}_proj" for p in "qkvo"]
 BERT_LAYER = [

@@ -64,7 +64,7 @@ def states(layers):
 
 def plain_and_refitted(calibration, choices, config):
     plain, refitted = (build_layers(calibration, choices, config) for _ in range(2))
-    trials_module._refit(calibration, choices, refitted, calibration.parts.calibration, config.damping, Clock())
+    trials_module._refit(calibration, choices, refitted, calibration.parts.calibration, config, Clock())
     return plain, refitted
 
 
