@@ -78,9 +78,9 @@ def draw_labels(
     batches, place = list[dict[str, Any]](), 0
     for batch in loader:
         rest = _without_labels(batch, model)
-        count = len(next(value for value in rest.values() if isinstance(value, torch.Tensor)))
-        batches.append({**rest, **_stacked(drawn[place : place + count], rest)})
-        place += count
+        own = drawn[place : place + len(_examples(rest))]
+        batches.append({**rest, **_stacked(own, rest)})
+        place += len(own)
     return batches
 
 
@@ -150,7 +150,7 @@ def _unknown(model: PreTrainedModel, what: str) -> str:
 
 
 def _examples(batch: Mapping[str, Any]) -> torch.Tensor:
-    """Return a tensor with a row for each example: what the model takes first."""
+    """Return a tensor with a row for each example: the first that the model takes."""
     return next(value for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim)
 
 
