@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..checkpoint import LosslessLowRankConfig
+from ..checkpoint import DEFAULT_SELECTION, LosslessLowRankConfig
 from ..data import combined_digest, item_digests, make_dataloader
 from ..errors import ConfigurationError
 from ..fingerprint import content_digest, tensors_fingerprint
@@ -17,7 +17,6 @@ from ..pipeline import LowRankCompressor
 from ..ranks import OBJECTIVES
 from ..report import CompressionReport, MethodResult
 
-SELECTED = 1 / 16  # of the calibration data: what a refit is judged by is kept from methods without one, too
 STAGES = ("factorization", "replacement", "selection", "refit")
 
 
@@ -56,7 +55,8 @@ def compare(
         ConfigurationError: if there is no such method, an option contradicts one, or the known results are of another
             model, other data or other options.
     """
-    changes = {"selection_fraction": SELECTED, **changes}
+    # What a refit is judged by is kept from methods without one, too: all have the same calibration data.
+    changes = {"selection_fraction": DEFAULT_SELECTION, **changes}
     configs = {name: LosslessLowRankConfig.from_preset(name, **changes) for name in dict.fromkeys(methods)}
     ratios = {name: _ratios(config, keep_ratios) for name, config in configs.items()}
     options = {"data_collator": data_collator, "processing_class": processing_class}

@@ -5,12 +5,13 @@ Also what hangs on a compressed model. Sees no data, statistics or verdict.
 
 from .attached import attach_card, dequantize, mark_compressed, unmark_compressed
 from .config import LosslessLowRankConfig, record_of
-from .options import FEWEST_JUDGES, MEASURED_OBJECTIVES, CompressionOptions
+from .options import DEFAULT_SELECTION, FEWEST_JUDGES, MEASURED_OBJECTIVES, CompressionOptions
 from .presets import PRESETS
 from .quantizer import LosslessLowRankQuantizer, compressed_architecture
 from .storing import change_storage
 
 __all__ = [
+    "DEFAULT_SELECTION",
     "FEWEST_JUDGES",
     "MEASURED_OBJECTIVES",
     "PRESETS",

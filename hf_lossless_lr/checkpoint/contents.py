@@ -91,8 +91,8 @@ def _check_kinds(modules: Mapping[str, Factorized | Stored], names: Collection[s
         for key, tensor in module.state_dict().items():
             kinds.setdefault(key, set()).add(tensor.dtype)
     for file, tensors, key in _stored(files):
-        places = [place for place, sign in enumerate(key) if sign == "." and key[:place] in names]
-        below = key[places[0] + 1 :] if places else None
+        layer = layer_of(key, names)
+        below = None if layer is None else key[len(layer) + 1 :]
         if below == "permutation":
             with torch.device("cpu"):  # Transformers may be building a model on the meta device
                 order = tensors.get_tensor(key)
@@ -119,6 +119,12 @@ def _check_permutation(order: torch.Tensor, name: str, file: str) -> None:
             f"the tensor {name!r} in {file} is no permutation of 0 to {len(order) - 1}: a place is missing, doubled "
             "or out of range. The file was edited or damaged."
         )
+
+
+def layer_of(key: str, names: Collection[str]) -> str | None:
+    """Return the outermost of some modules that a tensor lies below, by its name; None if it lies below none."""
+    above = (key[:place] for place, sign in enumerate(key) if sign == ".")
+    return next((name for name in above if name in names), None)
 
 
 def check_read(model: nn.Module, files: Sequence[str] | None) -> None:

@@ -14,6 +14,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
 from ..layers import is_factorized, rounded_modules, stored_in
+from .contents import layer_of
 
 CONVERSIONS = "_weight_conversions"
 """Attribute in which Transformers keeps how a model was loaded, which saving does backwards."""
@@ -48,7 +49,7 @@ def apart_from_layers(conversions: Iterable[Any], model: nn.Module) -> list[Any]
     """
     names = {name for name, module in model.named_modules() if is_factorized(module)}
     names |= {name for name, *_ in rounded_modules(model)} | set(stored_in(model))
-    keys = [key for key in model.state_dict() if any(key.startswith(f"{name}.") for name in names)]
+    keys = [key for key in model.state_dict() if layer_of(key, names) is not None]
     return [c for c in conversions if not isinstance(c, WeightConverter) or not _changes(c, keys)]
 
 

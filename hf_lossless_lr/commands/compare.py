@@ -12,15 +12,14 @@ from ..checkpoint import PRESETS, LosslessLowRankConfig
 from ..errors import CheckpointError, ConfigurationError
 from ..files import write_atomically
 from ..report import MethodResult, finite, methods_table, write_methods_figure
-from .data_options import CalibrationArguments, check_arguments, load_calibration, task_of
+from .data_options import CalibrationArguments, JudgingArguments, check_arguments, load_calibration, task_of
 from .loading import load_auto, load_model
 
-_DEFAULTS = LosslessLowRankConfig()
 METHODS = ("default", "no-refit", "kfac-svd", "aa-svd", "svd-llm", "asvd", "fwsvd", "svd")
 
 
 @dataclass(kw_only=True)
-class CompareArguments(CalibrationArguments):
+class CompareArguments(CalibrationArguments, JudgingArguments):
     """What to compare, and where to keep it."""
 
     methods: list[str] = field(
@@ -29,16 +28,11 @@ class CompareArguments(CalibrationArguments):
     keep_ratios: list[float] = field(
         default_factory=lambda: [0.7, 0.5], metadata={"help": "sizes, for those methods that take one"}
     )
-    batch_size: int = field(default=_DEFAULTS.batch_size, metadata={"help": "examples per forward pass"})
     rank_multiple: int | None = field(
         default=None, metadata={"help": "multiple that ranks are taken from; default as in compress"}
     )
     target_modules: list[str] | None = field(
         default=None, metadata={"help": "layers to factorize, as in compress; default all"}
-    )
-    loss_margin: float = field(default=_DEFAULTS.loss_margin, metadata={"help": "acceptable loss increase in nats"})
-    accuracy_margin: float = field(
-        default=_DEFAULTS.accuracy_margin, metadata={"help": "acceptable drop of the accuracy, as a fraction"}
     )
     records: str | None = field(
         default=None, metadata={"help": "file of the results, one in a line; those that it has are not found again"}

@@ -10,6 +10,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from ..checkpoint import LosslessLowRankConfig
 from ..errors import CertificateError, ConfigurationError
 from ..evaluation import EVALUATION_TASKS, TASKS, EvaluationTask, Task, is_format, is_single, load_split, mmlu
 from ..files import check_writable
@@ -83,6 +84,20 @@ class CalibrationArguments(DataArguments):
     calibration_examples: int = field(default=1024, metadata={"help": "calibration examples, from the start"})
     eval_examples: int | None = field(
         default=None, metadata={"help": "held-out examples, from the start; default all"}
+    )
+
+
+_DEFAULTS = LosslessLowRankConfig()
+
+
+@dataclass(kw_only=True)
+class JudgingArguments:
+    """How results are judged."""
+
+    batch_size: int = field(default=_DEFAULTS.batch_size, metadata={"help": "examples per forward pass"})
+    loss_margin: float = field(default=_DEFAULTS.loss_margin, metadata={"help": "acceptable loss increase in nats"})
+    accuracy_margin: float = field(
+        default=_DEFAULTS.accuracy_margin, metadata={"help": "acceptable drop of the accuracy, as a fraction"}
     )
 
 

@@ -17,6 +17,7 @@ from .binding import doubt_about_weights, read_report
 from .data_options import (
     NOT_AS_REQUIRED,
     DataArguments,
+    JudgingArguments,
     check_arguments,
     complaint,
     load_examples,
@@ -29,16 +30,11 @@ _DEFAULTS = LosslessLowRankConfig()
 
 
 @dataclass(kw_only=True)
-class VerifyArguments(DataArguments):
+class VerifyArguments(DataArguments, JudgingArguments):
     """What to compare on, and what counts as lossless."""
 
     split: str = field(default="validation", metadata={"help": "split to compare on"})
     examples: int | None = field(default=None, metadata={"help": "examples, from the start; default all"})
-    batch_size: int = field(default=_DEFAULTS.batch_size, metadata={"help": "examples per forward pass"})
-    loss_margin: float = field(default=_DEFAULTS.loss_margin, metadata={"help": "acceptable loss increase in nats"})
-    accuracy_margin: float = field(
-        default=_DEFAULTS.accuracy_margin, metadata={"help": "acceptable drop of the accuracy, as a fraction"}
-    )
     confidence: float = field(default=_DEFAULTS.confidence, metadata={"help": "confidence level of one-sided bounds"})
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import find_labels, logging
 
 from ..errors import DataError
-from ..layers import evaluating
+from ..layers import evaluating, on_device
 from .alignment import measured_shift
 from .forward import run_batch
 from .label_checks import ALIASES
@@ -46,8 +46,8 @@ def draw_labels(
 
     Args:
         data: as for `make_dataloader`; may be used up.
-        model: the dense model, on `device`.
-        device: its device.
+        model: the dense model; it is where it was afterwards.
+        device: the device of the work.
         seed: seed of the draws, which do not depend on the batches.
         max_examples: examples to take from the start; None for all.
         keep: whether labels that are there stay.
@@ -64,7 +64,7 @@ def draw_labels(
     if keep and any(next(iter(loader)).get(each) is not None for each in label_names(model)):
         return list(loader) if ready_batches(loader) else loader
     generator, drawn = torch.Generator().manual_seed(seed), list[Labels]()
-    with evaluating(model):
+    with on_device(model, device), evaluating(model):
         for index, batch in enumerate(logging.tqdm(loader, desc="Drawing labels")):
             moved = send_to_device(_without_labels(batch, model), device)
             outputs = run_batch(model, moved, index)

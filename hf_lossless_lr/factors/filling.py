@@ -65,9 +65,8 @@ def _rounded_filters(
     """Round the filters of a spatial form: the first ones, then the second as they fit best to these."""
     up, _ = solved_second(first, weight, hessian, width)
     norms = up.unflatten(-1, (len(first), width)).norm(dim=(0, -1)).clamp_min(SMALLEST_NORM)
-    down, down_grid = round_dense(
-        first * norms[:, None], vertical_moments(hessian, width), kind
-    )  # those of a group share their grids
+    vertical = vertical_moments(hessian, width)
+    down, down_grid = round_dense(first * norms[:, None], vertical, kind)  # those of a group share their grids
     up, between = solved_second(down.double(), weight, hessian, width)
     up, up_grid = round_dense(up, between, kind)
     return RoundedFactors(FactorTensors(down, up, None), down_grid, up_grid)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..formats import FORMATS, Grid
-from ..layers import grids_in, restore_grids
+from ..layers import format_of, grids_in, restore_grids
 from ..statistics import Shelf
 
 
@@ -47,8 +47,8 @@ class RefittedLayers:
 
     def put(self, name: str, layer: Any) -> None:
         """Write a layer that is finished."""
-        grids, kinds = grids_in(layer), {kind: name for name, kind in FORMATS.items()}
+        grids = grids_in(layer)
         tensors = {f"state {key}": value for key, value in layer.state_dict().items()}
         tensors |= {f"scale {module}": grid.scale for module, grid in grids.items()}
         tensors |= {f"zero {module}": grid.zero for module, grid in grids.items()}
-        self._shelf.put(self._key(name), tensors, {"grids": {m: kinds[grid.kind] for m, grid in grids.items()}})
+        self._shelf.put(self._key(name), tensors, {"grids": {m: format_of(layer.get_submodule(m)) for m in grids}})

@@ -23,6 +23,8 @@ from .patterns import TYPE, best_match, check_patterns
 from .readers import readers
 from .subclasses import answers_as_its_base
 
+NOT_ASKED_FOR = "not in `target_modules`"
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -76,7 +78,7 @@ def find_targets(
         if unwanted and unwanted >= wanted:
             skipped[name] = "in `ignore`"
         elif not wanted:
-            skipped[name] = "not in `target_modules`"
+            skipped[name] = NOT_ASKED_FOR
         elif id(module) in read:
             skipped[name] = f"{read[id(module)]} reads its weight instead of calling it"
         elif refusal := _refusal(module):
@@ -188,9 +190,7 @@ def _nothing_left(model: PreTrainedModel, skipped: dict[str, str]) -> str:
     if not skipped:
         known = ", ".join(kind.__name__ for kind in LAYOUTS)
         return f"{name} has no layer that can be factorized ({known})."
-    order = sorted(
-        skipped.items(), key=lambda entry: entry[1] == "not in `target_modules`"
-    )  # first what was asked for
+    order = sorted(skipped.items(), key=lambda entry: entry[1] == NOT_ASKED_FOR)  # first what was asked for
     listed = "; ".join(f"{layer} ({reason})" for layer, reason in order[:5])
     return (
         f"no layer of {name} is left to factorize; skipped: {listed}{' …' if len(skipped) > 5 else ''}. Name layers "

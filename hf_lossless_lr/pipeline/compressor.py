@@ -209,12 +209,10 @@ class LowRankCompressor:
     ) -> tuple[Any, Any]:
         config, device = self.config, make_accelerator().device
         options = {"batch_size": config.batch_size, "data_collator": collator, "processing_class": processing_class}
-        with on_device(model, device):
-            most = config.max_examples
-            calib_dataset = draw_labels(calib_dataset, model, device, config.seed, most, **options)
-            options["name"] = "eval_dataset"
-            if eval_dataset is not None:
-                eval_dataset = draw_labels(eval_dataset, model, device, config.seed + 1, keep=True, **options)
+        calib_dataset = draw_labels(calib_dataset, model, device, config.seed, config.max_examples, **options)
+        options["name"] = "eval_dataset"
+        if eval_dataset is not None:
+            eval_dataset = draw_labels(eval_dataset, model, device, config.seed + 1, keep=True, **options)
         return calib_dataset, eval_dataset
 
     def compress_to(self, keep_ratio: float | None = None) -> PreTrainedModel:

@@ -58,10 +58,8 @@ def verify(
     options = {"batch_size": batch_size, "data_collator": data_collator, "processing_class": processing_class}
     accelerator = make_accelerator()
     if labels == "model":
-        with on_device(dense, accelerator.device):
-            eval_dataset = draw_labels(
-                eval_dataset, dense, accelerator.device, 0, keep=True, name="eval_dataset", **options
-            )
+        named = {**options, "name": "eval_dataset"}
+        eval_dataset = draw_labels(eval_dataset, dense, accelerator.device, 0, keep=True, **named)
     loader = make_dataloader(eval_dataset, dense, name="eval_dataset", **options)
     fingerprint = combined_digest(examine(loader, dense, "eval_dataset")[0])
     if fingerprint in used:

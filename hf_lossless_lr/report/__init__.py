@@ -7,6 +7,7 @@ from .card import CARD_NAME, is_unedited, model_card
 from .comparison import MethodResult, methods_table, write_methods_figure
 from .figures import write_figures
 from .memory import MemoryPlan, gibibytes
+from .reading import CERTIFIED
 from .records import (
     REPORT_NAME,
     Certificate,
@@ -24,6 +25,7 @@ from .weights import LayerReport, SkippedWeight
 
 __all__ = [
     "CARD_NAME",
+    "CERTIFIED",
     "REPORT_NAME",
     "Certificate",
     "CompressionReport",

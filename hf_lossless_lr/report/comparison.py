@@ -9,9 +9,8 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .drawing import DENSE, refuse_links, require_matplotlib, save_figure
-from .reading import typed
+from .reading import CERTIFIED, typed
 
-CERTIFIED = ("improved", "lossless")
 COLUMNS = (
     *("method", "asked", "parameters", "bytes", "loss", "accuracy (points)"),
     *("divergence", "verdict", "time of a batch", "compression (s)"),

@@ -10,6 +10,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 LARGEST = 1e30  # no size, loss or time is larger, and figures can be drawn of smaller numbers
 ROUNDING = 1e-9
+CERTIFIED = ("improved", "lossless")
+"""The verdicts that a certificate states for a model, the better one first."""
 
 
 def typed(kind: Any, value: Any, name: str, ignore: bool = False) -> Any:
@@ -98,13 +100,13 @@ def contradiction(certificate: Any) -> str | None:
     beyond = [name for name, difference in found.items() if difference.lower > margins[name]]
     open_ended = [name for name, difference in found.items() if difference.upper > margins[name]]
     status = certificate.status
-    if status not in ("improved", "lossless", "inconclusive", "lossy"):
+    if status not in (*CERTIFIED, "inconclusive", "lossy"):
         return f"there is no status {_shown(status)}"
     if status == "lossy" and not beyond:
         return "the status is 'lossy', but no lower bound is beyond its margin"
     if status != "lossy" and beyond:
         return f"the status is {status!r}, but the lower bound of {beyond[0]} is beyond its margin"
-    if status in ("improved", "lossless") and open_ended:
+    if status in CERTIFIED and open_ended:
         return f"the status is {status!r}, but the upper bound of {open_ended[0]} is beyond its margin"
     losses = [found[name].upper for name in ("loss_increase", "tempered_loss_increase") if name in found]
     if status == "improved" and not (len(losses) == 2 and max(losses) < 0):

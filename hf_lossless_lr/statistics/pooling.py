@@ -63,23 +63,25 @@ class PooledStatistics(Mapping[str, LayerStatistics]):
 
     def __getitem__(self, name: str) -> LayerStatistics:
         """Return the statistics of a layer."""
-        own = self._layers[name] if name in self._layers or name not in self._group_of else None
-        if name not in self._group_of or (own is not None and _has_enough(own)):
+        group = self._group_of.get(name)
+        if group is None:
             return self._layers[name]
-        group = self._group_of[name]
+        own = self._layers.get(name)
+        if own is not None and _has_enough(own):
+            return own
         if self._pool is None or self._pool[0] != group:
             self._pool = group, self._pooled(group)
         return _filled(own, self._pool[1])
 
     def _pooled(self, group: Key) -> _Pool:
-        inputs, grads, rows, some = torch.zeros(()), torch.zeros(()), 0, None
-        for name in group:
-            if name in self._layers:
-                some = self._layers[name]
-                inputs = inputs.to(some.input_covariance) + some.tokens * some.input_covariance
-                grads = grads.to(some.grad_covariance) + some.grad_covariance
-                rows += some.tokens
-        assert some is not None  # noqa: S101 # groups without one are left out
+        first, *rest = (name for name in group if name in self._layers)  # groups without any are left out
+        some = self._layers[first]
+        inputs, grads, rows = some.tokens * some.input_covariance, some.grad_covariance, some.tokens
+        for name in rest:
+            layer = self._layers[name]
+            inputs = inputs + layer.tokens * layer.input_covariance
+            grads = grads + layer.grad_covariance
+            rows += layer.tokens
         return _Pool(inputs / rows, grads / rows, some)
 
 

@@ -105,6 +105,10 @@ class Shelved(Mapping[str, Value]):
         """Take in layers that are on the shelf."""
         self._names.update(dict.fromkeys(names))
 
+    def __contains__(self, name: object) -> bool:
+        """Return whether a layer is there, without reading it."""
+        return name in self._names
+
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names of the layers."""
         return iter(self._names)

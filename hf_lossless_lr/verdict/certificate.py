@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import CertificateError
 from ..renamed import refusing_old_names
-from ..report import Certificate, Difference
+from ..report import CERTIFIED, Certificate, Difference
 from .bounds import (
     bootstrap_upper_bound,
     examples_needed,
@@ -25,7 +25,6 @@ from .outcomes import PairedOutcomes
 from .temperatures import at_fitted_temperatures, temperature_doubt
 
 MIN_EXAMPLES = 30
-CERTIFIED = ("improved", "lossless")
 LOSS, TEMPERED, ACCURACY = "loss", "loss at fitted temperatures", "accuracy"
 
 

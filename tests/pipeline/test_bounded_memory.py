@@ -19,7 +19,7 @@ from hf_lossless_lr.errors import CheckpointError, ConfigurationError
 from hf_lossless_lr.layers import find_targets
 from hf_lossless_lr.pipeline.memory import memory_limit, needs_of, windows_of
 from hf_lossless_lr.statistics import collect_in_windows
-from hf_lossless_lr.statistics.shelf import SLABS, Shelf, pack, unpack
+from hf_lossless_lr.statistics.shelf import SLABS, Shelf, ShelvedStatistics, pack, unpack
 
 GIBIBYTE = 2**30
 EXAMPLES = 32
@@ -73,6 +73,13 @@ class TestShelf:
         assert list(about.items()) == [("z", 1), ("a", [2, None])]
         assert "a/b" in shelf
         assert "other" not in shelf
+
+    def test_is_not_read_to_know_what_is_there(self, tmp_path, monkeypatch):
+        statistics = ShelvedStatistics(Shelf(tmp_path), torch.device("cpu"))
+        statistics.add(["a"])
+        monkeypatch.setattr(Shelf, "get", None)
+        assert "a" in statistics
+        assert "b" not in statistics
 
     def test_refuses_a_file_that_was_changed(self, tmp_path):
         Shelf(tmp_path).put("a", {"x": torch.arange(3.0)}, {"n": 1})
