@@ -50,6 +50,14 @@ def _quiet():
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _few_turns():
+    """Compressions measure the speed of their model in the fewest turns: nearly all tests look at something else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_lossless_lr.pipeline.speed.MAX_SECONDS", 0.0)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _cache_of_datasets(tmp_path_factory):
     """What `datasets` reads from files is cached in the folder of this run, of which each worker has its own."""
     folder = tmp_path_factory.mktemp("datasets")

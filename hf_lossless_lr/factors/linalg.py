@@ -8,10 +8,11 @@ several independent matrices.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from ..errors import NumericalError
 from ..statistics import precision_of
@@ -118,7 +119,9 @@ def pivoted_form(left: torch.Tensor, right: torch.Tensor, bound: float = 2.0) ->
         raise NumericalError(f"pivoted_form: the bound of the coefficients must be above 1, got {bound}.")
     left = left.double()
     basis = torch.linalg.qr(left).Q
-    with threadpool_limits(1, "blas"):  # the threads of scipy's BLAS would keep spinning, and slow down those of torch
+    with _libraries().limit(
+        limits=1, user_api="blas"
+    ):  # the threads of scipy's would keep spinning, and slow down torch's
         order = torch.from_numpy(qr(basis.T.cpu().numpy(), mode="r", pivoting=True)[1]).to(left.device, torch.int64)
     while True:
         pivots, rest = order[:rank], order[rank:]
@@ -130,6 +133,12 @@ def pivoted_form(left: torch.Tensor, right: torch.Tensor, bound: float = 2.0) ->
         order = order.clone()
         order[[column, rank + row]] = order[[rank + row, column]]
     return PivotedForm(left[pivots] @ right.double(), coefficients, torch.argsort(order))
+
+
+@cache
+def _libraries() -> ThreadpoolController:
+    """Return the libraries that compute with threads; to look for them takes as long as a small decomposition."""
+    return ThreadpoolController()
 
 
 def shifted_weight(
