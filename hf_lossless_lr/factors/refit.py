@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -94,6 +95,7 @@ def refit(
     clock: Clock,
     others: Mapping[str, nn.Module] = MappingProxyType({}),
     kept: RefittedLayers | None = None,
+    most: int | None = None,
 ) -> list[str]:
     """Refit the layers to their shifted inputs, in the order of the forward pass.
 
@@ -107,6 +109,7 @@ def refit(
         clock: the times of the forward passes, of the products of their inputs and of the solves are added here.
         others: what else is in the compressed model, by name; left as it is.
         kept: where finished layers are kept, to go on after an interruption; None for nowhere.
+        most: how many batches of this process there is memory for; None for all of them.
 
     Returns:
         The layers that were left as they are: in no group, not reached by the data, or with other rows in the
@@ -117,7 +120,8 @@ def refit(
     layers = {**others, **{name: target.layer for name, target in targets.items()}}
     masks = PaddingMasks(model)  # what it knows of the model serves all streams
     with evaluating(model), pausing(model, masks.encoder, _pauses(targets, groups)):
-        batches, finished = [batch for loader in loaders for batch in accelerator.prepare(loader)], set[Group]()
+        batches = list(islice((batch for loader in loaders for batch in accelerator.prepare(loader)), most))
+        finished = set[Group]()
         with paired_streams(model, batches, masks) as (dense, compressed):
             for group in logging.tqdm(groups, desc="Refitting", disable=not accelerator.is_main_process):
                 if kept is not None and all(name in kept for name in group):  # streams will pass it

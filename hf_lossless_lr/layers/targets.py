@@ -221,6 +221,11 @@ def check_model(model: Any) -> None:
     if existing is not None or getattr(model, "is_quantized", False):
         raise TargetError(f"this {name} is quantized. Compress it in floating point first and quantize the result.")
     if any(parameter.is_meta for parameter in model.parameters()):
+        if getattr(model, "hf_device_map", None):
+            raise TargetError(
+                f"this {name} is offloaded in part by its device_map, and compression needs all weights at hand. Load it "
+                "without a device_map; where memory is short, give max_memory and work_dir, which keep the rest on disk."
+            )
         raise TargetError(f"this {name} is on the meta device and has no values. Load its weights first.")
     _check_state(model, f"this {name}")
 

@@ -166,13 +166,14 @@ def calibrate(
             if loader is not None:
                 _try_first(model, loader, accelerator)
         targets = without_heads(model, config, parts, targets, accelerator)
-        memory, windows = plan_memory(model, targets.chosen, parts, accelerator, limit)
+        kept = work_dir is not None
+        memory, windows = plan_memory(model, targets.chosen, parts, accelerator, limit, bool(config.refit), kept)
         workspace = None
-        if memory.disk or work_dir is not None:
-            _check_on_disk(config, memory, statistics_path)
-            (logger.warning if memory.disk and accelerator.is_main_process else logger.info)(memory.sentence)
+        if memory.disk:
+            _check_on_disk(config, kept, statistics_path)
+            (logger.info if memory.fits or not accelerator.is_main_process else logger.warning)(memory.sentence)
             inputs = _inputs(dense, config, parts, targets, accelerator)
-            workspace = Workspace(None if work_dir is None else Path(work_dir), accelerator, inputs)
+            workspace = Workspace(Path(work_dir) if work_dir is not None else None, accelerator, inputs)
             undo.callback(workspace.close)
         shelf = None if workspace is None else workspace.shelf
         with clock.timed("statistics"):
@@ -192,9 +193,9 @@ def calibrate(
     return Calibration(dense, parts, statistics, factors, accelerator, clock.seconds, memory, workspace)
 
 
-def _check_on_disk(config: LosslessLowRankConfig, memory: MemoryPlan, statistics_path: Any) -> None:
+def _check_on_disk(config: LosslessLowRankConfig, kept: bool, statistics_path: Any) -> None:
     """Refuse what needs all statistics in memory, or the gradients of the weights."""
-    why = "max_memory is too little to hold them in memory" if memory.disk else "work_dir keeps them on disk"
+    why = "work_dir keeps them on disk" if kept else "max_memory is too little to hold them in memory"
     if OBJECTIVES[config.objective].needs_noise:
         raise ConfigurationError(f"objective={config.objective!r} needs all statistics in memory, and {why}.")
     if statistics_path is not None:

@@ -21,6 +21,7 @@ from ..factors import spatial_kernel, spatial_needs
 from ..layers import weight_matrices
 from ..report import MemoryPlan, gibibytes
 from ..statistics import Key, collect_statistics, precision_of
+from .activations import refit_memory
 
 MARGIN = 0.1  # of the free memory, for everything else
 WORKSPACE = 80  # bytes of a solve for each number of both second moments: damped, rounded, products; as measured
@@ -101,11 +102,14 @@ def plan_memory(
     parts: DataSplits,
     accelerator: Accelerator,
     limit: int,
+    refits: bool,
+    keeps: bool = False,
 ) -> tuple[MemoryPlan, list[Key]]:
-    """Decide how the statistics are collected, and where they and the factors are kept.
+    """Decide how the statistics are collected, where they and the factors are kept, and how much a refit may hold.
 
     Where all of it fits, that is one pass, and memory. Else the activations of the first batch are measured, and
-    layers are taken in windows whose second moments fit beside them; statistics and factors go to disk.
+    layers are taken in windows whose second moments fit beside them; statistics and factors go to disk. Where the
+    batches that wait in a refit do not fit beside the layers even then, it takes as many as do.
 
     Args:
         model: the dense model, on the accelerator's device.
@@ -113,6 +117,8 @@ def plan_memory(
         parts: the data.
         accelerator: the processes and the device.
         limit: bytes that a process may have.
+        refits: whether the layers will be refitted.
+        keeps: whether statistics and factors are kept on disk in any case.
 
     Returns:
         The plan, and the layers of each pass; the same on each process.
@@ -125,16 +131,22 @@ def plan_memory(
     base = _largest(base, accelerator)
     statistics, factors = (sum(getattr(each, kind) for each in needs.values()) for kind in ("statistics", "factors"))
     layers = sum(weight_matrices(module).numel() * weight_matrices(module).itemsize for module in targets.values())
-    whole = base + statistics + factors + 2 * layers + work
+    held, batches = refit_memory(model, targets, parts, accelerator) if refits else (0, 0)
+    held = _largest(held, accelerator)
+    whole = base + statistics + factors + 2 * layers + work + held * batches
+    disk = statistics * 9 // 16 + factors
     if whole <= limit:
-        return MemoryPlan(limit, whole, 1, 0), [tuple(targets)]
+        return MemoryPlan(limit, whole, 1, disk if keeps else 0), [tuple(targets)]
     activations, seconds = _first_batch(model, targets, parts, accelerator)
     room = limit - base - activations - max(each.statistics for each in needs.values())  # of one product
     windows = windows_of({name: each.statistics for name, each in needs.items()}, room)
-    expected = max(limit - max(room, 0) + min(room, statistics), base + 2 * layers + work)
-    batches = -(-dataset_size(parts.calibration) // (parts.calibration.batch_size or 1) // accelerator.num_processes)
-    disk = statistics * 9 // 16 + factors
-    return MemoryPlan(limit, expected, len(windows), disk, len(windows) * batches * seconds), windows
+    refitting = base + 2 * layers + work
+    fitting = max((limit - refitting) // held, 1) if held else batches
+    expected = max(limit - max(room, 0) + min(room, statistics), refitting + held * min(fitting, batches))
+    passed = -(-dataset_size(parts.calibration) // (parts.calibration.batch_size or 1) // accelerator.num_processes)
+    seconds *= len(windows) * passed
+    of_refit = (fitting, batches) if fitting < batches else None
+    return MemoryPlan(limit, expected, len(windows), disk, seconds, of_refit), windows
 
 
 def _largest(number: float, accelerator: Accelerator) -> int:

@@ -220,9 +220,10 @@ def _refit(
     others = {name: layer for name, layer in layers.items() if name not in choices}
     groups = refit_groups(statistics, targets)
     loaders, accelerator = _fitted_to(calibration, data), calibration.accelerator
+    most, _ = calibration.memory.refit_batches or (None, None)
     with clock.timed("refit"):
         left = refit(
-            calibration.dense.model, targets, groups, loaders, accelerator, config.damping, clock, others, kept
+            calibration.dense.model, targets, groups, loaders, accelerator, config.damping, clock, others, kept, most
         )
     if left:
         logger.warning_once(
@@ -237,7 +238,8 @@ def _kept(calibration: Calibration, choices: Choices, config: LosslessLowRankCon
     if workspace is None or not workspace.stays:
         return None
     chosen = {name: list(choice) for name, choice in choices.items()}
-    digest = content_digest([chosen, config.embeddings, calibration.parts.fingerprints.get("refit")])
+    data = calibration.parts.fingerprints.get("refit"), calibration.memory.refit_batches
+    digest = content_digest([chosen, config.embeddings, *data])
     calibration.accelerator.wait_for_everyone()  # to see the same on each process
     return RefittedLayers(workspace.shelf, digest, choices)
 

@@ -15,6 +15,7 @@ class MemoryPlan:
         passes: passes over the calibration data, each for a window of layers.
         disk: bytes of statistics and factors on disk; 0 where they stay in memory.
         seconds: expected time of the passes; None where nothing was measured.
+        refit_batches: how many batches of a process the refit takes, and of how many; None for all of them.
     """
 
     limit: int
@@ -22,15 +23,24 @@ class MemoryPlan:
     passes: int
     disk: int
     seconds: float | None = None
+    refit_batches: tuple[int, int] | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether all of it would fit into memory at once."""
+        return self.seconds is None
 
     @property
     def sentence(self) -> str:
         """The plan in words."""
         where = f"statistics and factors on disk ({gibibytes(self.disk)})" if self.disk else "all of it in memory"
         time = "" if self.seconds is None else f", about {self.seconds / 60:.1f} minutes for the passes"
+        refit = ""
+        if self.refit_batches is not None:
+            refit = "; the refit takes the first {} of {} batches".format(*self.refit_batches)
         return (
             f"calibration in {self.passes} {'pass' if self.passes == 1 else 'passes'} over the data, {where}; "
-            f"{gibibytes(self.expected)} of memory expected, {gibibytes(self.limit)} allowed{time}"
+            f"{gibibytes(self.expected)} of memory expected, {gibibytes(self.limit)} allowed{time}{refit}"
         )
 
 

@@ -67,8 +67,8 @@ class Prepared(NamedTuple):
         """The matrices that the factorized layers stand for."""
         return {name: target.layer.dense_weight().detach().numpy().copy() for name, target in self.targets.items()}
 
-    def refit(self, batches, damping: float = DAMPING) -> dict[str, np.ndarray]:
-        refit(self.model, self.targets, self.groups, [loader_of(batches)], accelerator(), damping, Clock())
+    def refit(self, batches, damping: float = DAMPING, **options) -> dict[str, np.ndarray]:
+        refit(self.model, self.targets, self.groups, [loader_of(batches)], accelerator(), damping, Clock(), **options)
         return self.products()
 
 
@@ -104,6 +104,18 @@ def test_a_metric_without_gradients_is_that_of_equal_ones(storage, double_produc
             prepared.targets[name] = replace(target, grad_covariance=given)
         found.append(prepared.refit(split_batch(batch, BATCH_SIZE)))
     assert deviation(*found) < 1e-8
+
+
+def test_takes_no_more_batches_than_there_is_memory_for():
+    found = []
+    for taken, options in ((2, {}), (3, {"most": 2}), (3, {"most": None}), (3, {"most": 9})):
+        model, batch = MODELS["llama"](COUNT)
+        batches = split_batch(batch, BATCH_SIZE)
+        found.append(prepare(model, batches).refit(batches[:taken], **options))
+    first_two, limited, everything, generous = found
+    assert changed(first_two, limited) == set()
+    assert changed(everything, generous) == set()
+    assert changed(limited, everything) == set(everything)
 
 
 def deviation(got, expected) -> float:

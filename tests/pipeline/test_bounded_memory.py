@@ -12,12 +12,15 @@ from support.processes import accelerator, loader_of
 from support.tiny_models import TINY_MODELS, as_examples, llama, split_batch
 
 import hf_lossless_lr.pipeline.memory as memory
+import hf_lossless_lr.pipeline.trial as trial
 import hf_lossless_lr.statistics.windows as windows_module
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
-from hf_lossless_lr.data import split_data
+from hf_lossless_lr.data import dataset_size, split_data
 from hf_lossless_lr.errors import CheckpointError, ConfigurationError
 from hf_lossless_lr.layers import find_targets
+from hf_lossless_lr.pipeline.activations import _Results, bytes_waiting, refit_memory
 from hf_lossless_lr.pipeline.memory import memory_limit, needs_of, windows_of
+from hf_lossless_lr.report import CompressionReport
 from hf_lossless_lr.statistics import collect_in_windows
 from hf_lossless_lr.statistics.shelf import SLABS, Shelf, ShelvedStatistics, pack, unpack
 
@@ -42,6 +45,7 @@ def small(monkeypatch, model, share=0.4):
     """Let the memory hold the model and a share of the statistics, whatever this process has."""
     monkeypatch.setattr(memory, "resident", lambda device: 0)
     monkeypatch.setattr(memory, "_first_batch", lambda *_: (0, 0.5))
+    monkeypatch.setattr(memory, "refit_memory", lambda *_: (0, 1))
     needs = [needs_of(m).statistics for m in model.modules() if type(m).__name__ in ("Linear", "Conv1D")]
     return int(share * sum(needs)) + max(needs)
 
@@ -143,6 +147,56 @@ def test_in_windows_and_on_disk_the_result_is_the_same(name, monkeypatch):
     assert report.calibration == plain.calibration
 
 
+class TestARefit:
+    """The last 8 examples are held out, and 6 of the others judge: 18, in batches of 2, are fitted to."""
+
+    def test_takes_as_many_batches_as_fit(self, monkeypatch):
+        limit = small(monkeypatch, llama()[0], share=2)
+        monkeypatch.setattr(memory, "refit_memory", lambda *_: (limit // 3, 9))
+        given = []
+        monkeypatch.setattr(trial, "refit", lambda *args: given.append(args[-1]) or [])
+        _, report = compressed(max_memory=limit)
+        kept, of = report.memory.refit_batches
+        assert of == 9
+        assert 1 <= kept <= 2
+        assert set(given) == {kept}
+        assert report.memory.sentence.endswith(f"; the refit takes the first {kept} of 9 batches")
+        assert CompressionReport.from_json(report.to_json()).memory == report.memory
+
+    def test_takes_all_of_them_where_these_fit(self):
+        _, report = compressed()
+        assert report.memory.refit_batches is None
+        assert "refit" not in report.memory.sentence
+
+    def test_is_counted_with_all_its_batches(self):
+        model, batch = llama(18)
+        parts = split_data(model, split_batch(batch, 2), None, batch_size=1, seed=0, selection_fraction=0.0)
+        targets = find_targets(model).chosen
+        held, batches = refit_memory(model, targets, parts, accelerator())
+        assert batches == dataset_size(parts.calibration)
+        assert held > 0
+
+    def test_holds_at_a_layer_what_the_forward_pass_still_needs(self):
+        """At `down_proj`: its input, and the residual stream in float32, for each of 12 tokens of an example."""
+        sizes = []
+        for count in (4, 8):
+            model, batch = llama(count)
+            sizes.append(bytes_waiting(model, {"down": model.model.layers[1].mlp.down_proj}, batch))
+        config, tokens = model.config, batch["input_ids"].numel() - batch["input_ids"].numel() // 2
+        activations = 4 * tokens * (config.hidden_size + config.intermediate_size)
+        assert activations <= sizes[1] - sizes[0] <= 3 * activations
+
+    def test_does_not_count_weights(self):
+        linear = torch.nn.Linear(64, 64)
+        with torch.no_grad(), _Results(linear) as results:
+            view = linear.weight.T  # noqa: F841
+            assert results.held() == 0
+            kept = torch.ones(1000)
+            also = kept[:10]  # noqa: F841
+            kept + 1
+            assert results.held() == kept.nbytes
+
+
 def test_number_formats_and_measured_objectives_work_from_disk(tmp_path):
     config = options(keep_ratio=0.15, formats=["int8", "int4"])
     expected, found = compressed(config=config)[0], compressed(config=config, work_dir=tmp_path)[0]
@@ -161,7 +215,9 @@ def test_what_was_on_disk_is_removed_without_a_folder_of_the_user(monkeypatch, t
 
 class TestAWorkFolder:
     def test_is_used_again(self, tmp_path, monkeypatch):
-        first, _ = compressed(work_dir=tmp_path / "work")
+        first, before = compressed(work_dir=tmp_path / "work")
+        assert before.memory.fits
+        assert before.memory.disk > 0
         files = {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*.safetensors")}
         monkeypatch.setattr(windows_module, "collect_statistics", None)
         second, report = compressed(work_dir=tmp_path / "work")
@@ -221,6 +277,7 @@ class TestAWorkFolder:
 
 KILLED_AFTER = """
 import os, signal, sys
+from hf_lossless_lr.report import CompressionReport
 from hf_lossless_lr.statistics import collect_in_windows
 from hf_lossless_lr.statistics.shelf import Shelf
 from pipeline.test_bounded_memory import compressed

@@ -705,6 +705,12 @@ def on_meta(model, batch):
         return BertForSequenceClassification(model.config), [batch]
 
 
+def offloaded(model, batch):
+    model = on_meta(model, batch)[0]
+    model.hf_device_map = {"bert": "cpu", "classifier": "disk"}
+    return model, [batch]
+
+
 def already_compressed(model, batch):
     return compress(model, batch)[0], [batch]
 
@@ -797,6 +803,7 @@ BAD_INPUTS = {  # what is wrong: change of model and batch, error, its text
     ),
     "quantized layer": (quantized_layer, TargetError, rf"'{LAYER}' is quantized \(Int8Linear, torch.int8\)"),
     "meta": (on_meta, TargetError, "this BertForSequenceClassification is on the meta device and has no values. Load"),
+    "offloaded": (offloaded, TargetError, "is offloaded in part by its device_map, .* Load it without a device_map; "),
     "frozen layer": (frozen, TargetError, rf"'{LAYER}' is frozen \(requires_grad=False\), so it gets no gradient"),
     "frozen model": (all_frozen, TargetError, r"is frozen .* Call `model.requires_grad_\(True\)`"),
     "no Transformers model": (
