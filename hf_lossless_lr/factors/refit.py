@@ -37,7 +37,9 @@ from ..statistics import (
     CalibrationStatistics,
     Group,
     Pause,
+    Residual,
     Stream,
+    Watch,
     gram,
     paired_streams,
     pausing,
@@ -96,6 +98,7 @@ def refit(
     others: Mapping[str, nn.Module] = MappingProxyType({}),
     kept: RefittedLayers | None = None,
     most: int | None = None,
+    residuals: Mapping[str, Residual] = MappingProxyType({}),
 ) -> list[str]:
     """Refit the layers to their shifted inputs, in the order of the forward pass.
 
@@ -110,6 +113,7 @@ def refit(
         others: what else is in the compressed model, by name; left as it is.
         kept: where finished layers are kept, to go on after an interruption; None for nowhere.
         most: how many batches of this process there is memory for; None for all of them.
+        residuals: what the outputs of layers are added to; where it is known, they make up for its error, too.
 
     Returns:
         The layers that were left as they are: in no group, not reached by the data, or with other rows in the
@@ -119,7 +123,8 @@ def refit(
     left = set(targets)
     layers = {**others, **{name: target.layer for name, target in targets.items()}}
     masks = PaddingMasks(model)  # what it knows of the model serves all streams
-    with evaluating(model), pausing(model, masks.encoder, _pauses(targets, groups)):
+    pauses, watches = _pauses(targets, groups), _watches(model, groups, layers, residuals)
+    with evaluating(model), pausing(model, masks.encoder, pauses, watches):
         batches = list(islice((batch for loader in loaders for batch in accelerator.prepare(loader)), most))
         finished = set[Group]()
         with paired_streams(model, batches, masks) as (dense, compressed):
@@ -160,11 +165,24 @@ def _pauses(targets: Mapping[str, RefitTarget], groups: Sequence[Group]) -> list
     return pauses
 
 
+def _watches(
+    model: nn.Module, groups: Sequence[Group], layers: Mapping[str, Any], residuals: Mapping[str, Residual]
+) -> list[Watch]:
+    """Return where streams see what is added to the output of a layer, in both models."""
+    watches = []
+    for group in groups:
+        if len(group) == 1 and group[0] in residuals:
+            name, output = residuals[group[0]]
+            modules = [model.get_submodule(name), *([layers[name]] if name in layers else [])]
+            watches += [Watch(group, module, output) for module in modules]
+    return watches
+
+
 class _Products(NamedTuple):
     """Products over all rows that a group received, per row.
 
     Attributes:
-        output_cross: `W X X'ᵀ` of each layer of the group.
+        output_cross: `W X X'ᵀ` of each layer of the group, or `(W X + R − R') X'ᵀ` where `R` is added to its outputs.
         input_gram: `X' X'ᵀ`.
         ridge: of the fit to them; the fewer rows for each feature, the more.
     """
@@ -194,46 +212,68 @@ def _products(
     matrices, out, size = stacked.shape
     cross = stacked.new_zeros((matrices, out if outputs else size, size), dtype=precision_of(size))
     input_gram = cross.new_zeros((matrices, size, size))
+    error_cross = cross.new_zeros((matrices, out, size))
     rows_seen = unpaired = 0
-    for dense_rows, shifted_rows in _chunks(streams):
-        if dense_rows is None or shifted_rows is None:
+    for chunk in _chunks(streams):
+        if chunk is None:
             unpaired += 1
             continue
-        rows_seen += dense_rows.shape[-2]
-        cross += dense_rows.mT @ shifted_rows
-        input_gram += gram(shifted_rows)
+        rows_seen += chunk.dense.shape[-2]
+        cross += chunk.dense.mT @ chunk.shifted
+        input_gram += gram(chunk.shifted)
+        if chunk.errors is not None:
+            error_cross += chunk.errors.mT @ chunk.shifted
     routed = any(compressed.rows is not None and compressed.rows.routed() is not None for _, compressed in streams)
     counts = torch.tensor([rows_seen, unpaired, int(routed)], device=cross.device)
-    cross, input_gram, counts = (accelerator.reduce(total, "sum") for total in (cross, input_gram, counts))
+    sums = (cross, input_gram, error_cross, counts)
+    cross, input_gram, error_cross, counts = (accelerator.reduce(total, "sum") for total in sums)
     rows, unpaired, routed = counts.tolist()
     if rows == 0 or unpaired or (routed and rows < size):
         return None
     if not outputs:
         cross = stacked.to(cross.dtype) @ cross
     ridge = min(RIDGE * size / rows, LARGEST_RIDGE)
-    output_cross = torch.split(cross / rows, [weight.shape[-2] for weight in weights], dim=-2)
+    output_cross = torch.split((cross + error_cross) / rows, [weight.shape[-2] for weight in weights], dim=-2)
     return _Products(output_cross, input_gram / rows, ridge)
 
 
-def _chunks(streams: Sequence[tuple[Stream, Stream]]) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None]]:
+class _Chunk(NamedTuple):
+    """Rows of a group, of some streams.
+
+    Attributes:
+        dense: what the dense layer gets, or its outputs.
+        shifted: what the compressed one gets.
+        errors: of what is added to its outputs, where that is known.
+    """
+
+    dense: torch.Tensor
+    shifted: torch.Tensor
+    errors: torch.Tensor | None
+
+
+def _chunks(streams: Sequence[tuple[Stream, Stream]]) -> Iterator[_Chunk | None]:
     """Yield the rows of pairs of streams, those of small batches joined: one product of many rows costs less.
 
     Rows are made one pair after the other, and a pair of streams with other rows in one than in the other is None.
     """
-    chunk: list[tuple[torch.Tensor, torch.Tensor]] = []
+    chunk: list[_Chunk] = []
     for index, (dense, compressed) in enumerate(streams):
         rows = _paired(dense, compressed)
         if rows is None:
-            yield None, None
+            yield None
         else:
             chunk.append(rows)
-        if chunk and (sum(rows.shape[-2] for rows, _ in chunk) >= CHUNK or index == len(streams) - 1):
-            dense_rows, shifted_rows = zip(*chunk, strict=True)
-            yield torch.cat(dense_rows, dim=-2), torch.cat(shifted_rows, dim=-2)
+        if chunk and (sum(rows.dense.shape[-2] for rows in chunk) >= CHUNK or index == len(streams) - 1):
+            errors = [rows.errors for rows in chunk if rows.errors is not None]
+            yield _Chunk(
+                torch.cat([rows.dense for rows in chunk], dim=-2),
+                torch.cat([rows.shifted for rows in chunk], dim=-2),
+                torch.cat(errors, dim=-2) if errors else None,
+            )
             chunk = []
 
 
-def _paired(dense: Stream, compressed: Stream) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _paired(dense: Stream, compressed: Stream) -> _Chunk | None:
     """Return the rows of two streams that are the same ones; None where that is not known.
 
     A router may send an expert other rows in the compressed model than in the dense one: those that it gets in both
@@ -245,7 +285,12 @@ def _paired(dense: Stream, compressed: Stream) -> tuple[torch.Tensor, torch.Tens
     ours, theirs = dense.rows.routed(), compressed.rows.routed()
     if ours is not None and theirs is not None:
         rows, shifted = rows[:, torch.isin(ours, theirs)], shifted[:, torch.isin(theirs, ours)]
-    return (rows, shifted) if rows.shape[-2] == shifted.shape[-2] else None
+    if rows.shape[-2] != shifted.shape[-2]:
+        return None
+    added, added_now = (stream.added.get(stream.group or ()) for stream in (dense, compressed))
+    if added is None or added_now is None:
+        return _Chunk(rows, shifted, None)
+    return _Chunk(rows, shifted, dense.rows.outputs(added) - compressed.rows.outputs(added_now))
 
 
 def _solve(target: RefitTarget, products: _Products, place: int, damping: float) -> None:

@@ -223,8 +223,8 @@ def check_model(model: Any) -> None:
     if any(parameter.is_meta for parameter in model.parameters()):
         if getattr(model, "hf_device_map", None):
             raise TargetError(
-                f"this {name} is offloaded in part by its device_map, and compression needs all weights at hand. Load it "
-                "without a device_map; where memory is short, give max_memory and work_dir, which keep the rest on disk."
+                f"this {name} is offloaded in part by its device_map, and compression needs all weights at hand. Load "
+                "it without a device_map; where memory is short, max_memory and work_dir keep everything else on disk."
             )
         raise TargetError(f"this {name} is on the meta device and has no values. Load its weights first.")
     _check_state(model, f"this {name}")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import gather_object, send_to_device
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -36,9 +36,11 @@ from ..ranks import OBJECTIVES
 from ..report import MemoryPlan, SkippedWeight
 from ..statistics import (
     CalibrationStatistics,
+    Residual,
     collect_in_windows,
     collect_statistics,
     data_fingerprint,
+    find_residuals,
     load_statistics,
     save_statistics,
     with_pooled,
@@ -52,6 +54,8 @@ from .narrowing import called, heard, skipped_weights, without_heads
 from .workspace import Workspace
 
 logger = logging.get_logger(__name__)
+
+LABELLED = 0.5  # share of the tokens of a layer
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,7 @@ class Calibration:
         accelerator: the processes and the device.
         seconds: time of each stage.
         memory: what was planned to be held in memory, and what on disk.
+        residuals: what the outputs of targets are added to, where a refit makes up for its error.
         workspace: the folder of what is on disk, if anything is.
     """
 
@@ -114,6 +119,7 @@ class Calibration:
     accelerator: Accelerator
     seconds: Mapping[str, float]
     memory: MemoryPlan
+    residuals: Mapping[str, Residual]
     workspace: Workspace | None = None
 
     def close(self) -> None:
@@ -189,8 +195,31 @@ def calibrate(
             targets = heard(config, targets, statistics)
             skipped = skipped_weights(model, targets)
             factors = Factors(targets, skipped, *factorize_targets(config, targets, statistics, accelerator, shelf))
+        residuals = _residuals(model, targets, statistics, parts, accelerator) if config.refit else {}
         undo.pop_all()
-    return Calibration(dense, parts, statistics, factors, accelerator, clock.seconds, memory, workspace)
+    return Calibration(dense, parts, statistics, factors, accelerator, clock.seconds, memory, residuals, workspace)
+
+
+def _residuals(
+    model: PreTrainedModel,
+    targets: Targets,
+    statistics: CalibrationStatistics,
+    parts: DataSplits,
+    accelerator: Accelerator,
+) -> dict[str, Residual]:
+    """Return the residual connections of layers whose tokens have labels of their own, the same on each process.
+
+    Where one answer counts for a whole sequence, most of the error is in tokens that hardly matter to it, and to make
+    up for it does harm: docs/method.md.
+    """
+    counts = {name: statistics.layers[name] for name in targets.chosen}
+    labelled = {
+        name: module for name, module in targets.chosen.items() if counts[name].units >= LABELLED * counts[name].tokens
+    }
+    found: dict[str, Residual] = {}
+    for batch in accelerator.prepare(subset(parts.calibration, [0])) if labelled else ():  # one process has it
+        found = find_residuals(model, labelled, batch)
+    return dict(gather_object(list(found.items())))
 
 
 def _check_on_disk(config: LosslessLowRankConfig, kept: bool, statistics_path: Any) -> None:

@@ -223,7 +223,17 @@ def _refit(
     most, _ = calibration.memory.refit_batches or (None, None)
     with clock.timed("refit"):
         left = refit(
-            calibration.dense.model, targets, groups, loaders, accelerator, config.damping, clock, others, kept, most
+            calibration.dense.model,
+            targets,
+            groups,
+            loaders,
+            accelerator,
+            config.damping,
+            clock,
+            others,
+            kept,
+            most,
+            calibration.residuals,
         )
     if left:
         logger.warning_once(

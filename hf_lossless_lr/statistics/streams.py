@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ..data import PaddingMasks, run_batch, watching_masks
 from ..layers import called_with, layout_of, routed_rows
+from .residuals import first_tensor
 from .rows import real_rows
 
 Group = tuple[str, ...]
@@ -29,10 +30,12 @@ class Rows(NamedTuple):
     Attributes:
         values: gives the rows.
         routed: gives which rows of the batch these are, where a router sent them.
+        outputs: gives the same rows of another tensor of the shape of its output.
     """
 
     values: Callable[[], torch.Tensor]
     routed: Callable[[], torch.Tensor | None] = lambda: None
+    outputs: Callable[[torch.Tensor], torch.Tensor] = lambda y: y
 
 
 Seen = Callable[[PaddingMasks, torch.Tensor, torch.Tensor | None], Rows]
@@ -49,6 +52,7 @@ class Stream(greenlet.greenlet):
         self.group: Group | None = None
         self.passed: set[Group] = set()
         self.rows: Rows | None = None
+        self.added: dict[Group, torch.Tensor] = {}
 
     def advance(self, group: Group, finished: set[Group]) -> bool:
         """Go on until the input of `group` is there; a group that is finished already is passed."""
@@ -110,6 +114,20 @@ class Pause(NamedTuple):
     behind: bool
 
 
+class Watch(NamedTuple):
+    """A module that receives or returns what will be added to the output of a layer: `Stream.added`.
+
+    Attributes:
+        group: the group of the layer.
+        module: the module.
+        output: whether it is the output of the module rather than its input.
+    """
+
+    group: Group
+    module: nn.Module
+    output: bool
+
+
 def rows_of(dense: Any) -> Seen:
     """Return what sees the rows of a layer: of its inputs, or of its outputs less the bias.
 
@@ -131,18 +149,23 @@ def rows_of(dense: Any) -> Seen:
         def rows() -> torch.Tensor:
             if output is None:
                 return real_rows(layout.input_rows(dense, x), mask(), positions)
-            found = layout.output_rows(dense, output)
-            kept = real_rows(found if positions is None else found[:, positions], mask(), positions)
+            kept = outputs(output)
             # Each matrix has its own outputs.
             return kept if dense.bias is None else kept - dense.bias.to(kept).reshape(len(kept), 1, -1)
 
-        return Rows(rows, routed)
+        def outputs(y: torch.Tensor) -> torch.Tensor:
+            found = layout.output_rows(dense, y)
+            return real_rows(found if positions is None else found[:, positions], mask(), positions)
+
+        return Rows(rows, routed, outputs)
 
     return seen
 
 
 @contextmanager
-def pausing(model: PreTrainedModel, encoder: nn.Module | None, pauses: Sequence[Pause]) -> Iterator[None]:
+def pausing(
+    model: PreTrainedModel, encoder: nn.Module | None, pauses: Sequence[Pause], watches: Sequence[Watch] = ()
+) -> Iterator[None]:
     """Hooks that pause a stream at the first layer of each group that it reaches; undone afterwards."""
     main = greenlet.getcurrent()
     caller = Autocast.of(model.device.type)
@@ -162,6 +185,17 @@ def pausing(model: PreTrainedModel, encoder: nn.Module | None, pauses: Sequence[
             finally:
                 own.set()
             stream.rows = None
+            stream.added.pop(pause.group, None)
+
+        return hook
+
+    def watch_of(watch: Watch) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
+            stream = greenlet.getcurrent()
+            if isinstance(stream, Stream) and watch.group not in stream.passed:
+                tensor = first_tensor(output or (*args, *kwargs.values()))
+                if tensor is not None:
+                    stream.added[watch.group] = tensor
 
         return hook
 
@@ -169,10 +203,12 @@ def pausing(model: PreTrainedModel, encoder: nn.Module | None, pauses: Sequence[
         stream = greenlet.getcurrent()
         return stream.masks if isinstance(stream, Stream) else None
 
+    wanted = [(watch.module, watch.output, watch_of(watch)) for watch in watches]
+    wanted += [(pause.module, pause.behind, hook_of(pause)) for pause in pauses]
     handles = []
-    for pause in pauses:
-        watch = pause.module.register_forward_hook if pause.behind else pause.module.register_forward_pre_hook
-        handles.append(watch(hook_of(pause), with_kwargs=True))
+    for module, behind, hook in wanted:
+        register: Any = module.register_forward_hook if behind else module.register_forward_pre_hook
+        handles.append(register(hook, with_kwargs=True))
     try:
         with watching_masks(model, encoder, current_masks):
             yield

@@ -29,6 +29,7 @@ from hf_lossless_lr.layers.replacement import replace_modules
 from hf_lossless_lr.layers.targets import find_targets
 from hf_lossless_lr.statistics.collect import collect_statistics
 from hf_lossless_lr.statistics.records import CalibrationStatistics
+from hf_lossless_lr.statistics.residuals import find_residuals
 from hf_lossless_lr.timing import Clock
 
 refit_module = import_module("hf_lossless_lr.factors.refit")  # the room has a function of this name
@@ -138,14 +139,19 @@ class Case(NamedTuple):
 
 
 @functools.cache
-def refitted(name: str) -> Case:
+def refitted(name: str, makes_up: bool = False) -> Case:
     model, batch = in_double(MODELS[name])
     batches = split_batch(batch, BATCH_SIZE)
     prepared = prepare(model, batches)
     before = prepared.products()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hf_lossless_lr.statistics.streams.real_rows", double_rows)
-        return Case(prepared, batch, before, prepared.refit(batches))
+        residuals = residuals_of(prepared, batch) if makes_up else {}
+        return Case(prepared, batch, before, prepared.refit(batches, residuals=residuals))
+
+
+def residuals_of(prepared, batch):
+    return find_residuals(prepared.model, {name: target.dense for name, target in prepared.targets.items()}, batch)
 
 
 def oracle(prepared, before, examples, damping=DAMPING, **options):
@@ -159,6 +165,32 @@ def oracle(prepared, before, examples, damping=DAMPING, **options):
         damping,
         **options,
     )
+
+
+class TestErrorsOfTheResidualStream:
+    @pytest.mark.parametrize("name", ["bert-token-classification", "llama", "gpt2", "t5", "vit", "swin"])
+    def test_are_made_up_for_as_in_the_oracle(self, name):
+        prepared, batch, before, after = refitted(name, makes_up=True)
+        residuals = residuals_of(prepared, batch)
+        assert len(residuals) >= 4
+        expected = oracle(prepared, before, plain_examples(prepared.model, batch), residuals=residuals)
+        assert deviation(after, expected) <= (PARTLY_FLOAT32 if name in ROUNDS_TO_FLOAT32 else AMPLIFIED)
+        changed_by_it = changed(refitted(name).after, after) & residuals.keys()
+        assert len(changed_by_it) >= len(residuals) - 2  # what is added to the first layer of a stack is dense
+
+    def test_are_smaller_where_they_are_made_up_for(self):
+        """The sum of the last block is closer to the dense model's on the data of the fit."""
+        errors = {}
+        for makes_up in (False, True):
+            prepared, batch, _, _ = refitted("llama", makes_up)
+            layers = {layer: target.layer for layer, target in prepared.targets.items()}
+            with torch.no_grad():
+                dense = prepared.model.model(batch["input_ids"], attention_mask=batch["attention_mask"])[0]
+                replacement = replace_modules(prepared.model, layers)
+                found = prepared.model.model(batch["input_ids"], attention_mask=batch["attention_mask"])[0]
+            replacement.undo()
+            errors[makes_up] = (found - dense)[batch["attention_mask"].bool()].square().mean().item()
+        assert errors[True] < 0.9 * errors[False]
 
 
 on_models = pytest.mark.parametrize("name", MODELS)

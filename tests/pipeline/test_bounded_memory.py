@@ -154,7 +154,7 @@ class TestARefit:
         limit = small(monkeypatch, llama()[0], share=2)
         monkeypatch.setattr(memory, "refit_memory", lambda *_: (limit // 3, 9))
         given = []
-        monkeypatch.setattr(trial, "refit", lambda *args: given.append(args[-1]) or [])
+        monkeypatch.setattr(trial, "refit", lambda *args: given.append(args[-2]) or [])
         _, report = compressed(max_memory=limit)
         kept, of = report.memory.refit_batches
         assert of == 9

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_lossless_lr.factors.refit import LARGEST_RIDGE, RIDGE
+from hf_lossless_lr.statistics.residuals import Residual
 from support.statistics_oracle import input_rows, unpadded_examples
 from support.tiny_models import Batch
 from support.tolerances import AMPLIFICATION
@@ -50,6 +52,24 @@ def layer_inputs(
     return seen
 
 
+@torch.no_grad()
+def summands(model: nn.Module, residual: Residual, examples: Sequence[Batch]) -> np.ndarray:
+    """What is added to the output of a layer: rows of all examples."""
+    seen = []
+
+    def note(module, args, kwargs, *output):
+        value = output[0] if output else (args[0] if args else next(iter(kwargs.values())))
+        seen.append((value[0] if isinstance(value, tuple) else value).flatten(0, -2).double().numpy().copy())
+
+    module = model.get_submodule(residual.module)
+    register = module.register_forward_hook if residual.output else module.register_forward_pre_hook
+    handle = register(note, with_kwargs=True)
+    for example in examples:
+        model(**example)
+    handle.remove()
+    return np.concatenate(seen)
+
+
 def get_matrix(module: nn.Module) -> np.ndarray:
     weight = module.weight.detach()
     return (weight.T if isinstance(module, Conv1D) else weight.flatten(1)).double().numpy()
@@ -79,12 +99,17 @@ def condition(matrix: np.ndarray) -> float:
     return float(np.linalg.cond(matrix / np.outer(scale, scale)))
 
 
-def fitted(weight: np.ndarray, dense: np.ndarray, shifted: np.ndarray, ridge: float) -> np.ndarray:
-    """The weight that turns the shifted rows into the dense outputs, by least squares on the rows themselves."""
+def fitted(
+    weight: np.ndarray, dense: np.ndarray, shifted: np.ndarray, ridge: float, errors: np.ndarray | float = 0.0
+) -> np.ndarray:
+    """The weight that turns the shifted rows into the dense outputs, by least squares on the rows themselves.
+
+    Errors of what is added to the outputs are made up for.
+    """
     levels = np.sqrt(ridge * (shifted**2).sum(0))  # root of: number of rows * Λ
     levels = np.where(levels > 0, levels, 1.0)  # a dead input has no other weight than the given one
     design = np.concatenate([shifted, np.diag(levels)])
-    outputs = np.concatenate([dense @ weight.T, levels[:, None] * weight.T])
+    outputs = np.concatenate([dense @ weight.T + errors, levels[:, None] * weight.T])
     return np.linalg.lstsq(design, outputs, rcond=None)[0].T
 
 
@@ -107,6 +132,7 @@ def slow_refit(
     examples: Sequence[Batch],
     damping: float,
     contributes: Callable[[str, int], bool] = lambda name, index: True,
+    residuals: Mapping[str, Residual] = MappingProxyType({}),
 ) -> dict[str, np.ndarray]:
     """Return the low-rank weight of each layer after the refit.
 
@@ -119,6 +145,7 @@ def slow_refit(
         examples: without padding.
         damping: of the metric; a third of it is the ridge.
         contributes: whether a layer is fitted to an example, by its number.
+        residuals: what the outputs of layers are added to, where they make up for its error.
     """
     compressed = deepcopy(model)  # a plain dense model with other numbers in it
     for name, product in products.items():
@@ -130,9 +157,11 @@ def slow_refit(
         for name in group:
             chosen = [index for index in shifted[name] if contributes(name, index)]
             X, Y = (np.concatenate([rows[name][index] for index in chosen]) for rows in (inputs, shifted))
-            weight = fitted(
-                get_matrix(model.get_submodule(name)), X, Y, min(RIDGE * Y.shape[1] / len(Y), LARGEST_RIDGE)
-            )
+            ridge, errors = min(RIDGE * Y.shape[1] / len(Y), LARGEST_RIDGE), 0.0
+            if name in residuals:
+                dense, now = (summands(each, residuals[name], examples) for each in (model, compressed))
+                errors = dense - now
+            weight = fitted(get_matrix(model.get_submodule(name)), X, Y, ridge, errors)
             A, B = with_ridge(Y.T @ Y / len(Y), damping), with_ridge(grad_covariances[name], damping)
             result[name] = truncated(weight, A, B, ranks[name])
         for name in group:
