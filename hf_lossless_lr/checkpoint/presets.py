@@ -63,14 +63,18 @@ PRESETS: dict[str, Preset] = {
     "aa-svd": Preset(
         _published("activation", refit=True),
         "SVD-LLM with its update; Dobi-SVD, AA-SVD: layers fitted to shifted inputs",
-        "a ridge holds the fit at the weight; no refinement of whole blocks",
+        "a ridge holds the fit; errors of the residual stream are made up for; no refinement of blocks",
     ),
     "pifa": Preset(
         _published("activation", storage="pivoted"),
         "Zhao et al. 2025, arXiv 2501.19090",
         "without its update",
     ),
-    "mpifa": Preset(_published("activation", storage="pivoted", refit=True), "Zhao et al. 2025, arXiv 2501.19090"),
+    "mpifa": Preset(
+        _published("activation", storage="pivoted", refit=True),
+        "Zhao et al. 2025, arXiv 2501.19090",
+        "as `aa-svd`",
+    ),
     "kfac-svd": Preset(
         _published("kronecker"),
         "Kronecker-factored Fisher information on both sides, as in K-FAC: Martens & Grosse 2015, arXiv 1503.05671",
