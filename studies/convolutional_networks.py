@@ -1,11 +1,13 @@
 """Convolutional networks in the form of the paper's Table 1: top-1, top-5, loss, share dropped, and our verdict.
 
     python studies/convolutional_networks.py --testbed FOLDER --records FILE
+    python studies/convolutional_networks.py --testbed FOLDER --trained DIR --networks vit swin --records FILE
     python studies/convolutional_networks.py --model timm/vgg19_bn.tv_in1k --images IMAGENET_FOLDER
 
-The first command takes the small networks of the testbed, trained on CIFAR-10 (`cnn-densenet` needs timm); its records
-are `results/convolutional_networks.jsonl`. Those that the file has are not measured again, and without --testbed the
-tables are printed from it. The second one takes any image classifier, from the hub or a folder, and folders `train`
+The first command takes the small networks of the testbed, trained on CIFAR-10 (`cnn-densenet` needs timm), the second
+one transformers that `train_picture_models.py` trained on the same pictures; the records of both are
+`results/convolutional_networks.jsonl`. Those that the file has are not measured again, and without --testbed the
+tables are printed from it. The third one takes any image classifier, from the hub or a folder, and folders `train`
 and `val` of one folder for each class.
 
 All methods of a network share the data: 1,024 pictures to calibrate on (`compact`, which chooses by measurement, has
@@ -17,6 +19,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ from hf_lossless_lr.errors import ConfigurationError
 
 CALIBRATION = 1024
 NETWORKS = {"cnn-resnet": 64, "cnn-regnet": 32, "cnn-vgg_bn": 32, "cnn-inception": 32, "cnn-densenet": 64}  # pixels
+TRAINED = {"vit": 32, "swin": 32}
 PAPER = {
     "paper, lossless": {"objective": "paper-lossless"},
     "paper, compact": {"objective": "paper-compact"},
@@ -49,6 +53,8 @@ OURS = {
 SVD = {"metric": "identity", "objective": "uniform", "storage": "two-factor"}
 SAME_DROP = "the paper's drop"  # in the names of methods that are asked for it
 
+Row = dict[str, Any]  # a picture, as a model takes it
+
 
 @dataclass
 class Pictures:
@@ -59,25 +65,31 @@ class Pictures:
     held_out: Any
 
 
-def testbed_pictures(testbed: Path, name: str) -> Pictures:
+def testbed_pictures(testbed: Path, name: str, trained: Path | None) -> Pictures:
+    folder = testbed / name if name in NETWORKS or trained is None else trained / name
+
     def load() -> PreTrainedModel:
-        if (testbed / name / "modeling_small_cnn.py").is_file():
-            sys.path.insert(0, str(testbed / name))
+        if (folder / "modeling_small_cnn.py").is_file():
+            sys.path.insert(0, str(folder))
             from modeling_small_cnn import SmallCnnForImageClassification as Model
         else:
             Model = AutoModelForImageClassification
-        return Model.from_pretrained(testbed / name, dtype=torch.float32).eval()
+        return Model.from_pretrained(folder, dtype=torch.float32).eval()
 
-    def part(file: str, count: int | None) -> list[dict[str, Any]]:
-        rows = load_dataset("parquet", data_files=str(testbed / "cifar" / file), split="train")
-        rows = rows if count is None else rows.select(range(count))
-        pixels = torch.stack([torch.from_numpy(np.array(p.convert("RGB"))).movedim(-1, 0) for p in rows["image"]])
-        pixels, size = pixels / 127.5 - 1, NETWORKS[name]
-        if size != pixels.shape[-1]:
-            pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False)
-        return [{"pixel_values": x, "labels": y} for x, y in zip(pixels, rows["label"], strict=True)]
+    size = {**NETWORKS, **TRAINED}[name]
+    train = pixels_and_labels(testbed, "train.parquet", 4 * CALIBRATION, size)
+    return Pictures(load, train, pixels_and_labels(testbed, "heldout.parquet", None, size))
 
-    return Pictures(load, part("train.parquet", 4 * CALIBRATION), part("heldout.parquet", None))
+
+def pixels_and_labels(testbed: Path, file: str, count: int | None, size: int) -> list[Row]:
+    """Return the first pictures of a file, of so many pixels on a side, from -1 to 1, with their classes."""
+    rows = load_dataset("parquet", data_files=str(testbed / "cifar" / file), split="train")
+    rows = rows if count is None else rows.select(range(count))
+    pixels = torch.stack([torch.from_numpy(np.array(p.convert("RGB"))).movedim(-1, 0) for p in rows["image"]])
+    pixels = pixels / 127.5 - 1
+    if size != pixels.shape[-1]:
+        pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False)
+    return [{"pixel_values": x, "labels": y} for x, y in zip(pixels, rows["label"], strict=True)]
 
 
 def folder_pictures(model: str, images: str) -> Pictures:
@@ -193,7 +205,8 @@ def row(record: Record) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--testbed", type=Path, help="folder of the testbed")
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=[*NETWORKS, *TRAINED])
+    parser.add_argument("--trained", type=Path, help="folder that train_picture_models.py wrote")
     parser.add_argument("--records", type=Path, help="file of results, read and extended")
     parser.add_argument("--model", help="hub id or folder of an image classifier")
     parser.add_argument(
@@ -206,7 +219,10 @@ def main() -> None:
     done = read_records(options.records) if options.records and options.records.exists() else []
     sources: dict[str, Callable[[], Pictures]] = {}
     if options.testbed:
-        sources = {name: lambda name=name: testbed_pictures(options.testbed, name) for name in options.networks}
+        if options.trained is None and not NETWORKS.keys() >= set(options.networks):
+            parser.error("vit and swin need --trained")
+        load = partial(testbed_pictures, options.testbed, trained=options.trained)
+        sources = {name: partial(load, name) for name in options.networks}
     if options.model:
         if not options.images:
             parser.error("--model needs --images")
