@@ -15,6 +15,7 @@ from ..evaluation import measure_speed, random_batch
 from ..files import write_atomically
 from ..ranks import FEWEST_TURNS, TURNS
 from ..report import Speed, layer_table, speed_table, write_speed_figure
+from .data_options import check_files
 from .loading import PrecisionArguments, load_auto, load_model
 
 
@@ -62,13 +63,14 @@ def benchmark(arguments: Any) -> int:
         Exit code.
 
     Raises:
-        ConfigurationError: if a number is below 1, or the models take other inputs.
+        ConfigurationError: if a number is below 1, a file cannot be written, or the models take other inputs.
     """
     for name in ("batch_sizes", "sizes", "threads"):
         if any(value < 1 for value in getattr(arguments, name) or ()):
             raise ConfigurationError(f"--{name}: must be at least 1.")
     if arguments.turns < FEWEST_TURNS:
         raise ConfigurationError(f"--turns: must be at least {FEWEST_TURNS}, got {arguments.turns}.")
+    check_files(arguments)
     models = [_loaded(name, arguments.dtype, arguments.device) for name in (arguments.model, arguments.other) if name]
     if len({model.main_input_name for model in models}) > 1:
         raise ConfigurationError("the two models take other kinds of input, so their times cannot be compared.")

@@ -12,7 +12,14 @@ from ..checkpoint import PRESETS, LosslessLowRankConfig
 from ..errors import CheckpointError, ConfigurationError
 from ..files import write_atomically
 from ..report import MethodResult, finite, methods_table, write_methods_figure
-from .data_options import CalibrationArguments, JudgingArguments, check_arguments, load_calibration, task_of
+from .data_options import (
+    CalibrationArguments,
+    JudgingArguments,
+    check_arguments,
+    load_calibration,
+    refuse_old_options,
+    task_of,
+)
 from .loading import load_auto, load_model
 
 METHODS = ("default", "no-refit", "kfac-svd", "aa-svd", "svd-llm", "asvd", "fwsvd", "svd")
@@ -51,6 +58,7 @@ def add_parser(commands: Any) -> None:
         dataclass_types=[CompareArguments],
     )
     parser.add_argument("model", help="hub id or local folder of a trained model")
+    refuse_old_options(parser)
 
 
 def compare(arguments: Any) -> int:

@@ -144,9 +144,7 @@ def check_arguments(arguments: Any) -> None:
             "--eval_examples: name the held-out data with --eval_split or --eval_data_files; without them, a fifth "
             "of the calibration examples is held out."
         )
-    for name in ("json", "statistics"):
-        if name in given:
-            _check_file(name, Path(given[name]))
+    check_files(arguments)
 
 
 def _check_sources(given: dict[str, Any]) -> None:
@@ -166,6 +164,21 @@ def _check_sources(given: dict[str, Any]) -> None:
             f"--eval_split: the data set in {dataset} is one split. Leave the option out to hold out a fifth of the "
             "calibration examples, or give a folder of several splits."
         )
+
+
+def check_files(arguments: Any) -> None:
+    """Check, before any work is done, that the files can be written which a command writes.
+
+    Args:
+        arguments: its parsed arguments.
+
+    Raises:
+        ConfigurationError: if one cannot.
+    """
+    for name in ("json", "statistics", "records", "plot"):
+        path = getattr(arguments, name, None)
+        if path is not None:
+            _check_file(name, Path(path))
 
 
 def _check_file(option: str, path: Path) -> None:

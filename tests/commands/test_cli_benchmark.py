@@ -51,6 +51,13 @@ def test_refuses_settings_that_cannot_be(models, capsys, options, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_refuses_a_file_that_cannot_be_written_before_any_work(models, capsys, monkeypatch, option):
+    monkeypatch.setattr("hf_lossless_lr.commands.benchmark.measure_speed", None)
+    assert main(["benchmark", str(models / "dense"), option, str(models / "nowhere" / "file")]) == 1
+    assert f"{option}: there is no folder" in capsys.readouterr().err
+
+
 def test_refuses_models_of_different_inputs_and_classes_that_transformers_lacks(models, capsys):
     assert main(["benchmark", str(models / "dense"), str(models / "pictures")]) == 1
     assert "other kinds of input" in capsys.readouterr().err

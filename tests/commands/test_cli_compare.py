@@ -108,6 +108,19 @@ def test_refuses_results_of_another_model_data_or_options(place, tmp_path, capsy
     assert "is no file of such records" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--records", "--plot", "--json"])
+def test_refuses_a_file_that_cannot_be_written_before_any_work(place, tmp_path, capsys, monkeypatch, option):
+    monkeypatch.setattr("hf_lossless_lr.commands.compare.load_model", None)
+    assert main(arguments(place, option, str(tmp_path / "nowhere" / "file"), methods=["svd"])) == 1
+    assert f"{option}: there is no folder" in capsys.readouterr().err
+
+
+def test_answers_to_an_old_option_with_the_new_one(place, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments(place, "--metric-margin", "0.1", methods=["svd"]))
+    assert "accuracy_margin" in capsys.readouterr().err
+
+
 def test_refuses_a_method_that_there_is_not(place, capsys):
     with pytest.raises(SystemExit):
         main(arguments(place, methods=["sdv"]))
