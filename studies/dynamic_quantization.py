@@ -8,8 +8,8 @@ import warnings
 from pathlib import Path
 
 import torch
-from benchmark_quality import sentiment
 from records import Record, write_records
+from testbed_tasks import sentiment
 from torch import nn
 from torch.ao.quantization import quantize_dynamic
 from transformers.utils import logging

@@ -9,8 +9,8 @@ import argparse
 import random
 from pathlib import Path
 
-from benchmark_quality import Task, sentiment
 from records import Record, append_records, read_records
+from testbed_tasks import Task, sentiment
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
 

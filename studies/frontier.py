@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_quality import Task, digits, language, sentiment
 from records import RESULTS, Record, append_records, read_records
+from testbed_tasks import Task, digits, language, sentiment
 from torch import nn
 from transformers.utils import logging
 

@@ -1,4 +1,4 @@
-"""Plot kept size against loss increase, from the records of `benchmark_quality.py`; certified points are filled.
+"""Plot kept size against loss increase, from the records of `compare_methods.py`; certified points are filled.
 
 python studies/plot_quality.py --output docs/quality.png
 """
@@ -10,35 +10,35 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from benchmark_quality import DENSE, is_certified
 from records import RESULTS, Record, read_records
+
+from hf_lossless_lr.report import CERTIFIED
 
 MARGIN = 0.01  # nats; the axis is linear up to here and logarithmic above
 MODEL = "minilm-sst2"
 METHODS = {  # to the name in the plot, colour and marker, the best last
-    "SVD, uniform, two-factor": ("SVD", "#9a9a9a", "s"),
-    "FWSVD, uniform, two-factor": ("FWSVD", "#b08a4f", "D"),
-    "activation-whitened, uniform, two-factor": ("activation-whitened (as SVD-LLM)", "#c0504d", "^"),
-    "Kronecker, global ranks": ("hf-lossless-lr without refit", "#7fa8d8", "o"),
-    "Kronecker, global ranks, refit": ("hf-lossless-lr, the default", "#1f5fa8", "o"),
+    "svd": ("SVD", "#9a9a9a", "s"),
+    "fwsvd": ("FWSVD", "#b08a4f", "D"),
+    "svd-llm": ("activation-whitened (SVD-LLM)", "#c0504d", "^"),
+    "no-refit": ("hf-lossless-lr without refit", "#7fa8d8", "o"),
+    "default": ("hf-lossless-lr, the default", "#1f5fa8", "o"),
 }
 
 
 def draw(records: list[Record], path: Path) -> None:
     found = [record for record in records if record["model"] == MODEL]
-    (dense,) = [record for record in found if record["method"] == DENSE]
     figure, axes = plt.subplots(figsize=(7.6, 4.2), constrained_layout=True)
     axes.axhspan(-0.0015, MARGIN, color="#1f5fa8", alpha=0.08, lw=0)
     axes.text(0.985, MARGIN * 0.95, "margin: 0.01 nats", fontsize=8, va="top", color="#1f5fa8")
     axes.axhline(0, color="black", lw=1.2)
     axes.plot(1, 0, "o", color="black", ms=7.5, clip_on=False, zorder=3)
-    axes.text(0.985, 0.0004, f"dense: loss {dense['loss']:.4f}", fontsize=8, va="bottom")
+    axes.text(0.985, 0.0004, "the dense model", fontsize=8, va="bottom")
     for method, (label, color, marker) in METHODS.items():
-        points = sorted((r for r in found if r["method"] == method), key=lambda r: -r["keep_ratio"])
-        kept, increase = ([point[name] for point in points] for name in ("keep_ratio", "loss_increase"))
+        points = sorted((r for r in found if r["method"] == method), key=lambda r: -r["parameters"])
+        kept, increase = ([point[name] for point in points] for name in ("parameters", "loss_increase"))
         axes.plot(kept, increase, "-", color=color, lw=1.5, zorder=2)
         for x, y, point in zip(kept, increase, points, strict=True):
-            face = color if is_certified(point) else "white"
+            face = color if point["status"] in CERTIFIED else "white"
             axes.plot(x, y, marker, ms=7.5, color=color, mfc=face, mew=1.5, zorder=3, clip_on=False)
         axes.plot([], [], f"{marker}-", color=color, mfc="white", mew=1.5, ms=6, label=label)
     axes.plot([], [], "o", color="black", ms=6, label="filled: certified as lossless")
@@ -58,7 +58,7 @@ def draw(records: list[Record], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--records", type=Path, default=RESULTS / "benchmark_quality.jsonl")
+    parser.add_argument("--records", type=Path, default=RESULTS / "compare_methods.jsonl")
     parser.add_argument("--output", type=Path, required=True, help="file of the plot")
     arguments = parser.parse_args()
     draw(read_records(arguments.records), arguments.output)

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_quality import Task, sentiment
 from datasets import Dataset
 from finetune_small_models import HEADS, load
 from peft import LoraConfig, get_peft_model
 from records import Record, append_records, read_records
+from testbed_tasks import Task, sentiment
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,

@@ -22,7 +22,7 @@ from unittest.mock import patch
 
 import numpy as np
 from accelerate import Accelerator
-from benchmark_quality import TASKS
+from compare_methods import TASKS
 from records import Record, read_records, write_records
 from scipy.special import ndtr, ndtri
 from scipy.stats import t as student

@@ -24,11 +24,28 @@ def test_each_line_of_a_result_is_one_record(path):
 
 
 def test_the_methods_compared_are_those_of_the_records(study):
-    records = study("records").read_records(RESULTS / "benchmark_quality.jsonl")
-    shown = rows(study("benchmark_quality").tables(records))
-    documented = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8").splitlines()
-    assert len(shown) == 7 + 2 + 5 + 4
+    compared = study("compare_methods")
+    records = study("records").read_records(RESULTS / "compare_methods.jsonl")
+    shown = rows(compared.tables(records))
+    documented = (ROOT / "docs" / "comparing.md").read_text(encoding="utf-8").splitlines()
+    assert len(shown) == len(records) > 50
     assert [row for row in shown if row not in documented] == []
+    missing = {
+        (name, method)
+        for name, (_, _, methods) in compared.TASKS.items()
+        for method in methods
+        if not any((record["model"], record["method"]) == (name, method) for record in records)
+    }
+    assert missing == set()
+
+
+@pytest.mark.parametrize("model", ["minilm-sst2", "llama-small", "swin-mnist"])
+def test_the_default_costs_least_at_every_size_in_parameters(study, model):
+    records = [r for r in study("records").read_records(RESULTS / "compare_methods.jsonl") if r["model"] == model]
+    sizes = {record["keep_ratio"] for record in records} - {None}
+    for size in sizes:
+        found = {record["method"]: record["divergence"] for record in records if record["keep_ratio"] == size}
+        assert min(found, key=found.get) in ("default", "mixed"), size
 
 
 def test_the_rates_of_wrong_verdicts_are_those_of_the_records(study):
@@ -51,28 +68,23 @@ def test_the_figures_of_training_are_those_of_the_records(study):
 @needs_matplotlib
 def test_plots_are_drawn_of_the_records(study, tmp_path):
     read = study("records").read_records
-    study("plot_quality").draw(read(RESULTS / "benchmark_quality.jsonl"), tmp_path / "quality.png")
+    study("plot_quality").draw(read(RESULTS / "compare_methods.jsonl"), tmp_path / "quality.png")
     rates = study("verdict_error_rates")
     rates.plot(rates.from_records(read(RESULTS / "verdict_error_rates.jsonl")), tmp_path / "rates.png")
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("quality.png", "rates.png"))
 
 
-def test_quality_is_measured_and_continued(study, monkeypatch, tmp_path, capsys):
-    quality = study("benchmark_quality")
-    monkeypatch.setattr(
-        quality, "TASKS", {"tiny": (tiny_task, (0.7, 0.5), ["Kronecker, global ranks", "SVD, uniform, two-factor"])}
-    )
-    file, plain = tmp_path / "records.jsonl", "Kronecker, global ranks"
-    for methods in ([plain], [plain, "SVD, uniform, two-factor"]):
-        options = ["--testbed", str(tmp_path), "--records", str(file), "--models", "tiny", "--methods", *methods]
-        monkeypatch.setattr(sys, "argv", ["benchmark_quality.py", *options])
-        quality.main()
-    records = quality.read_records(file)
-    assert [(r["method"], r.get("keep")) for r in records] == [
-        ("dense", None),
-        *[(method, keep) for method in (plain, "SVD, uniform, two-factor") for keep in (0.7, 0.5)],
-    ]
-    assert capsys.readouterr().out.count("| Kronecker, global ranks |") == 2
+def test_methods_are_compared_and_continued(study, monkeypatch, tmp_path, capsys):
+    compared = study("compare_methods")
+    file = tmp_path / "records.jsonl"
+    for methods in (("no-refit",), ("no-refit", "svd")):
+        monkeypatch.setattr(compared, "TASKS", {"tiny": (tiny_task, (0.7, 0.5), methods)})
+        options = ["--testbed", str(tmp_path), "--records", str(file), "--models", "tiny"]
+        monkeypatch.setattr(sys, "argv", ["compare_methods.py", *options])
+        compared.main()
+    found = [(record["method"], record["keep_ratio"]) for record in compared.read_records(file)]
+    assert found == [(method, keep) for method in ("no-refit", "svd") for keep in (0.7, 0.5)]
+    assert capsys.readouterr().out.count("| no-refit |") == 4
 
 
 def test_the_answers_of_both_models_are_collected(study, monkeypatch, tmp_path):
