@@ -2,6 +2,7 @@
 
 import json
 import sys
+from itertools import pairwise
 
 import pytest
 from support.studies import RESULTS, ROOT, STUDIES, needs_matplotlib, tiny_task
@@ -85,6 +86,22 @@ def test_methods_are_compared_and_continued(study, monkeypatch, tmp_path, capsys
     found = [(record["method"], record["keep_ratio"]) for record in compared.read_records(file)]
     assert found == [(method, keep) for method in ("no-refit", "svd") for keep in (0.7, 0.5)]
     assert capsys.readouterr().out.count("| no-refit |") == 4
+
+
+def test_terms_and_changes_of_single_layers_are_measured(study, monkeypatch, tmp_path, capsys):
+    claims = study("paper_claims")
+    monkeypatch.setattr(claims, "TASKS", {"tiny": (tiny_task, ("layer.0.attention.",), 128)})
+    file = tmp_path / "records.jsonl"
+    monkeypatch.setattr(sys, "argv", ["paper_claims.py", "--testbed", str(tmp_path), "--records", str(file)])
+    claims.main()
+    records = claims.read_records(file)
+    assert len(records) == 4 * len(claims.SHARES)
+    for one, other in pairwise(records):  # a lower rank is more noise, and a higher cost
+        if one["layer"] == other["layer"]:
+            assert one["noise"] < other["noise"]
+            assert one["second"] < other["second"]
+    assert all(abs(record["calibration"]) > 0 for record in records)
+    assert capsys.readouterr().out.count("| tiny |") == 5
 
 
 def test_the_answers_of_both_models_are_collected(study, monkeypatch, tmp_path):
