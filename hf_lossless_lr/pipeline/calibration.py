@@ -30,6 +30,7 @@ from ..layers import (
     in_place,
     on_device,
     projections,
+    weight_matrices,
 )
 from ..processes import make_accelerator
 from ..ranks import OBJECTIVES
@@ -212,14 +213,14 @@ def _residuals(
     Where one answer counts for a whole sequence, most of the error is in tokens that hardly matter to it, and to make
     up for it does harm: docs/method.md.
     """
-    counts = {name: statistics.layers[name] for name in targets.chosen}
-    labelled = {
-        name: module for name, module in targets.chosen.items() if counts[name].units >= LABELLED * counts[name].tokens
-    }
+    shapes = {name: weight_matrices(module).shape for name, module in targets.chosen.items()}
+    narrowing = {name: targets.chosen[name] for name, (_, out, size) in shapes.items() if out <= size}
     found: dict[str, Residual] = {}
-    for batch in accelerator.prepare(subset(parts.calibration, [0])) if labelled else ():  # one process has it
-        found = find_residuals(model, labelled, batch)
-    return dict(gather_object(list(found.items())))
+    for batch in accelerator.prepare(subset(parts.calibration, [0])):  # one process has it
+        found = find_residuals(model, narrowing, batch)
+    found = dict(gather_object(list(found.items())))
+    counts = {name: statistics.layers[name] for name in found}
+    return {name: each for name, each in found.items() if counts[name].units >= LABELLED * counts[name].tokens}
 
 
 def _check_on_disk(config: LosslessLowRankConfig, kept: bool, statistics_path: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict, deque
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,12 +32,6 @@ class Residual(NamedTuple):
     output: bool
 
 
-class _Seen(NamedTuple):
-    name: str
-    output: bool
-    tensor: torch.Tensor
-
-
 def first_tensor(values: Any) -> torch.Tensor | None:
     """Return the first floating-point tensor that a module receives or returns, alone or in a tuple."""
     if isinstance(values, torch.Tensor):
@@ -50,7 +46,7 @@ def find_residuals(
 ) -> dict[str, Residual]:
     """Find the layers `y = W x + b` whose output is added to something, `y + r`, that some module receives or returns.
 
-    The model is run once, and all that its modules receive and return is compared, bit for bit.
+    The model is run once, and what its modules receive and return around each layer is compared, bit for bit.
 
     Args:
         model: the dense model.
@@ -60,48 +56,11 @@ def find_residuals(
     Returns:
         Where `r` is to be seen, for each layer that is called once and has one.
     """
-    seen = _all_seen(model, batch)
-    calls: dict[str, list[int]] = {}
-    for place, one in enumerate(seen):
-        if one.output and one.name in layers:
-            calls.setdefault(one.name, []).append(place)
-    found = {name: _residual(seen, places[0]) for name, places in calls.items() if len(places) == 1}
-    return {name: residual for name, residual in found.items() if residual is not None}
-
-
-def _residual(seen: list[_Seen], place: int) -> Residual | None:
-    y = seen[place].tensor
-    sums = [one.tensor for one in _alike(seen[place + 1 :], y, LOOK_AHEAD)]
-    for one in _alike(reversed(seen[:place]), y, LOOK_BACK):
-        if any(torch.equal(y + one.tensor, total) for total in sums):
-            return Residual(one.name, one.output)
-    return None
-
-
-def _alike(seen: Any, y: torch.Tensor, most: int) -> Iterator[_Seen]:
-    """Yield those that could be added to `y`: of its shape and its dtype."""
-    for one in seen:
-        if most > 0 and one.tensor.shape == y.shape and one.tensor.dtype == y.dtype:
-            most -= 1
-            yield one
-
-
-def _all_seen(model: PreTrainedModel, batch: Mapping[str, Any]) -> list[_Seen]:
-    """Return what the modules receive and return, in its order, as it is at that moment."""
-    seen: list[_Seen] = []
-
-    def note_of(name: str) -> Any:
-        def note(module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
-            tensor = first_tensor(output or (*args, *kwargs.values()))
-            if tensor is not None:
-                seen.append(_Seen(name, bool(output), tensor.clone()))  # it may be changed in place
-
-        return note
-
+    search = _Search(layers)
     handles = []
     for name, module in model.named_modules():
         if name:
-            note = note_of(name)
+            note = search.noting(name)
             handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
             handles.append(module.register_forward_hook(note, with_kwargs=True))
     try:
@@ -110,4 +69,58 @@ def _all_seen(model: PreTrainedModel, batch: Mapping[str, Any]) -> list[_Seen]:
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return {name: residual for name, residual in search.found.items() if search.calls[name] == 1}
+
+
+class _Open(NamedTuple):
+    """A layer whose sum is sought.
+
+    Attributes:
+        name: its name.
+        output: `y`.
+        summands: what may be added to it.
+    """
+
+    name: str
+    output: torch.Tensor
+    summands: list[tuple[Residual, torch.Tensor]]
+
+
+class _Search:
+    """What modules handed over last, by shape, and the layers whose sums are sought among what they hand over next."""
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self.layers = layers
+        self.found: dict[str, Residual] = {}
+        self.calls: Counter[str] = Counter()
+        self.seen: dict[Any, deque[tuple[Residual, torch.Tensor]]] = defaultdict(partial(deque, maxlen=LOOK_BACK))
+        self.open: list[tuple[_Open, int]] = []
+
+    def noting(self, name: str) -> Any:
+        """Return a hook that notes what a module receives or returns."""
+
+        def note(module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
+            tensor = first_tensor(output or (*args, *kwargs.values()))
+            if tensor is not None:
+                self._take(Residual(name, bool(output)), tensor)
+
+        return note
+
+    def _take(self, place: Residual, tensor: torch.Tensor) -> None:
+        still = []
+        for layer, left in self.open:
+            if tensor.shape == layer.output.shape and tensor.dtype == layer.output.dtype:
+                left -= 1
+                for summand, r in layer.summands:
+                    if torch.equal(layer.output + r, tensor):
+                        self.found[layer.name], left = summand, 0
+                        break
+            if left > 0:
+                still.append((layer, left))
+        self.open = still
+        tensor = tensor.clone()  # it may be changed in place
+        kept = self.seen[tensor.shape, tensor.dtype]
+        if place.output and place.module in self.layers:
+            self.calls[place.module] += 1
+            self.open.append((_Open(place.module, tensor, [*reversed(kept)]), LOOK_AHEAD))
+        kept.append((place, tensor))

@@ -491,3 +491,40 @@ class TestAModelThatChangedSinceItsCalibration:
         compressor, _ = calibrated()
         for ratio in (0.8, 0.6):
             assert factorized_layers(compressor.compress_to(ratio))
+
+
+class TestResidualConnections:
+    """Errors of the residual stream are made up for where at least half of a layer's tokens have labels."""
+
+    @staticmethod
+    def found(name, unlabelled=0, **options):
+        model, batch = TINY_MODELS[name](9)
+        if unlabelled:
+            batch["labels"][:, :unlabelled] = IGNORED
+        compressor = LowRankCompressor(LosslessLowRankConfig(**options))
+        compressor.calibrate(model, split_batch(batch, 3), eval_dataset=[other_inputs(batch)])
+        return compressor._calibration.residuals
+
+    @pytest.mark.parametrize(
+        ("name", "layers"), [("llama", 4), ("gpt2", 4), ("bert-token-classification", 4), (NAME, 0), ("vit", 0)]
+    )
+    def test_are_known_where_tokens_have_labels_of_their_own(self, name, layers):
+        assert len(self.found(name)) == layers
+
+    def test_are_not_looked_for_without_a_refit(self):
+        assert self.found("llama", refit=False) == {}
+
+    def test_do_not_count_where_most_tokens_have_no_label(self):
+        assert self.found("llama", unlabelled=7) == {}
+
+    def test_change_the_refit(self, monkeypatch):
+        states = []
+        for share in (0.5, 2.0):
+            monkeypatch.setattr(calibration_module, "LABELLED", share)
+            model, batch = TINY_MODELS["llama"](96)
+            compressor = LowRankCompressor(LosslessLowRankConfig(selection_fraction=0.25))
+            compressor.compress(model, split_batch(batch, 8)[:-2], eval_dataset=split_batch(batch, 8)[-2:])
+            assert compressor.report.refitted
+            states.append(model.state_dict())
+        name = "model.layers.1.mlp.down_proj.up.weight"
+        assert not torch.equal(states[0][name], states[1][name])
