@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..checkpoint import DEFAULT_SELECTION, LosslessLowRankConfig
 from ..data import combined_digest, item_digests, make_dataloader
@@ -16,6 +17,8 @@ from ..fingerprint import content_digest, tensors_fingerprint
 from ..pipeline import LowRankCompressor
 from ..ranks import OBJECTIVES
 from ..report import CompressionReport, MethodResult
+
+logger = logging.get_logger(__name__)
 
 STAGES = ("factorization", "replacement", "selection", "refit")
 
@@ -49,7 +52,8 @@ def compare(
         changes: options of `LosslessLowRankConfig` for all methods.
 
     Yields:
-        A result for each method and size that is not known, in the order in which they are found.
+        A result for each method and size that is not known, in the order in which they are found. A size that a method
+        cannot reach is left out, with a warning.
 
     Raises:
         ConfigurationError: if there is no such method, an option contradicts one, or the known results are of another
@@ -78,7 +82,11 @@ def compare(
                     model, calib_dataset, eval_dataset=eval_dataset, statistics_path=statistics, **options
                 )
                 for ratio in missing:
-                    compressor.compress_to(ratio)
+                    try:
+                        compressor.compress_to(ratio)
+                    except ConfigurationError as error:
+                        logger.warning("%s is left out at %s: %s", name, ratio, error)
+                        continue
                     if compressor.report is not None:
                         yield _result(name, ratio, compressor.report, inputs)
             finally:

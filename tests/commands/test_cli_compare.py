@@ -96,6 +96,16 @@ def test_results_are_those_of_the_method_alone(place):
     assert svd.loss_increase == pytest.approx(compressor.report.compressed.loss - compressor.report.dense.loss)
 
 
+def test_leaves_out_a_size_that_a_method_cannot_reach(caplog):
+    model, batch = TINY_MODELS["bert-sequence-classification"](40)
+    data = split_batch(batch, 4)
+    options = {"methods": ["svd", "no-refit"], "keep_ratios": [0.6, 0.001], "eval_dataset": data[-2:]}
+    with caplog.at_level("WARNING"):
+        found = list(compare(model, data[:-2], rank_multiple=1, **options))
+    assert [(result.method, result.keep_ratio) for result in found] == [("svd", 0.6), ("no-refit", 0.6)]
+    assert sum("is left out at 0.001" in record.getMessage() for record in caplog.records) == 2
+
+
 def test_refuses_results_of_another_model_data_or_options(place, tmp_path, capsys):
     records = tmp_path / "records.jsonl"
     assert main(arguments(place, "--records", str(records), methods=["svd"])) == 0
