@@ -65,8 +65,8 @@ class Pictures:
     held_out: Any
 
 
-def testbed_pictures(testbed: Path, name: str, trained: Path | None) -> Pictures:
-    folder = testbed / name if name in NETWORKS or trained is None else trained / name
+def testbed_pictures(testbed: Path, folder: Path) -> Pictures:
+    name = folder.name
 
     def load() -> PreTrainedModel:
         if (folder / "modeling_small_cnn.py").is_file():
@@ -221,8 +221,8 @@ def main() -> None:
     if options.testbed:
         if options.trained is None and not NETWORKS.keys() >= set(options.networks):
             parser.error("vit and swin need --trained")
-        load = partial(testbed_pictures, options.testbed, trained=options.trained)
-        sources = {name: partial(load, name) for name in options.networks}
+        folders = {name: options.testbed if name in NETWORKS else options.trained for name in options.networks}
+        sources = {name: partial(testbed_pictures, options.testbed, folders[name] / name) for name in folders}
     if options.model:
         if not options.images:
             parser.error("--model needs --images")

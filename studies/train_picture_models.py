@@ -57,7 +57,7 @@ MODELS = {"vit": vit, "swin": swin}
 
 
 def augmented(pixels: torch.Tensor) -> torch.Tensor:
-    """Return a batch, each half of it mirrored by chance and all of it moved by a few pixels."""
+    """Return a batch, each picture mirrored with probability 1/2, and all of them moved by a few pixels."""
     mirrored = torch.where(torch.rand(len(pixels), 1, 1, 1) < 0.5, pixels.flip(-1), pixels)
     padded = torch.nn.functional.pad(mirrored, (SHIFT,) * 4, mode="reflect")
     left, top = torch.randint(2 * SHIFT + 1, (2,)).tolist()

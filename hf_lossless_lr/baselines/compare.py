@@ -62,6 +62,8 @@ def compare(
     # What a refit is judged by is kept from methods without one, too: all have the same calibration data.
     changes = {"selection_fraction": DEFAULT_SELECTION, **changes}
     configs = {name: LosslessLowRankConfig.from_preset(name, **changes) for name in dict.fromkeys(methods)}
+    for size in keep_ratios:
+        LosslessLowRankConfig(keep_ratio=size)  # refuses what is none
     ratios = {name: _ratios(config, keep_ratios) for name, config in configs.items()}
     options = {"data_collator": data_collator, "processing_class": processing_class}
     inputs = _inputs(model, (calib_dataset, eval_dataset), options, configs, changes)

@@ -63,7 +63,7 @@ PRESETS: dict[str, Preset] = {
     "aa-svd": Preset(
         _published("activation", refit=True),
         "SVD-LLM with its update; Dobi-SVD, AA-SVD: layers fitted to shifted inputs",
-        "a ridge holds the fit; errors of the residual stream are made up for; no refinement of blocks",
+        "a ridge; errors of the residual stream made up for where the default does; no refinement of blocks",
     ),
     "pifa": Preset(
         _published("activation", storage="pivoted"),

@@ -78,6 +78,8 @@ def compare(arguments: Any) -> int:
     changes = {name: getattr(arguments, name) for name in shared}
     for name in arguments.methods:
         LosslessLowRankConfig.from_preset(name, **changes)  # refuses values out of range before anything is loaded
+    for ratio in arguments.keep_ratios:
+        LosslessLowRankConfig(keep_ratio=ratio)
     results = _read(arguments.records)
     task = task_of(arguments)
     model = load_model(task.auto_model, arguments.model, arguments.dtype)

@@ -119,9 +119,8 @@ def pivoted_form(left: torch.Tensor, right: torch.Tensor, bound: float = 2.0) ->
         raise NumericalError(f"pivoted_form: the bound of the coefficients must be above 1, got {bound}.")
     left = left.double()
     basis = torch.linalg.qr(left).Q
-    with _libraries().limit(
-        limits=1, user_api="blas"
-    ):  # the threads of scipy's would keep spinning, and slow down torch's
+    # The threads of scipy's BLAS would go on spinning, and slow down those of torch.
+    with _libraries().limit(limits=1, user_api="blas"):
         order = torch.from_numpy(qr(basis.T.cpu().numpy(), mode="r", pivoting=True)[1]).to(left.device, torch.int64)
     while True:
         pivots, rest = order[:rank], order[rank:]

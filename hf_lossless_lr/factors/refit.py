@@ -6,7 +6,8 @@ reproduces the dense outputs from the shifted inputs is
 $$T = W\,(X X'^\top + λI)\,(X' X'^\top + λI)^{-1},$$
 
 which is then factorized at the layer's rank in the metric `(X'X'ᵀ, B)`. Layers are taken in the order of the
-forward pass; layers that share their input (q, k, v; gate, up) are one group.
+forward pass; layers that share their input (q, k, v; gate, up) are one group. A layer whose outputs are added to a
+residual stream `R`, which is `R'` in the compressed model, is fitted to `W X + R − R'` instead of `W X`.
 
 Every batch is sent through the dense and through the compressed model once, and *pauses* where a group receives its
 input (in the dense model behind a single layer that is no wider in its outputs: they are `W X` already), until the
@@ -141,7 +142,7 @@ def refit(
                         arrived = [s.advance(group, finished) and a for s, a in zip(compressed, arrived, strict=True)]
                 pairs = [(d, c) for d, c, a in zip(dense, compressed, arrived, strict=True) if a]
                 with clock.timed("refit_products"):
-                    products = _products([targets[name] for name in group], pairs, accelerator)
+                    products = _products([targets[name] for name in group], pairs, accelerator, group[0] in residuals)
                 finished.add(group)
                 if products is not None:
                     left -= set(group)
@@ -204,7 +205,7 @@ def _compares_outputs(group: Sequence[RefitTarget]) -> bool:
 
 
 def _products(
-    group: Sequence[RefitTarget], streams: list[tuple[Stream, Stream]], accelerator: Accelerator
+    group: Sequence[RefitTarget], streams: list[tuple[Stream, Stream]], accelerator: Accelerator, makes_up: bool
 ) -> _Products | None:
     """Return the products of a group over all processes; None if there are no rows, or they do not pair."""
     weights = [weight_matrices(target.dense) for target in group]
@@ -212,7 +213,7 @@ def _products(
     matrices, out, size = stacked.shape
     cross = stacked.new_zeros((matrices, out if outputs else size, size), dtype=precision_of(size))
     input_gram = cross.new_zeros((matrices, size, size))
-    error_cross = cross.new_zeros((matrices, out, size))
+    error_cross = cross.new_zeros((matrices, out if makes_up else 0, size))
     rows_seen = unpaired = 0
     for chunk in _chunks(streams):
         if chunk is None:
@@ -221,7 +222,7 @@ def _products(
         rows_seen += chunk.dense.shape[-2]
         cross += chunk.dense.mT @ chunk.shifted
         input_gram += gram(chunk.shifted)
-        if chunk.errors is not None:
+        if makes_up and chunk.errors is not None:
             error_cross += chunk.errors.mT @ chunk.shifted
     routed = any(compressed.rows is not None and compressed.rows.routed() is not None for _, compressed in streams)
     counts = torch.tensor([rows_seen, unpaired, int(routed)], device=cross.device)
@@ -233,7 +234,8 @@ def _products(
     if not outputs:
         cross = stacked.to(cross.dtype) @ cross
     ridge = min(RIDGE * size / rows, LARGEST_RIDGE)
-    output_cross = torch.split((cross + error_cross) / rows, [weight.shape[-2] for weight in weights], dim=-2)
+    cross = cross + error_cross if makes_up else cross
+    output_cross = torch.split(cross / rows, [weight.shape[-2] for weight in weights], dim=-2)
     return _Products(output_cross, input_gram / rows, ridge)
 
 
@@ -264,11 +266,10 @@ def _chunks(streams: Sequence[tuple[Stream, Stream]]) -> Iterator[_Chunk | None]
         else:
             chunk.append(rows)
         if chunk and (sum(rows.dense.shape[-2] for rows in chunk) >= CHUNK or index == len(streams) - 1):
-            errors = [rows.errors for rows in chunk if rows.errors is not None]
+            parts = list(zip(*chunk, strict=True))
+            known = all(errors is not None for errors in parts[2])
             yield _Chunk(
-                torch.cat([rows.dense for rows in chunk], dim=-2),
-                torch.cat([rows.shifted for rows in chunk], dim=-2),
-                torch.cat(errors, dim=-2) if errors else None,
+                *(torch.cat(part, dim=-2) for part in parts[:2]), torch.cat(parts[2], dim=-2) if known else None
             )
             chunk = []
 
@@ -288,7 +289,7 @@ def _paired(dense: Stream, compressed: Stream) -> _Chunk | None:
     if rows.shape[-2] != shifted.shape[-2]:
         return None
     added, added_now = (stream.added.get(stream.group or ()) for stream in (dense, compressed))
-    if added is None or added_now is None:
+    if added is None or added_now is None or ours is not None:
         return _Chunk(rows, shifted, None)
     return _Chunk(rows, shifted, dense.rows.outputs(added) - compressed.rows.outputs(added_now))
 

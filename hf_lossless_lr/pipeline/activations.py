@@ -22,9 +22,11 @@ STREAMS = 2  # of a batch: through the dense and through the compressed model
 class _Results(TorchDispatchMode):
     """Watches the results of all operations, and knows which of them are still held."""
 
-    def __init__(self, others: nn.Module) -> None:
+    supports_higher_order_operators = True  # as flex attention
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.others = {tensor.untyped_storage().data_ptr() for tensor in others.state_dict().values()}
+        self.others = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
         self.seen: list[weakref.ref[torch.Tensor]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -30,7 +30,6 @@ from ..layers import (
     in_place,
     on_device,
     projections,
-    weight_matrices,
 )
 from ..processes import make_accelerator
 from ..ranks import OBJECTIVES
@@ -38,10 +37,10 @@ from ..report import MemoryPlan, SkippedWeight
 from ..statistics import (
     CalibrationStatistics,
     Residual,
+    Shelf,
     collect_in_windows,
     collect_statistics,
     data_fingerprint,
-    find_residuals,
     load_statistics,
     save_statistics,
     with_pooled,
@@ -52,11 +51,12 @@ from ..versions import __version__
 from .factoring import factorize_targets
 from .memory import memory_limit, plan_memory
 from .narrowing import called, heard, skipped_weights, without_heads
+from .residual_stream import residual_stream
 from .workspace import Workspace
 
 logger = logging.get_logger(__name__)
 
-LABELLED = 0.5  # share of the tokens of a layer
+PLAN = "plan"  # key of it in a work folder
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,8 @@ def calibrate(
             workspace = Workspace(Path(work_dir) if work_dir is not None else None, accelerator, inputs)
             undo.callback(workspace.close)
         shelf = None if workspace is None else workspace.shelf
+        if shelf is not None:
+            memory = _as_planned_before(memory, shelf, accelerator)
         with clock.timed("statistics"):
             if shelf is not None:
                 loader = parts.calibration
@@ -196,31 +198,19 @@ def calibrate(
             targets = heard(config, targets, statistics)
             skipped = skipped_weights(model, targets)
             factors = Factors(targets, skipped, *factorize_targets(config, targets, statistics, accelerator, shelf))
-        residuals = _residuals(model, targets, statistics, parts, accelerator) if config.refit else {}
+        residuals = residual_stream(model, targets, statistics, parts, accelerator) if config.refit else {}
         undo.pop_all()
     return Calibration(dense, parts, statistics, factors, accelerator, clock.seconds, memory, residuals, workspace)
 
 
-def _residuals(
-    model: PreTrainedModel,
-    targets: Targets,
-    statistics: CalibrationStatistics,
-    parts: DataSplits,
-    accelerator: Accelerator,
-) -> dict[str, Residual]:
-    """Return the residual connections of layers whose tokens have labels of their own, the same on each process.
-
-    Where one answer counts for a whole sequence, most of the error is in tokens that hardly matter to it, and to make
-    up for it does harm: docs/method.md.
-    """
-    shapes = {name: weight_matrices(module).shape for name, module in targets.chosen.items()}
-    narrowing = {name: targets.chosen[name] for name, (_, out, size) in shapes.items() if out <= size}
-    found: dict[str, Residual] = {}
-    for batch in accelerator.prepare(subset(parts.calibration, [0])):  # one process has it
-        found = find_residuals(model, narrowing, batch)
-    found = dict(gather_object(list(found.items())))
-    counts = {name: statistics.layers[name] for name in found}
-    return {name: each for name, each in found.items() if counts[name].units >= LABELLED * counts[name].tokens}
+def _as_planned_before(memory: MemoryPlan, shelf: Shelf, accelerator: Accelerator) -> MemoryPlan:
+    """Return the plan, with the batches of a refit that an earlier run in the folder took: others, other results."""
+    if PLAN in shelf:
+        taken = shelf.get(PLAN)[1]["refit_batches"]
+        return replace(memory, refit_batches=None if taken is None else (taken[0], taken[1]))
+    if accelerator.is_main_process:
+        shelf.put(PLAN, {}, {"refit_batches": memory.refit_batches})
+    return memory
 
 
 def _check_on_disk(config: LosslessLowRankConfig, kept: bool, statistics_path: Any) -> None:

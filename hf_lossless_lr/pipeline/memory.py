@@ -133,20 +133,29 @@ def plan_memory(
     layers = sum(weight_matrices(module).numel() * weight_matrices(module).itemsize for module in targets.values())
     held, batches = refit_memory(model, targets, parts, accelerator) if refits else (0, 0)
     held = _largest(held, accelerator)
-    whole = base + statistics + factors + 2 * layers + work + held * batches
+    limit = -int(_largest(-limit, accelerator))  # one plan for all processes
+    whole = base + statistics + factors + 2 * layers + work
     disk = statistics * 9 // 16 + factors
     if whole <= limit:
-        return MemoryPlan(limit, whole, 1, disk if keeps else 0), [tuple(targets)]
+        taken = _taken(limit - whole, held, batches)
+        expected = whole + held * (batches if taken is None else taken[0])
+        return MemoryPlan(limit, expected, 1, disk if keeps else 0, refit_batches=taken), [tuple(targets)]
     activations, seconds = _first_batch(model, targets, parts, accelerator)
     room = limit - base - activations - max(each.statistics for each in needs.values())  # of one product
     windows = windows_of({name: each.statistics for name, each in needs.items()}, room)
     refitting = base + 2 * layers + work
-    fitting = max((limit - refitting) // held, 1) if held else batches
-    expected = max(limit - max(room, 0) + min(room, statistics), refitting + held * min(fitting, batches))
+    taken = _taken(limit - refitting, held, batches)
+    refitting += held * (batches if taken is None else taken[0])
+    expected = max(limit - max(room, 0) + min(room, statistics), refitting)
     passed = -(-dataset_size(parts.calibration) // (parts.calibration.batch_size or 1) // accelerator.num_processes)
     seconds *= len(windows) * passed
-    of_refit = (fitting, batches) if fitting < batches else None
-    return MemoryPlan(limit, expected, len(windows), disk, seconds, of_refit), windows
+    return MemoryPlan(limit, expected, len(windows), disk, seconds, taken), windows
+
+
+def _taken(room: int, held: int, batches: int) -> tuple[int, int] | None:
+    """Return how many batches a refit takes, one at least, and of how many; None for all of them."""
+    fitting = max(room // held, 1) if held else batches
+    return (fitting, batches) if fitting < batches else None
 
 
 def _largest(number: float, accelerator: Accelerator) -> int:

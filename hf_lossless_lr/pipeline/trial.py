@@ -230,10 +230,10 @@ def _refit(
             accelerator,
             config.damping,
             clock,
-            others,
-            kept,
-            most,
-            calibration.residuals,
+            others=others,
+            kept=kept,
+            most=most,
+            residuals=calibration.residuals,
         )
     if left:
         logger.warning_once(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,10 +14,9 @@ from transformers import PreTrainedModel
 from ..data import run_batch
 from ..layers import evaluating
 
-LOOK_AHEAD, LOOK_BACK = (
-    12,
-    60,
-)  # tensors of the shape of the output among which the sum and the other summand are sought
+LOOK_AHEAD = 12  # tensors of the size of an output among which the sum is sought
+LOOK_BACK = 60  # the same, for the other summand
+SAMPLE = 4096  # numbers that stand for a tensor
 
 
 class Residual(NamedTuple):
@@ -42,22 +41,23 @@ def first_tensor(values: Any) -> torch.Tensor | None:
 
 @torch.no_grad()
 def find_residuals(
-    model: PreTrainedModel, layers: Mapping[str, nn.Module], batch: Mapping[str, Any]
+    model: PreTrainedModel, layers: Mapping[str, nn.Module], batch: Mapping[str, Any], rows: int | None = None
 ) -> dict[str, Residual]:
     """Find the layers `y = W x + b` whose output is added to something, `y + r`, that some module receives or returns.
 
-    The model is run once, and what its modules receive and return around each layer is compared, bit for bit.
+    The model is run once, and of what its modules receive and return around each layer, some thousand numbers are
+    compared bit for bit.
 
     Args:
         model: the dense model.
         layers: the layers in question, by name.
         batch: keyword arguments of its forward; one example is enough.
+        rows: how many rows an output must have; None for any number.
 
     Returns:
-        Where `r` is to be seen, for each layer that is called once and has one.
+        Where `r` is to be seen, for each layer that has one, if both that place and the layer are called once.
     """
-    search = _Search(layers)
-    handles = []
+    search, handles = _Search(layers, rows), []
     for name, module in model.named_modules():
         if name:
             note = search.noting(name)
@@ -69,7 +69,8 @@ def find_residuals(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: residual for name, residual in search.found.items() if search.calls[name] == 1}
+    once = {place for place, calls in search.calls.items() if calls == 1}
+    return {n: place for n, place in search.found.items() if place in once and Residual(n, True) in once}
 
 
 class _Open(NamedTuple):
@@ -77,8 +78,8 @@ class _Open(NamedTuple):
 
     Attributes:
         name: its name.
-        output: `y`.
-        summands: what may be added to it.
+        output: sample of `y`.
+        summands: samples of what may be added to it.
     """
 
     name: str
@@ -87,40 +88,44 @@ class _Open(NamedTuple):
 
 
 class _Search:
-    """What modules handed over last, by shape, and the layers whose sums are sought among what they hand over next."""
+    """What modules handed over last, by size, and the layers whose sums are sought among what they hand over next."""
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
-        self.layers = layers
+    def __init__(self, layers: Mapping[str, nn.Module], rows: int | None) -> None:
+        self.layers, self.rows = layers, rows
         self.found: dict[str, Residual] = {}
-        self.calls: Counter[str] = Counter()
-        self.seen: dict[Any, deque[tuple[Residual, torch.Tensor]]] = defaultdict(partial(deque, maxlen=LOOK_BACK))
-        self.open: list[tuple[_Open, int]] = []
+        self.calls: Counter[Residual] = Counter()
+        self.seen: dict[Hashable, deque[tuple[Residual, torch.Tensor]]] = defaultdict(partial(deque, maxlen=LOOK_BACK))
+        self.open: dict[Hashable, list[tuple[_Open, int]]] = defaultdict(list)
 
     def noting(self, name: str) -> Any:
         """Return a hook that notes what a module receives or returns."""
 
         def note(module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
             tensor = first_tensor(output or (*args, *kwargs.values()))
-            if tensor is not None:
+            if tensor is not None and tensor.numel():
                 self._take(Residual(name, bool(output)), tensor)
 
         return note
 
     def _take(self, place: Residual, tensor: torch.Tensor) -> None:
+        self.calls[place] += 1
+        key = tensor.numel(), tensor.dtype, tensor.device
+        sample = tensor.flatten()[:: max(1, tensor.numel() // SAMPLE)].clone()  # the tensor may be changed in place
+        self._compare(key, sample)
+        if place.output and place.module in self.layers and self.rows in (None, tensor.numel() // tensor.shape[-1]):
+            summands = [(other, r) for other, r in reversed(self.seen[key]) if r.any()]
+            self.open[key].append((_Open(place.module, sample, summands), LOOK_AHEAD))
+        self.seen[key].append((place, sample))
+
+    def _compare(self, key: Hashable, sample: torch.Tensor) -> None:
         still = []
-        for layer, left in self.open:
-            if tensor.shape == layer.output.shape and tensor.dtype == layer.output.dtype:
-                left -= 1
-                for summand, r in layer.summands:
-                    if torch.equal(layer.output + r, tensor):
-                        self.found[layer.name], left = summand, 0
-                        break
-            if left > 0:
+        for layer, left in self.open[key]:
+            if torch.equal(layer.output, sample):  # on its way, as through a dropout
                 still.append((layer, left))
-        self.open = still
-        tensor = tensor.clone()  # it may be changed in place
-        kept = self.seen[tensor.shape, tensor.dtype]
-        if place.output and place.module in self.layers:
-            self.calls[place.module] += 1
-            self.open.append((_Open(place.module, tensor, [*reversed(kept)]), LOOK_AHEAD))
-        kept.append((place, tensor))
+                continue
+            place = next((place for place, r in layer.summands if torch.equal(layer.output + r, sample)), None)
+            if place is not None:
+                self.found[layer.name] = place
+            elif left > 1:
+                still.append((layer, left - 1))
+        self.open[key] = still

@@ -166,7 +166,7 @@ def rows_of(dense: Any) -> Seen:
 def pausing(
     model: PreTrainedModel, encoder: nn.Module | None, pauses: Sequence[Pause], watches: Sequence[Watch] = ()
 ) -> Iterator[None]:
-    """Hooks that pause a stream at the first layer of each group that it reaches; undone afterwards."""
+    """Hooks that pause a stream at the first layer of each group that it reaches, and watch; undone afterwards."""
     main = greenlet.getcurrent()
     caller = Autocast.of(model.device.type)
 

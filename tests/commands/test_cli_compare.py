@@ -125,6 +125,12 @@ def test_refuses_a_file_that_cannot_be_written_before_any_work(place, tmp_path, 
     assert f"{option}: there is no folder" in capsys.readouterr().err
 
 
+def test_refuses_a_size_that_is_none_before_any_work(place, capsys, monkeypatch):
+    monkeypatch.setattr("hf_lossless_lr.commands.compare.load_model", None)
+    assert main([*arguments(place, methods=["svd"]), "--keep-ratios", "50"]) == 1
+    assert "keep_ratio: " in capsys.readouterr().err
+
+
 def test_answers_to_an_old_option_with_the_new_one(place, capsys):
     with pytest.raises(SystemExit):
         main(arguments(place, "--metric-margin", "0.1", methods=["svd"]))

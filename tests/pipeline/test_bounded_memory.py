@@ -154,7 +154,7 @@ class TestARefit:
         limit = small(monkeypatch, llama()[0], share=2)
         monkeypatch.setattr(memory, "refit_memory", lambda *_: (limit // 3, 9))
         given = []
-        monkeypatch.setattr(trial, "refit", lambda *args: given.append(args[-2]) or [])
+        monkeypatch.setattr(trial, "refit", lambda *_, most, **__: given.append(most) or [])
         _, report = compressed(max_memory=limit)
         kept, of = report.memory.refit_batches
         assert of == 9
@@ -162,6 +162,24 @@ class TestARefit:
         assert set(given) == {kept}
         assert report.memory.sentence.endswith(f"; the refit takes the first {kept} of 9 batches")
         assert CompressionReport.from_json(report.to_json()).memory == report.memory
+
+    def test_takes_again_what_an_earlier_run_in_the_folder_took(self, monkeypatch, tmp_path):
+        taken = []
+        for held in (limit := small(monkeypatch, llama()[0], share=2)) // 3, 0:
+            monkeypatch.setattr(memory, "refit_memory", lambda *_, held=held: (held, 9))
+            taken.append(compressed(max_memory=limit, work_dir=tmp_path / "work")[1].memory.refit_batches)
+        assert taken[0] is not None
+        assert taken[1] == taken[0]
+
+    def test_that_does_not_fit_leaves_the_statistics_in_memory_that_do(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(memory, "refit_memory", lambda *_: (2**50, 9))
+        model, batch = llama(EXAMPLES)
+        compressor, data = LowRankCompressor(options()), split_batch(batch, 1)
+        path = tmp_path / "statistics.safetensors"
+        compressor.calibrate(model, data[:24], eval_dataset=data[24:], statistics_path=path)
+        compressor.compress_to(0.5)
+        assert path.exists()
+        assert (compressor.report.memory.disk, compressor.report.memory.refit_batches) == (0, (1, 9))
 
     def test_takes_all_of_them_where_these_fit(self):
         _, report = compressed()

@@ -26,6 +26,7 @@ from hf_lossless_lr.data.splits import combined_digest, item_digests, split_data
 from hf_lossless_lr.layers.model_state import on_device
 from hf_lossless_lr.layers.targets import find_targets
 from hf_lossless_lr.pipeline import calibration as calibration_module
+from hf_lossless_lr.pipeline import residual_stream as stream_module
 
 NAME = "bert-sequence-classification"
 LAYER = "bert.encoder.layer.0.attention.self.query"
@@ -506,10 +507,13 @@ class TestResidualConnections:
         return compressor._calibration.residuals
 
     @pytest.mark.parametrize(
-        ("name", "layers"), [("llama", 4), ("gpt2", 4), ("bert-token-classification", 4), (NAME, 0), ("vit", 0)]
+        ("name", "layers"),
+        [("llama", 4), ("gpt2", 4), ("bert-token-classification", 4), ("t5", 6), (NAME, 0), ("vit", 0)],
     )
     def test_are_known_where_tokens_have_labels_of_their_own(self, name, layers):
-        assert len(self.found(name)) == layers
+        found = self.found(name)
+        assert len(found) == layers
+        assert not any(layer.startswith("encoder") for layer in found)
 
     def test_are_not_looked_for_without_a_refit(self):
         assert self.found("llama", refit=False) == {}
@@ -520,7 +524,7 @@ class TestResidualConnections:
     def test_change_the_refit(self, monkeypatch):
         states = []
         for share in (0.5, 2.0):
-            monkeypatch.setattr(calibration_module, "LABELLED", share)
+            monkeypatch.setattr(stream_module, "LABELLED_SHARE", share)
             model, batch = TINY_MODELS["llama"](96)
             compressor = LowRankCompressor(LosslessLowRankConfig(selection_fraction=0.25))
             compressor.compress(model, split_batch(batch, 8)[:-2], eval_dataset=split_batch(batch, 8)[-2:])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.tiny_models import TINY_MODELS, llama, split_batch
 from torch import nn
+from transformers import OPTConfig, OPTForCausalLM
 
 from hf_lossless_lr.layers import find_targets
 from hf_lossless_lr.statistics import find_residuals
@@ -32,6 +33,24 @@ def test_are_found_in_every_kind_of_block(name):
     assert residuals[layer] == (module, False)
 
 
+def test_are_found_for_outputs_of_so_many_rows_alone():
+    model, batch = TINY_MODELS["t5"](2)
+    one = split_batch(batch, 1)[0]
+    rows = one["labels"].numel()
+    assert rows != one["input_ids"].numel()
+    found = find_residuals(model, find_targets(model).chosen, one, rows)
+    assert {layer.partition(".")[0] for layer in found} == {"decoder"}
+
+
+def test_are_found_where_a_model_changes_the_shape_in_between():
+    config = OPTConfig(hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=50)
+    config.word_embed_proj_dim = 32
+    batch = {"input_ids": torch.arange(12)[None], "labels": torch.arange(12)[None]}
+    model = OPTForCausalLM(config).eval()
+    layers = [f"model.decoder.layers.{n}.{name}" for n in (0, 1) for name in ("self_attn.out_proj", "fc2")]
+    assert set(find_residuals(model, find_targets(model).chosen, batch)) == set(layers)
+
+
 @pytest.mark.parametrize("name", ["albert", "resnet"])
 def test_of_layers_that_are_called_several_times_or_normalized_first_are_none(name):
     assert found(*TINY_MODELS[name](2)) == {}
@@ -58,6 +77,7 @@ HOW = {
     "in place": (in_place, True),
     "scaled": (lambda y, r: r + 0.5 * y, False),
     "alone": (lambda y, r: y, False),
+    "zeros": (lambda y, r: y + 0 * r, False),
     "summand scaled": (lambda y, r: y + 2 * r, False),
 }
 
