@@ -266,10 +266,11 @@ def _chunks(streams: Sequence[tuple[Stream, Stream]]) -> Iterator[_Chunk | None]
         else:
             chunk.append(rows)
         if chunk and (sum(rows.dense.shape[-2] for rows in chunk) >= CHUNK or index == len(streams) - 1):
-            parts = list(zip(*chunk, strict=True))
-            known = all(errors is not None for errors in parts[2])
+            errors = [rows.errors for rows in chunk if rows.errors is not None]
             yield _Chunk(
-                *(torch.cat(part, dim=-2) for part in parts[:2]), torch.cat(parts[2], dim=-2) if known else None
+                torch.cat([rows.dense for rows in chunk], dim=-2),
+                torch.cat([rows.shifted for rows in chunk], dim=-2),
+                torch.cat(errors, dim=-2) if len(errors) == len(chunk) else None,
             )
             chunk = []
 
