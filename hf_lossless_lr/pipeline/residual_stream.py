@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
-from ..data import DataSplits, subset
+from ..data import DataSplits, PaddingMasks, subset
 from ..layers import Targets
 from ..statistics import CalibrationStatistics, Residual, find_residuals
 
@@ -36,7 +36,8 @@ def residual_stream(
     Returns:
         What the outputs of layers are added to, by their names; the same on each process.
     """
-    inside = set(model.get_encoder().modules()) if model.config.is_encoder_decoder else set()  # has no labels
+    encoder = PaddingMasks(model).encoder
+    inside = set() if encoder is None else set(encoder.modules())  # its tokens have no labels
     layers = {name: module for name, module in targets.chosen.items() if module not in inside}
     found: dict[str, Residual] = {}
     for batch in accelerator.prepare(subset(parts.calibration, [0])):  # one process has it
