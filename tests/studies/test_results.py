@@ -66,6 +66,14 @@ def test_the_figures_of_training_are_those_of_the_records(study):
     assert [line for line in shown if line not in documented] == []
 
 
+def test_the_terms_of_single_layers_are_those_of_the_records(study):
+    claims = study("paper_claims")
+    shown = [line for line in claims.tables(claims.read_records(RESULTS / "paper_claims.jsonl")).splitlines() if line]
+    documented = (ROOT / "docs" / "reproducing_the_paper.md").read_text(encoding="utf-8").splitlines()
+    assert len(shown) == 2 * 2 + 2 * 3 + 2 * 2
+    assert [line for line in shown if line not in documented] == []
+
+
 @needs_matplotlib
 def test_plots_are_drawn_of_the_records(study, tmp_path):
     read = study("records").read_records
