@@ -37,9 +37,9 @@ def parts(data):
 def test_the_refit_sees_calibration_data_and_more_which_need_no_labels(parts, monkeypatch):
     seen, plain = [], trials_module.refit
 
-    def refit(model, targets, groups, loaders, *rest):
+    def refit(model, targets, groups, loaders, *rest, **options):
         seen.append([batch for loader in loaders for batch in loader])
-        return plain(model, targets, groups, loaders, *rest)
+        return plain(model, targets, groups, loaders, *rest, **options)
 
     monkeypatch.setattr(trials_module, "refit", refit)
     calibration, held_out, more = parts

@@ -167,9 +167,9 @@ class TestRefitOnFewExamples:
 
         plain = trials_module.refit
 
-        def refit(model, targets, groups, loaders, *rest):
+        def refit(model, targets, groups, loaders, *rest, **options):
             fitted.append(list(getattr(loaders[0].dataset, "indices", [])))
-            return plain(model, targets, groups, loaders, *rest)
+            return plain(model, targets, groups, loaders, *rest, **options)
 
         calibration, choices, config = make_case(selection_fraction=0.17)
         monkeypatch.setattr(trials_module, "paired_outcomes", outcomes)
