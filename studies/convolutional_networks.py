@@ -66,8 +66,6 @@ class Pictures:
 
 
 def testbed_pictures(testbed: Path, folder: Path) -> Pictures:
-    name = folder.name
-
     def load() -> PreTrainedModel:
         if (folder / "modeling_small_cnn.py").is_file():
             sys.path.insert(0, str(folder))
@@ -76,7 +74,7 @@ def testbed_pictures(testbed: Path, folder: Path) -> Pictures:
             Model = AutoModelForImageClassification
         return Model.from_pretrained(folder, dtype=torch.float32).eval()
 
-    size = {**NETWORKS, **TRAINED}[name]
+    size = {**NETWORKS, **TRAINED}[folder.name]
     train = pixels_and_labels(testbed, "train.parquet", 4 * CALIBRATION, size)
     return Pictures(load, train, pixels_and_labels(testbed, "heldout.parquet", None, size))
 

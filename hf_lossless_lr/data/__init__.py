@@ -8,7 +8,7 @@ from .drawn_labels import draw_labels
 from .forward import forward_loss, mean_loss, run_batch, run_watching
 from .heads import answering_layers
 from .labels import IGNORE_INDEX, Question, Reading, batch_examples, correct_predictions
-from .loaders import dataset_size, make_dataloader, subset
+from .loaders import dataset_size, first_batch, make_dataloader, subset
 from .padding import PaddingMasks, watching_masks
 from .representations import Representation, model_inputs
 from .splits import DataSplits, combined_digest, examine, item_digests, split_data
@@ -29,6 +29,7 @@ __all__ = [
     "dataset_size",
     "draw_labels",
     "examine",
+    "first_batch",
     "forward_loss",
     "item_digests",
     "learn_steady_rows",

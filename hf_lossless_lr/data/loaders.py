@@ -108,6 +108,11 @@ def subset(loader: DataLoader, indices: Sequence[int]) -> DataLoader:
     return _loader(Subset(loader.dataset, indices), loader.batch_size, loader.collate_fn)
 
 
+def first_batch(loader: DataLoader) -> DataLoader:
+    """Return a loader of the first batch alone."""
+    return subset(loader, range(dataset_size(loader))[: loader.batch_size or 1])
+
+
 def _told_apart(data: Any, model: PreTrainedModel, collate: Any, name: str, most: int | None) -> tuple[Any, bool]:
     """Return the data, read where they are a stream, and whether they are examples rather than whole batches."""
     if isinstance(data, IterableDataset):

@@ -142,7 +142,8 @@ def refit(
                         arrived = [s.advance(group, finished) and a for s, a in zip(compressed, arrived, strict=True)]
                 pairs = [(d, c) for d, c, a in zip(dense, compressed, arrived, strict=True) if a]
                 with clock.timed("refit_products"):
-                    products = _products([targets[name] for name in group], pairs, accelerator, group[0] in residuals)
+                    makes_up = _made_up(group, residuals)
+                    products = _products([targets[name] for name in group], pairs, accelerator, makes_up)
                 finished.add(group)
                 if products is not None:
                     left -= set(group)
@@ -166,13 +167,18 @@ def _pauses(targets: Mapping[str, RefitTarget], groups: Sequence[Group]) -> list
     return pauses
 
 
+def _made_up(group: Group, residuals: Mapping[str, Residual]) -> bool:
+    """Return whether a group makes up for the error of what is added to its output: one layer alone can."""
+    return len(group) == 1 and group[0] in residuals
+
+
 def _watches(
     model: nn.Module, groups: Sequence[Group], layers: Mapping[str, Any], residuals: Mapping[str, Residual]
 ) -> list[Watch]:
     """Return where streams see what is added to the output of a layer, in both models."""
     watches = []
     for group in groups:
-        if len(group) == 1 and group[0] in residuals:
+        if _made_up(group, residuals):
             name, output = residuals[group[0]]
             modules = [model.get_submodule(name), *([layers[name]] if name in layers else [])]
             watches += [Watch(group, module, output) for module in modules]
@@ -222,7 +228,7 @@ def _products(
         rows_seen += chunk.dense.shape[-2]
         cross += chunk.dense.mT @ chunk.shifted
         input_gram += gram(chunk.shifted)
-        if makes_up and chunk.errors is not None:
+        if chunk.errors is not None:
             error_cross += chunk.errors.mT @ chunk.shifted
     routed = any(compressed.rows is not None and compressed.rows.routed() is not None for _, compressed in streams)
     counts = torch.tensor([rows_seen, unpaired, int(routed)], device=cross.device)

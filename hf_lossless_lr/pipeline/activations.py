@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from ..data import DataSplits, dataset_size, run_watching, subset
+from ..data import DataSplits, first_batch, run_watching
 from ..layers import evaluating
 
 STREAMS = 2  # of a batch: through the dense and through the compressed model
@@ -80,10 +80,8 @@ def refit_memory(
         The bytes of a batch, taken as those of the first one, and the number of batches of a process.
     """
     loaders = [loader for loader in (parts.calibration, parts.refit) if loader is not None]
-    sizes = [-(-dataset_size(loader) // (loader.batch_size or 1)) for loader in loaders]
-    first = subset(parts.calibration, range(min(parts.calibration.batch_size or 1, dataset_size(parts.calibration))))
     held = 0
-    for batch in accelerator.prepare(first):
+    for batch in accelerator.prepare(first_batch(parts.calibration)):
         own = sum(value.nbytes for value in batch.values() if isinstance(value, torch.Tensor))
         held = own + STREAMS * bytes_waiting(model, targets, batch)
-    return held, -(-sum(sizes) // accelerator.num_processes)
+    return held, -(-sum(map(len, loaders)) // accelerator.num_processes)

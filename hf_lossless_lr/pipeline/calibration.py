@@ -176,15 +176,15 @@ def calibrate(
         kept = work_dir is not None
         memory, windows = plan_memory(model, targets.chosen, parts, accelerator, limit, bool(config.refit), kept)
         workspace = None
+        if memory.disk or not memory.fits:
+            (logger.info if memory.fits or not accelerator.is_main_process else logger.warning)(memory.sentence)
         if memory.disk:
             _check_on_disk(config, kept, statistics_path)
-            (logger.info if memory.fits or not accelerator.is_main_process else logger.warning)(memory.sentence)
             inputs = _inputs(dense, config, parts, targets, accelerator)
-            workspace = Workspace(Path(work_dir) if work_dir is not None else None, accelerator, inputs)
+            workspace = Workspace(None if work_dir is None else Path(work_dir), accelerator, inputs)
             undo.callback(workspace.close)
+            memory = _as_planned_before(memory, workspace.shelf, accelerator)
         shelf = None if workspace is None else workspace.shelf
-        if shelf is not None:
-            memory = _as_planned_before(memory, shelf, accelerator)
         with clock.timed("statistics"):
             if shelf is not None:
                 loader = parts.calibration

@@ -15,7 +15,7 @@ from accelerate.utils import convert_file_size_to_int
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..data import DataSplits, dataset_size, subset
+from ..data import DataSplits, first_batch
 from ..errors import ConfigurationError, DataError
 from ..factors import spatial_kernel, spatial_needs
 from ..layers import weight_matrices
@@ -109,7 +109,7 @@ def plan_memory(
 
     Where all of it fits, that is one pass, and memory. Else the activations of the first batch are measured, and
     layers are taken in windows whose second moments fit beside them; statistics and factors go to disk. Where the
-    batches that wait in a refit do not fit beside the layers even then, it takes as many as do.
+    batches that wait in a refit do not fit beside what is in memory then, it takes as many as do.
 
     Args:
         model: the dense model, on the accelerator's device.
@@ -147,7 +147,7 @@ def plan_memory(
     taken = _taken(limit - refitting, held, batches)
     refitting += held * (batches if taken is None else taken[0])
     expected = max(limit - max(room, 0) + min(room, statistics), refitting)
-    passed = -(-dataset_size(parts.calibration) // (parts.calibration.batch_size or 1) // accelerator.num_processes)
+    passed = -(-len(parts.calibration) // accelerator.num_processes)
     seconds *= len(windows) * passed
     return MemoryPlan(limit, expected, len(windows), disk, seconds, taken), windows
 
@@ -216,8 +216,7 @@ def _first_batch(
         return tensor
 
     name = next(iter(targets))  # where the backward ends
-    loader = parts.calibration
-    batch = subset(loader, range(min(loader.batch_size or 1, dataset_size(loader))))
+    batch = first_batch(parts.calibration)
     start = time.perf_counter()
     # Without a labelled unit in it, what its forward keeps is known all the same.
     with suppress(DataError), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):

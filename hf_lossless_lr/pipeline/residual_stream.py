@@ -36,16 +36,15 @@ def residual_stream(
     Returns:
         What the outputs of layers are added to, by their names; the same on each process.
     """
-    encoder = PaddingMasks(model).encoder
-    inside = set() if encoder is None else set(encoder.modules())  # its tokens have no labels
-    layers = {name: module for name, module in targets.chosen.items() if module not in inside}
+    in_encoder = PaddingMasks(model).in_encoder  # its tokens have no labels
+    layers = {name: module for name, module in targets.chosen.items() if id(module) not in in_encoder}
     found: dict[str, Residual] = {}
     for batch in accelerator.prepare(subset(parts.calibration, [0])):  # one process has it
         labels = batch.get("labels")
         if isinstance(labels, torch.Tensor) and labels.ndim == 2 and not labels.is_floating_point():
             found = find_residuals(model, layers, batch, labels.numel())
     found = dict(gather_object(list(found.items())))
-    for name in found:  # all have the same tokens
-        counts = statistics.layers[name]
-        return found if counts.units >= LABELLED_SHARE * counts.tokens else {}
-    return found
+    if not found:
+        return found
+    counts = statistics.layers[next(iter(found))]  # all have the same tokens
+    return found if counts.units >= LABELLED_SHARE * counts.tokens else {}

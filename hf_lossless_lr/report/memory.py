@@ -27,8 +27,8 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether all of it would fit into memory at once."""
-        return self.seconds is None
+        """Whether nothing has to give way: all of it fits into memory at once, with all batches of a refit."""
+        return self.seconds is None and self.refit_batches is None
 
     @property
     def sentence(self) -> str:

@@ -39,6 +39,11 @@ def first_tensor(values: Any) -> torch.Tensor | None:
     return next((tensor for tensor in found if tensor is not None), None)
 
 
+def handed_over(args: Any, kwargs: Mapping[str, Any], output: tuple[Any, ...]) -> torch.Tensor | None:
+    """Return what a hook sees a module receive or, where it is given an output, return."""
+    return first_tensor(output or (*args, *kwargs.values()))
+
+
 @torch.no_grad()
 def find_residuals(
     model: PreTrainedModel, layers: Mapping[str, nn.Module], batch: Mapping[str, Any], rows: int | None = None
@@ -101,7 +106,7 @@ class _Search:
         """Return a hook that notes what a module receives or returns."""
 
         def note(module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
-            tensor = first_tensor(output or (*args, *kwargs.values()))
+            tensor = handed_over(args, kwargs, output)
             if tensor is not None and tensor.numel():
                 self._take(Residual(name, bool(output)), tensor)
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..data import PaddingMasks, run_batch, watching_masks
 from ..layers import called_with, layout_of, routed_rows
-from .residuals import first_tensor
+from .residuals import handed_over
 from .rows import real_rows
 
 Group = tuple[str, ...]
@@ -193,7 +193,7 @@ def pausing(
         def hook(module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
             stream = greenlet.getcurrent()
             if isinstance(stream, Stream) and watch.group not in stream.passed:
-                tensor = first_tensor(output or (*args, *kwargs.values()))
+                tensor = handed_over(args, kwargs, output)
                 if tensor is not None:
                     stream.added[watch.group] = tensor
 

@@ -171,12 +171,14 @@ class TestARefit:
         assert taken[0] is not None
         assert taken[1] == taken[0]
 
-    def test_that_does_not_fit_leaves_the_statistics_in_memory_that_do(self, monkeypatch, tmp_path):
+    def test_that_does_not_fit_leaves_the_statistics_in_memory_that_do(self, monkeypatch, tmp_path, caplog):
         monkeypatch.setattr(memory, "refit_memory", lambda *_: (2**50, 9))
         model, batch = llama(EXAMPLES)
         compressor, data = LowRankCompressor(options()), split_batch(batch, 1)
         path = tmp_path / "statistics.safetensors"
-        compressor.calibrate(model, data[:24], eval_dataset=data[24:], statistics_path=path)
+        with caplog.at_level("WARNING"):
+            compressor.calibrate(model, data[:24], eval_dataset=data[24:], statistics_path=path)
+        assert "the refit takes the first 1 of 9 batches" in caplog.text
         compressor.compress_to(0.5)
         assert path.exists()
         assert (compressor.report.memory.disk, compressor.report.memory.refit_batches) == (0, (1, 9))
@@ -295,7 +297,6 @@ class TestAWorkFolder:
 
 KILLED_AFTER = """
 import os, signal, sys
-from hf_lossless_lr.report import CompressionReport
 from hf_lossless_lr.statistics import collect_in_windows
 from hf_lossless_lr.statistics.shelf import Shelf
 from pipeline.test_bounded_memory import compressed
