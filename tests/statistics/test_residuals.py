@@ -62,8 +62,10 @@ class Block(nn.Module):
     def __init__(self, size, how):
         super().__init__()
         self.project, self.norm, self.how = nn.Linear(size, size), nn.LayerNorm(size), how
+        self.nothing = nn.Threshold(1e9, 0.0)  # zeros, which can be added to anything
 
     def forward(self, hidden_states, **_):
+        self.nothing(hidden_states)
         return self.how(self.project(self.norm(hidden_states)), hidden_states)
 
 
