@@ -14,6 +14,7 @@ from ..checkpoint import DEFAULT_SELECTION, LosslessLowRankConfig
 from ..data import combined_digest, item_digests, make_dataloader
 from ..errors import ConfigurationError
 from ..fingerprint import content_digest, tensors_fingerprint
+from ..layers import at_hand
 from ..pipeline import LowRankCompressor
 from ..ranks import OBJECTIVES
 from ..report import CompressionReport, MethodResult
@@ -114,7 +115,8 @@ def _inputs(
             digests.append(
                 combined_digest(item_digests(make_dataloader(data, model, batch_size=batch_size, **options), model))
             )
-    return content_digest([tensors_fingerprint(model.state_dict()), digests, changes])
+    with at_hand(model):
+        return content_digest([tensors_fingerprint(model.state_dict()), digests, changes])
 
 
 def _result(name: str, ratio: float | None, report: CompressionReport, inputs: str) -> MethodResult:

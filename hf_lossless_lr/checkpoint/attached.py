@@ -17,10 +17,20 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..errors import LosslessLowRankError, TargetError
+from ..errors import CheckpointError, LosslessLowRankError, TargetError
 from ..files import replacing
 from ..fingerprint import tensors_fingerprint
-from ..layers import Stored, UnfusedExperts, grids_in, is_factorized, replace_modules, restore_grids, to_dense
+from ..layers import (
+    Stored,
+    UnfusedExperts,
+    at_hand,
+    files_of_offloaded,
+    grids_in,
+    is_factorized,
+    replace_modules,
+    restore_grids,
+    to_dense,
+)
 from ..report import CARD_NAME, REPORT_NAME, CompressionReport, model_card
 from .cards import base_model_in, is_replaceable, place_card
 from .config import LosslessLowRankConfig
@@ -232,12 +242,39 @@ def _save_pretrained(
     *args: Any,
     **kwargs: Any,
 ) -> None:
+    """Save a model with its card and report; what is offloaded of it is read from where it is."""
+    if state_dict is not None:
+        _save_with_card(
+            model, report, base_model, weights, save_directory, is_main_process, state_dict, *args, **kwargs
+        )
+        return
+    read = sorted(path for path in files_of_offloaded(model) if path.parent == Path(save_directory).resolve())
+    if read:
+        raise CheckpointError(f"{save_directory}: the model still reads offloaded weights from {read[0].name} there.")
+    with at_hand(model):
+        state_dict = model.state_dict()
+        _save_with_card(
+            model, report, base_model, weights, save_directory, is_main_process, state_dict, *args, **kwargs
+        )
+
+
+def _save_with_card(
+    model: PreTrainedModel,
+    report: CompressionReport,
+    base_model: str | None,
+    weights: str,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool,
+    state_dict: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> None:
     save = partial(_save_encoded, model, save_directory, is_main_process, state_dict, *args, **kwargs)
     writes = getattr(model, "should_save_on_this_rank", bool)(is_main_process)
     if not writes or os.path.isfile(save_directory) or getattr(model, "_hf_peft_config_loaded", False):
         save()
         return
-    if _fingerprint(model.state_dict() if state_dict is None else state_dict) != weights:
+    if _fingerprint(state_dict) != weights:
         logger.warning_once("%s; its model card has no certificate.", CHANGED_WEIGHTS)
         report = replace(report, certificate=None, uncertified=CHANGED_WEIGHTS, compressed_fingerprint=None)
     card, path = card_of(report, base_model), Path(save_directory) / CARD_NAME

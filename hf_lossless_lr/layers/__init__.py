@@ -12,6 +12,7 @@ from .factorized import METHOD, Factorized, called_with, is_factorized, layers_i
 from .layout import Layout, find_layout, layout_of, to_dense, weight_matrices
 from .linear import FactorizedLinear
 from .model_state import ModelState, differentiating_only, evaluating, on_device, own_config, random_state_kept
+from .offloaded import at_hand, files_of_offloaded
 from .patterns import values_of
 from .replacement import Replacement, finish, in_place, replace_modules
 from .rounded import (
@@ -60,6 +61,7 @@ __all__ = [
     "Targets",
     "UnfusedExperts",
     "as_matrix",
+    "at_hand",
     "break_even_rank",
     "called_with",
     "check_model",
@@ -68,6 +70,7 @@ __all__ = [
     "differentiating_only",
     "evaluating",
     "factorized_parameters",
+    "files_of_offloaded",
     "find_layout",
     "find_targets",
     "finish",

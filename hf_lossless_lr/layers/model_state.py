@@ -49,9 +49,12 @@ def random_state_kept(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def on_device(model: nn.Module, device: torch.device, also: Iterable[nn.Module] = ()) -> Iterator[None]:
-    """Move a model that lies on one device, and move it back, with layers that may have left it meanwhile."""
+    """Move a model that lies on one device, and move it back, with layers that may have left it meanwhile.
+
+    One that is spread over devices, or offloaded, stays where it is.
+    """
     original = {parameter.device for parameter in model.parameters()}
-    if len(original) != 1 or original == {device} or getattr(model, "hf_device_map", None):
+    if len(original) != 1 or original <= {device, torch.device("meta")} or getattr(model, "hf_device_map", None):
         yield
         return
     model.to(device)

@@ -49,13 +49,16 @@ class Replacement:
     def undo(self) -> None:
         """Put the original modules back, on the device and in the dtype of those that were in their place.
 
-        Finishes whatever interrupts it; what did is raised at the end. Twice is the same as once.
+        One whose weights are offloaded comes back as it was. Finishes whatever interrupts it; what did is raised at
+        the end. Twice is the same as once.
         """
         finish([partial(self._put_back, path, module) for path, module in self.originals.items()])
 
     def _put_back(self, path: str, module: nn.Module) -> None:
         present = next(self.model.get_submodule(path).parameters(), None)
-        self.model.set_submodule(path, module if present is None else module.to(present.device, present.dtype))
+        if present is not None and not any(parameter.is_meta for parameter in module.parameters()):
+            module.to(present.device, present.dtype)
+        self.model.set_submodule(path, module)
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Replacement:

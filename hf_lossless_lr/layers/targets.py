@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ..errors import TargetError
 from .factorized import METHOD, is_factorized
 from .layout import LAYOUTS, find_layout
+from .offloaded import offloaded_to
 from .patterns import TYPE, best_match, check_patterns
 from .readers import readers
 from .subclasses import answers_as_its_base
@@ -205,7 +206,7 @@ def check_model(model: Any) -> None:
         model: what the user passed.
 
     Raises:
-        TargetError: if it is no dense floating-point `PreTrainedModel` with its weights loaded.
+        TargetError: if it is no dense floating-point `PreTrainedModel`, or too large for its device.
     """
     if not isinstance(model, PreTrainedModel):
         raise TargetError(
@@ -220,13 +221,13 @@ def check_model(model: Any) -> None:
         )
     if existing is not None or getattr(model, "is_quantized", False):
         raise TargetError(f"this {name} is quantized. Compress it in floating point first and quantize the result.")
-    if any(parameter.is_meta for parameter in model.parameters()):
-        if getattr(model, "hf_device_map", None):
-            raise TargetError(
-                f"this {name} is offloaded in part by its device_map, and compression needs all weights at hand. Load "
-                "it without a device_map; where memory is short, max_memory and work_dir keep everything else on disk."
-            )
-        raise TargetError(f"this {name} is on the meta device and has no values. Load its weights first.")
+    places = {device.type for device in offloaded_to(model)} - {"cpu"}
+    if places:
+        raise TargetError(
+            f"weights of this {name} are offloaded by its device_map, for they have no room on {min(places)}. Load it "
+            "without a device_map: with ACCELERATE_USE_CPU=true it is compressed on the CPU, and max_memory and "
+            "work_dir keep on disk what is large."
+        )
     _check_state(model, f"this {name}")
 
 

@@ -15,6 +15,7 @@ from ..data import draw_labels, split_data
 from ..errors import ConfigurationError
 from ..layers import (
     ModelState,
+    at_hand,
     check_model,
     find_targets,
     finish,
@@ -168,10 +169,23 @@ class LowRankCompressor:
                 the data; statistics of another model or of other data are an error. Else it is written.
         """
         check_model(model)
-        experts = unfuse(model)
+        with at_hand(model):
+            options = eval_dataset, refit_dataset, data_collator, processing_class, statistics_path
+            self._calibrate(model, calib_dataset, *options)
+
+    def _calibrate(
+        self,
+        model: PreTrainedModel,
+        calib_dataset: Any,
+        eval_dataset: Any,
+        refit_dataset: Any,
+        data_collator: Any,
+        processing_class: Any,
+        statistics_path: str | os.PathLike[str] | None,
+    ) -> None:
+        config, experts = self.config, unfuse(model)
         with in_place(model, experts):
-            targets = find_targets(model, self.config.target_modules, self.config.ignore)
-        config = self.config
+            targets = find_targets(model, config.target_modules, config.ignore)
         values_of("ranks", config.given_ranks, targets.chosen)  # a pattern that matches nothing shows now
         if config.labels == "model":
             calib_dataset, eval_dataset = self._with_drawn_labels(
@@ -244,25 +258,28 @@ class LowRankCompressor:
         self.restore()
         before, undo = ModelState(model), list[Callable[[], None]]()
         try:
-            check_unchanged(calibration)
-            unfused = replace_modules(model, calibration.dense.experts)
-            undo.append(unfused.undo)
-            with on_device(model, calibration.accelerator.device, calibration.factors.targets.chosen.values()):
-                restore_config = own_config(model)
-                undo.append(restore_config)
-                trial, trials, epsilon = choose(calibration, config, self._budget(calibration, config), clock)
-                with clock.timed("held_out"):
-                    data, accelerator = calibration.parts.held_out, calibration.accelerator
-                    outcomes = paired_outcomes(model, trial.layers, data, accelerator, "Evaluating", temperatures=True)
-                with clock.timed("speed"):
-                    speed = measured_speed(calibration, trial.layers, unfused.originals)
-                put_in_place(calibration, trial, config, unfused, undo)
-                found = trials, epsilon, outcomes, self._certified, clock.seconds, speed
-                report = make_report(calibration, config, trial, *found)
-                if trial.layers:
-                    attach_card(model, report)
-                else:
-                    restore_config()
+            with at_hand(model):
+                check_unchanged(calibration)
+                unfused = replace_modules(model, calibration.dense.experts)
+                undo.append(unfused.undo)
+                with on_device(model, calibration.accelerator.device, calibration.factors.targets.chosen.values()):
+                    restore_config = own_config(model)
+                    undo.append(restore_config)
+                    trial, trials, epsilon = choose(calibration, config, self._budget(calibration, config), clock)
+                    with clock.timed("held_out"):
+                        data, accelerator = calibration.parts.held_out, calibration.accelerator
+                        outcomes = paired_outcomes(
+                            model, trial.layers, data, accelerator, "Evaluating", temperatures=True
+                        )
+                    with clock.timed("speed"):
+                        speed = measured_speed(calibration, trial.layers, unfused.originals)
+                    put_in_place(calibration, trial, config, unfused, undo)
+                    found = trials, epsilon, outcomes, self._certified, clock.seconds, speed
+                    report = make_report(calibration, config, trial, *found)
+                    if trial.layers:
+                        attach_card(model, report)
+                    else:
+                        restore_config()
             self._restore_dense = undo  # success: the changes stay until the next ratio
         except BaseException:
             finish([*reversed(undo), before.restore])

@@ -9,6 +9,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.compressions import (
@@ -705,9 +706,13 @@ def on_meta(model, batch):
         return BertForSequenceClassification(model.config), [batch]
 
 
-def offloaded(model, batch):
-    model = on_meta(model, batch)[0]
-    model.hf_device_map = {"bert": "cpu", "classifier": "disk"}
+def no_room_on_its_device(model, batch):
+    """Its weights come to a device one after the other; on this machine there may be none."""
+    cpu_offload(model)
+    for module in model.modules():
+        for hook in getattr(getattr(module, "_hf_hook", None), "hooks", [getattr(module, "_hf_hook", None)]):
+            if hook is not None:
+                hook.execution_device = torch.device("cuda", 0)
     return model, [batch]
 
 
@@ -803,7 +808,7 @@ BAD_INPUTS = {  # what is wrong: change of model and batch, error, its text
     ),
     "quantized layer": (quantized_layer, TargetError, rf"'{LAYER}' is quantized \(Int8Linear, torch.int8\)"),
     "meta": (on_meta, TargetError, "this BertForSequenceClassification is on the meta device and has no values. Load"),
-    "offloaded": (offloaded, TargetError, "is offloaded in part by its device_map, .* Load it without a device_map; "),
+    "no room": (no_room_on_its_device, TargetError, "are offloaded .* no room on cuda. Load it without a device_map"),
     "frozen layer": (frozen, TargetError, rf"'{LAYER}' is frozen \(requires_grad=False\), so it gets no gradient"),
     "frozen model": (all_frozen, TargetError, r"is frozen .* Call `model.requires_grad_\(True\)`"),
     "no Transformers model": (
