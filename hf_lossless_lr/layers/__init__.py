@@ -12,7 +12,7 @@ from .factorized import METHOD, Factorized, called_with, is_factorized, layers_i
 from .layout import Layout, find_layout, layout_of, to_dense, weight_matrices
 from .linear import FactorizedLinear
 from .model_state import ModelState, differentiating_only, evaluating, on_device, own_config, random_state_kept
-from .offloaded import at_hand, files_of_offloaded
+from .offloaded import at_hand, copied, files_of_offloaded
 from .patterns import values_of
 from .replacement import Replacement, finish, in_place, replace_modules
 from .rounded import (
@@ -40,11 +40,12 @@ from .storage import (
     weight_bytes,
 )
 from .stored import Stored, is_complete, stored_in
-from .targets import Targets, check_model, find_targets
+from .targets import HEADS, Targets, check_model, find_targets
 
 __all__ = [
     "CHANNEL",
     "FORMS",
+    "HEADS",
     "METHOD",
     "SPATIAL",
     "STORAGES",
@@ -67,6 +68,7 @@ __all__ = [
     "check_model",
     "checkpoint_bytes",
     "choose_storage",
+    "copied",
     "differentiating_only",
     "evaluating",
     "factorized_parameters",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,20 @@ def at_hand(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         finish(undo if hooks else ())
+
+
+def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> Any:
+    """Return a copy of a module whose weights are at hand; what offloads the original does not know it.
+
+    Args:
+        module: the module.
+        memo: what is not copied, as for `copy.deepcopy`.
+    """
+    copy = deepcopy(module, memo)
+    if hasattr(copy, "_hf_hook"):
+        for name in ("_hf_hook", "_old_forward", "forward"):
+            vars(copy).pop(name, None)
+    return copy
 
 
 def offloaded_to(model: nn.Module) -> set[torch.device]:

@@ -25,6 +25,7 @@ from .readers import readers
 from .subclasses import answers_as_its_base
 
 NOT_ASKED_FOR = "not in `target_modules`"
+POOLER, TASK_HEAD = HEADS = "pooler", "task head"
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def find_targets(
     """
     if any(is_factorized(module) for module in model.modules()):
         raise TargetError("the model is already compressed; call `dequantize()` on it, or start from the dense model.")
-    reasons = dict.fromkeys(heads, "task head") | default_skips(model)
+    reasons = dict.fromkeys(heads, TASK_HEAD) | default_skips(model)
     targets: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
     candidates, read = _candidates(model), readers(model)
@@ -156,9 +157,9 @@ def default_skips(model: PreTrainedModel) -> dict[str, str]:
         elif module is output:
             reasons[name] = "output embeddings"
         elif "pooler" in name.split("."):
-            reasons[name] = "pooler"
+            reasons[name] = POOLER
         elif id(module) in outside or id(module) in heads:
-            reasons[name] = "task head"
+            reasons[name] = TASK_HEAD
     return reasons
 
 

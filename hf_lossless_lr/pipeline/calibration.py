@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -49,6 +50,7 @@ from ..timing import Clock
 from ..verdict import KeptAnswers
 from ..versions import __version__
 from .factoring import factorize_targets
+from .heads import layers_behind
 from .memory import memory_limit, plan_memory
 from .narrowing import called, heard, skipped_weights, without_heads
 from .residual_stream import residual_stream
@@ -110,6 +112,7 @@ class Calibration:
         seconds: time of each stage.
         memory: what was planned to be held in memory, and what on disk.
         residuals: what the outputs of targets are added to, where a refit makes up for its error.
+        heads: dense layers behind all targets, which a refit fits, too.
         workspace: the folder of what is on disk, if anything is.
     """
 
@@ -121,6 +124,7 @@ class Calibration:
     seconds: Mapping[str, float]
     memory: MemoryPlan
     residuals: Mapping[str, Residual]
+    heads: Mapping[str, nn.Module]
     workspace: Workspace | None = None
 
     def close(self) -> None:
@@ -199,8 +203,10 @@ def calibrate(
             skipped = skipped_weights(model, targets)
             factors = Factors(targets, skipped, *factorize_targets(config, targets, statistics, accelerator, shelf))
         residuals = residual_stream(model, targets, statistics, parts, accelerator) if config.refit else {}
+        heads = layers_behind(model, targets, parts, accelerator) if config.refit else {}
         undo.pop_all()
-    return Calibration(dense, parts, statistics, factors, accelerator, clock.seconds, memory, residuals, workspace)
+    of_model = parts, statistics, factors, accelerator, clock.seconds, memory, residuals, heads
+    return Calibration(dense, *of_model, workspace)
 
 
 def _as_planned_before(memory: MemoryPlan, shelf: Shelf, accelerator: Accelerator) -> MemoryPlan:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..formats import FLOAT, FORMATS, search_grid
-from ..layers import set_grid
+from ..layers import copied, set_grid
 
 
 @torch.no_grad()
@@ -37,7 +36,7 @@ def rounded_embeddings(model: PreTrainedModel, number_format: str) -> dict[str, 
         parameter = nn.Parameter(values, weight.requires_grad)
         for name, module in sharing.items():  # other tensors stay shared: a bias may be tied, too
             others = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-            copies[name] = deepcopy(module, others | {id(weight): parameter})
+            copies[name] = copied(module, others | {id(weight): parameter})
         set_grid(copies[_holder(model, sharing)], grid)
     return copies
 

@@ -11,7 +11,7 @@ from ..errors import CertificateError
 from ..factors import LossCurve
 from ..fingerprint import tensors_fingerprint
 from ..formats import FLOAT
-from ..layers import checkpoint_bytes, format_of, stored_bytes
+from ..layers import HEADS, checkpoint_bytes, format_of, stored_bytes
 from ..ranks import Choice, kept_share
 from ..report import (
     Certificate,
@@ -161,9 +161,11 @@ def _certificate(
 
 
 def _stored_as(skipped: Mapping[str, SkippedWeight], layers: Mapping[str, Any]) -> dict[str, SkippedWeight]:
-    """Return what was no target, with the number format that it is stored in."""
+    """Return what was no target, with the number format that it is stored in; heads among the layers are refitted."""
     formats = {name: format_of(layer) for name, layer in layers.items()}
-    return {name: replace(weight, format=formats.get(name, FLOAT)) for name, weight in skipped.items()}
+    found = {name: replace(weight, format=formats.get(name, FLOAT)) for name, weight in skipped.items()}
+    fitted = [name for name, weight in found.items() if name in layers and weight.reason in HEADS]
+    return found | {name: replace(found[name], reason=f"{found[name].reason}, refitted") for name in fitted}
 
 
 def _layer_report(module: Any, curve: LossCurve, choice: Choice, layer: Any) -> LayerReport:

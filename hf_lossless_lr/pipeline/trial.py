@@ -28,7 +28,7 @@ from ..factors import (
 )
 from ..fingerprint import content_digest
 from ..formats import FLOAT
-from ..layers import choose_storage, grids_in, layout_of, restore_grids, storage_in, weight_matrices
+from ..layers import choose_storage, copied, grids_in, layout_of, restore_grids, storage_in, weight_matrices
 from ..ranks import Choice, Choices
 from ..report import Difference
 from ..statistics import CalibrationStatistics
@@ -95,7 +95,7 @@ def build_layers(
         if number_format != FLOAT:
             hessian = damped(calibration.statistics.layers[name].input_covariance, config.damping)
         if rank is None:
-            layers[name] = deepcopy(module)
+            layers[name] = copied(module)
             fill(layers[name], weight_matrices(module), None, hessian, number_format)
             continue
         curve = factors.curves[name].in_form(form)
@@ -130,15 +130,16 @@ def run_trial(calibration: Calibration, choices: Choices, config: LosslessLowRan
     if calibration.parts.selection is not None or (config.refit and layers):
         measured = _outcomes(calibration, layers, clock)
     if config.refit and layers and measured is not None:
-        plain = {name: (deepcopy(layer.state_dict()), grids_in(layer)) for name, layer in layers.items()}
+        fitted = layers | {name: copied(head) for name, head in calibration.heads.items()}
+        plain = {name: (deepcopy(layer.state_dict()), grids_in(layer)) for name, layer in fitted.items()}
         enough = _enough_to_judge(calibration, measured)
-        if enough or _helps_unseen_examples(calibration, choices, layers, plain, config, clock):
+        if enough or _helps_unseen_examples(calibration, choices, fitted, plain, config, clock):
             kept = _kept(calibration, choices, config)
-            _refit(calibration, choices, layers, calibration.parts.calibration, config, clock, kept)
-            after = _outcomes(calibration, layers, clock)
+            _refit(calibration, choices, fitted, calibration.parts.calibration, config, clock, kept)
+            after = _outcomes(calibration, fitted, clock)
             refitted = not enough or _distance(after) < _distance(measured)
             if refitted:
-                measured = after
+                layers, measured = fitted, after
             else:
                 _load(layers, plain)
         if enough and not refitted and batch_norms(calibration.dense.model):
@@ -154,9 +155,10 @@ def run_trial(calibration: Calibration, choices: Choices, config: LosslessLowRan
 
 
 def _load(layers: Mapping[str, Any], states: Mapping[str, Any]) -> None:
-    for name, (state, grids) in states.items():
-        layers[name].load_state_dict(state)
-        restore_grids(layers[name], grids)
+    for name, layer in layers.items():
+        state, grids = states[name]
+        layer.load_state_dict(state)
+        restore_grids(layer, grids)
 
 
 def _enough_to_judge(calibration: Calibration, measured: PairedOutcomes) -> bool:
@@ -217,8 +219,10 @@ def _refit(
         for name, layer in layers.items()
         if name in choices
     }
-    others = {name: layer for name, layer in layers.items() if name not in choices}
-    groups = refit_groups(statistics, targets)
+    heads = {name: head for name, head in calibration.heads.items() if name in layers}
+    others = {name: layer for name, layer in layers.items() if name not in {**choices, **heads}}
+    groups = refit_groups(statistics, targets) + [(name,) for name in heads]
+    targets |= {name: RefitTarget(head, layers[name], lambda: None) for name, head in heads.items()}
     loaders, accelerator = _fitted_to(calibration, data), calibration.accelerator
     most, _ = calibration.memory.refit_batches or (None, None)
     with clock.timed("refit"):
@@ -251,7 +255,7 @@ def _kept(calibration: Calibration, choices: Choices, config: LosslessLowRankCon
     data = calibration.parts.fingerprints.get("refit"), calibration.memory.refit_batches
     digest = content_digest([chosen, config.embeddings, *data])
     calibration.accelerator.wait_for_everyone()  # to see the same on each process
-    return RefittedLayers(workspace.shelf, digest, choices)
+    return RefittedLayers(workspace.shelf, digest, [*choices, *calibration.heads])
 
 
 def _fitted_to(calibration: Calibration, data: DataLoader) -> list[DataLoader]:

@@ -6,6 +6,7 @@ from copy import deepcopy
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from accelerate.utils import align_module_device
 from support.compressions import (
     answers,
     build,
@@ -20,7 +21,7 @@ from support.tiny_models import other_inputs, split_batch
 
 from hf_lossless_lr import CompressionReport, LosslessLowRankConfig, LowRankCompressor
 from hf_lossless_lr.errors import CheckpointError
-from hf_lossless_lr.layers import at_hand
+from hf_lossless_lr.layers import at_hand, copied
 from hf_lossless_lr.report import REPORT_NAME
 
 pytestmark = pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules:UserWarning")
@@ -124,3 +125,21 @@ def test_a_checkpoint_that_is_still_read_from_is_not_written_anew(tmp_path):
     with pytest.raises(CheckpointError, match=r"still reads offloaded weights from model.safetensors there"):
         offloaded.save_pretrained(tmp_path / "dense")
     assert folder_content(tmp_path / "dense") == before
+
+
+@WAYS
+def test_a_copy_of_an_offloaded_layer_is_not_offloaded(offload, tmp_path):
+    """Else what moves weights about would put the original ones in the place of its own."""
+    model, _ = build("llama")
+    offloaded = offload(deepcopy(model), tmp_path)
+    names = {name.rpartition(".")[0] for name in absent(offloaded) if name.endswith("proj.weight")}
+    assert names
+    with at_hand(offloaded):
+        copies = {name: copied(offloaded.get_submodule(name)) for name in names}
+    for name, copy in copies.items():
+        with torch.no_grad():
+            copy.weight.zero_()
+        x = torch.ones(2, copy.in_features)
+        with align_module_device(copy):
+            assert not copy(x).any()
+        assert torch.equal(offloaded.get_submodule(name)(x), model.get_submodule(name)(x))
