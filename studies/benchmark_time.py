@@ -1,8 +1,9 @@
 """Time each stage of a compression against plain passes over the same calibration data, in one run.
 
-    python studies/benchmark_time.py --model MODEL --data FOLDER --records studies/results/benchmark_time.jsonl
+    python studies/benchmark_time.py --testbed FOLDER --records studies/results/benchmark_time.jsonl
 
-FOLDER holds `calibration.jsonl` with `{"sentence": ..., "label": ...}` lines.
+For the sentiment model of the testbed, on 512 of its calibration lines, and the convolutional networks, on 1,024
+pictures. Rounds of all stages follow one another; what is printed and written are the medians.
 """
 
 import argparse
@@ -11,9 +12,11 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from datasets import Dataset
-from records import write_records
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from convolutional_networks import CALIBRATION, NETWORKS, testbed_pictures
+from records import Record, write_records
+from testbed_tasks import sentiment
+from torch.utils.data import DataLoader, Subset
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_lossless_lr import LosslessLowRankConfig
@@ -24,8 +27,11 @@ from hf_lossless_lr.pipeline.trial import run_trial
 from hf_lossless_lr.ranks import select_budget
 from hf_lossless_lr.timing import Clock
 
+STAGES = ("statistics", "factorization", "refit", "refit_forward", "refit_products", "refit_solves")
+SENTIMENT = "minilm-sst2"
 
-def plain_pass(model, loader, backward: bool) -> float:
+
+def plain_pass(model: PreTrainedModel, loader: DataLoader, backward: bool) -> float:
     start = time.perf_counter()
     with torch.set_grad_enabled(backward):
         for batch in loader:
@@ -36,45 +42,61 @@ def plain_pass(model, loader, backward: bool) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--examples", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--records", type=Path, help="file for the figures")
-    arguments = parser.parse_args()
-    logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = AutoModelForSequenceClassification.from_pretrained(arguments.model, dtype=torch.float32).eval()
-    data = Dataset.from_json(str(arguments.data / "calibration.jsonl")).select(range(arguments.examples))
-    data = data.map(lambda x: tokenizer(x["sentence"], truncation=True, max_length=128), batched=True)
-    loader = make_dataloader(data, model, batch_size=32, processing_class=tokenizer)
+def task(name: str, testbed: Path, examples: int | None) -> tuple[PreTrainedModel, DataLoader]:
+    """Return a model and its calibration data."""
+    if name == SENTIMENT:
+        found = sentiment(testbed, examples or 512)
+        options = {"batch_size": 32, "processing_class": found.processing_class}
+        return found.model.eval(), make_dataloader(found.calibration, found.model, **options)
+    pictures = testbed_pictures(testbed, testbed / name)
+    model = pictures.load()
+    return model, make_dataloader(Subset(pictures.train, range(examples or CALIBRATION)), model, batch_size=32)
+
+
+def timed_stages(model: PreTrainedModel, loader: DataLoader, repeats: int) -> dict[str, float]:
+    """Return the median seconds of each stage."""
     config, targets = LosslessLowRankConfig(keep_ratio=0.5, rank_multiple=1), find_targets(model)
     plain_pass(model, loader, backward=True)  # warm-up
-    measured = ("statistics", "factorization", "refit", "refit_forward", "refit_products", "refit_solves")
-    times: dict[str, list[float]] = {name: [] for name in ("forward", "forward+backward", *measured)}
-    for _ in range(arguments.repeats):
+    times: dict[str, list[float]] = {name: [] for name in ("forward", "forward+backward", *STAGES)}
+    for _ in range(repeats):
         times["forward"].append(plain_pass(model, loader, backward=False))
         times["forward+backward"].append(plain_pass(model, loader, backward=True))
         calibration = calibrate(model, config, DataSplits(loader, None, loader, {}), targets)
         clock = Clock(calibration.seconds)
         run_trial(calibration, select_budget(calibration.factors.curves, 0.5), config, clock)
-        for name in measured:
+        for name in STAGES:
             times[name].append(clock.seconds[name])
-    seconds = {name: median(taken) for name, taken in times.items()}
-    ratios = {
-        "statistics / forward+backward": seconds["statistics"] / seconds["forward+backward"],
-        "refit without its solves / forward": (seconds["refit"] - seconds["refit_solves"]) / seconds["forward"],
-        "refit / forward": seconds["refit"] / seconds["forward"],
-        "(statistics + refit) / forward+backward": (seconds["statistics"] + seconds["refit"])
-        / seconds["forward+backward"],
+    return {name: median(taken) for name, taken in times.items()}
+
+
+def ratios(seconds: dict[str, float]) -> dict[str, float]:
+    both, refit = seconds["forward+backward"], seconds["refit"]
+    return {
+        "statistics / forward+backward": seconds["statistics"] / both,
+        "refit without its solves / forward": (refit - seconds["refit_solves"]) / seconds["forward"],
+        "refit / forward": refit / seconds["forward"],
+        "(statistics + refit) / forward+backward": (seconds["statistics"] + refit) / both,
     }
-    for name, value in {**seconds, **ratios}.items():
-        print(f"{name:42}{value:8.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--testbed", type=Path, required=True, help="folder of the testbed")
+    parser.add_argument("--models", nargs="+", default=[SENTIMENT, *NETWORKS], choices=[SENTIMENT, *NETWORKS])
+    parser.add_argument("--examples", type=int, help="calibration examples; default 512 lines, or 1,024 pictures")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--records", type=Path, help="file for the figures")
+    arguments = parser.parse_args()
+    logging.disable_progress_bar()
+    records: list[Record] = []
+    for name in arguments.models:
+        seconds = timed_stages(*task(name, arguments.testbed, arguments.examples), arguments.repeats)
+        found = ratios(seconds)
+        print(name, *(f"{stage:42}{value:8.2f}" for stage, value in {**seconds, **found}.items()), sep="\n    ")
+        records += [{"model": name, "stage": stage, "seconds": value} for stage, value in seconds.items()]
+        records += [{"model": name, "stage": stage, "ratio": value} for stage, value in found.items()]
     if arguments.records:
-        records = [{"stage": name, "seconds": value} for name, value in seconds.items()]
-        write_records(arguments.records, records + [{"stage": name, "ratio": value} for name, value in ratios.items()])
+        write_records(arguments.records, records)
 
 
 if __name__ == "__main__":

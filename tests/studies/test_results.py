@@ -9,6 +9,8 @@ from support.studies import RESULTS, ROOT, STUDIES, needs_matplotlib, tiny_task
 from support.tiny_models import bert_sequence_classification
 from support.word_tokenizer import WORDS, word_tokenizer
 
+from hf_lossless_lr.data import make_dataloader
+
 
 def rows(text):
     """The rows of all tables, without their columns' names."""
@@ -147,18 +149,32 @@ def test_a_model_is_trained_in_each_storage(study, monkeypatch, tmp_path, capsys
 
 
 def test_times_are_written_for_each_stage(study, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    bert_sequence_classification()[0].save_pretrained(tmp_path / "model")
-    word_tokenizer().save_pretrained(tmp_path / "model")
-    lines = [{"sentence": f"{WORDS[n]} {WORDS[2 * n % 50]}", "label": n % 3} for n in range(16)]
-    (tmp_path / "calibration.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    times, records = study("benchmark_time"), study("records")
+
+    def task(name, testbed, examples):
+        found = tiny_task(testbed)
+        return found.model.eval(), make_dataloader(found.calibration[:16], found.model, batch_size=8)
+
+    monkeypatch.setattr(times, "task", task)
     file = tmp_path / "times.jsonl"
-    options = ["--model", tmp_path / "model", "--data", tmp_path, "--examples", 16, "--repeats", 1, "--records", file]
+    options = ["--testbed", tmp_path, "--repeats", 1, "--records", file]
     monkeypatch.setattr(sys, "argv", ["benchmark_time.py", *map(str, options)])
-    study("benchmark_time").main()
-    kept = study("records").read_records(RESULTS / "benchmark_time.jsonl")
-    measured = study("records").read_records(file)
+    times.main()
+    kept, measured = (records.read_records(path) for path in (RESULTS / "benchmark_time.jsonl", file))
     assert [list(record) for record in measured] == [list(record) for record in kept]
-    assert [record["stage"] for record in measured] == [record["stage"] for record in kept]
+    assert [(r["model"], r["stage"]) for r in measured] == [(r["model"], r["stage"]) for r in kept]
     printed = capsys.readouterr().out
     assert all(f"{record['stage']} " in printed for record in measured)
+
+
+def test_times_of_one_and_two_processes_are_written(study, monkeypatch, tmp_path, capsys):
+    processes, records = study("two_processes"), study("records")
+    monkeypatch.setattr(processes, "sentiment", lambda testbed, examples: tiny_task(testbed))
+    monkeypatch.setattr(processes, "measured", lambda testbed, examples, number: 3.0 / number)
+    file = tmp_path / "times.jsonl"
+    monkeypatch.setattr(sys, "argv", ["two_processes.py", "--testbed", str(tmp_path), "--records", str(file)])
+    processes.main()
+    assert "two are 2.00 times as fast as one" in capsys.readouterr().out
+    kept, found = (records.read_records(path) for path in (RESULTS / "two_processes.jsonl", file))
+    assert [record["processes"] for record in found] == [record["processes"] for record in kept]
+    assert processes.seconds_of_a_pass(tmp_path, 8) > 0
