@@ -19,7 +19,7 @@ from ..layers import evaluating
 STREAMS = 2  # of a batch: through the dense and through the compressed model
 
 
-class _Results(TorchDispatchMode):
+class Results(TorchDispatchMode):
     """Watches the results of all operations, and knows which of them are still held."""
 
     supports_higher_order_operators = True  # as flex attention
@@ -54,7 +54,7 @@ def bytes_waiting(model: PreTrainedModel, targets: Mapping[str, nn.Module], batc
     Returns:
         The bytes, with those of the layer's input and without those of the weights and of the batch.
     """
-    results, most = _Results(model), 0
+    results, most = Results(model), 0
 
     def note(name: str, layer: nn.Module, x: torch.Tensor) -> None:
         nonlocal most

@@ -192,7 +192,8 @@ def calibrate(
         with clock.timed("statistics"):
             if shelf is not None:
                 loader = parts.calibration
-                statistics = collect_in_windows(model, targets.chosen, loader, accelerator, windows, shelf)
+                passes = windows, shelf, memory.recomputes
+                statistics = collect_in_windows(model, targets.chosen, loader, accelerator, *passes)
             else:
                 with_gradients = OBJECTIVES[config.objective].needs_noise
                 statistics = _statistics(dense, targets, parts, accelerator, statistics_path, with_gradients)

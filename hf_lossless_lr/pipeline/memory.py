@@ -20,10 +20,11 @@ from ..errors import ConfigurationError, DataError
 from ..factors import spatial_kernel, spatial_needs
 from ..layers import weight_matrices
 from ..report import MemoryPlan, gibibytes
-from ..statistics import Key, collect_statistics, precision_of
-from .activations import refit_memory
+from ..statistics import Key, can_recompute, collect_statistics, precision_of
+from .activations import Results, refit_memory
 
 MARGIN = 0.1  # of the free memory, for everything else
+RUN_AGAIN = 4 / 3  # of the time of a pass, where a second forward joins the first one and the backward
 WORKSPACE = 80  # bytes of a solve for each number of both second moments: damped, rounded, products; as measured
 
 
@@ -108,8 +109,9 @@ def plan_memory(
     """Decide how the statistics are collected, where they and the factors are kept, and how much a refit may hold.
 
     Where all of it fits, that is one pass, and memory. Else the activations of the first batch are measured, and
-    layers are taken in windows whose second moments fit beside them; statistics and factors go to disk. Where the
-    batches that wait in a refit do not fit beside what is in memory then, it takes as many as do.
+    layers are taken in windows whose second moments fit beside them; statistics and factors go to disk. Where blocks
+    that run again in the backward pass leave so much more room that it takes less time, they do. Where the batches
+    that wait in a refit do not fit beside what is in memory then, it takes as many as do.
 
     Args:
         model: the dense model, on the accelerator's device.
@@ -140,16 +142,30 @@ def plan_memory(
         taken = _taken(limit - whole, held, batches)
         expected = whole + held * (batches if taken is None else taken[0])
         return MemoryPlan(limit, expected, 1, disk if keeps else 0, refit_batches=taken), [tuple(targets)]
+    kept = {name: each.statistics for name, each in needs.items()}
+    free = limit - base - max(kept.values())  # of one product
     activations, seconds = _first_batch(model, targets, parts, accelerator)
-    room = limit - base - activations - max(each.statistics for each in needs.values())  # of one product
-    windows = windows_of({name: each.statistics for name, each in needs.items()}, room)
+    room, recomputes = free - activations, False
+    if can_recompute(model) and (max(kept.values()) > room or len(windows_of(kept, room)) > 1):
+        less, longer = _first_batch_run_again(model, targets, parts, accelerator)
+        recomputes = _saves_time(kept, room, free - less)
+        room, seconds = (free - less, longer) if recomputes else (room, seconds)
+    windows = windows_of(kept, room)
     refitting = base + 2 * layers + work
     taken = _taken(limit - refitting, held, batches)
     refitting += held * (batches if taken is None else taken[0])
     expected = max(limit - max(room, 0) + min(room, statistics), refitting)
     passed = -(-len(parts.calibration) // accelerator.num_processes)
     seconds *= len(windows) * passed
-    return MemoryPlan(limit, expected, len(windows), disk, seconds, taken), windows
+    return MemoryPlan(limit, expected, len(windows), disk, seconds, taken, recomputes), windows
+
+
+def _saves_time(statistics: Mapping[str, int], room: int, more: int) -> bool:
+    """Return whether the room that activations leave if blocks run again makes up for the time that this takes."""
+    if max(statistics.values()) > min(room, more):
+        return more > room
+    passes, fewer = (len(windows_of(statistics, each)) for each in (room, more))
+    return fewer * RUN_AGAIN < passes
 
 
 def _taken(room: int, held: int, batches: int) -> tuple[int, int] | None:
@@ -222,3 +238,30 @@ def _first_batch(
     with suppress(DataError), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         collect_statistics(model, {name: targets[name]}, batch, accelerator)
     return _largest(sum(saved.values()), accelerator), time.perf_counter() - start
+
+
+def _first_batch_run_again(
+    model: PreTrainedModel, targets: Mapping[str, nn.Module], parts: DataSplits, accelerator: Accelerator
+) -> tuple[int, float]:
+    """Return the bytes that the first batch holds at most where it reaches a layer, if blocks run again; and seconds.
+
+    A layer is also reached when its block runs again, beside the inputs of all blocks.
+    """
+    results, most = Results(model), 0
+
+    def note(*_: object) -> None:
+        nonlocal most
+        most = max(most, results.held())
+
+    name = next(iter(targets))
+    hooks = [module.register_forward_hook(note) for module in targets.values()]
+    start = time.perf_counter()
+    try:
+        with suppress(DataError), results:
+            collect_statistics(
+                model, {name: targets[name]}, first_batch(parts.calibration), accelerator, recompute=True
+            )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return _largest(most, accelerator), time.perf_counter() - start

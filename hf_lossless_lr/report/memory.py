@@ -16,6 +16,7 @@ class MemoryPlan:
         disk: bytes of statistics and factors on disk; 0 where they stay in memory.
         seconds: expected time of the passes; None where nothing was measured.
         refit_batches: how many batches of a process the refit takes, and of how many; None for all of them.
+        recomputes: whether blocks run again in the backward passes, rather than keep what they computed.
     """
 
     limit: int
@@ -24,6 +25,7 @@ class MemoryPlan:
     disk: int
     seconds: float | None = None
     refit_batches: tuple[int, int] | None = None
+    recomputes: bool = False
 
     @property
     def fits(self) -> bool:
@@ -35,11 +37,13 @@ class MemoryPlan:
         """The plan in words."""
         where = f"statistics and factors on disk ({gibibytes(self.disk)})" if self.disk else "all of it in memory"
         time = "" if self.seconds is None else f", about {self.seconds / 60:.1f} minutes for the passes"
+        passes = f"{self.passes} {'pass' if self.passes == 1 else 'passes'} over the data"
+        passes += " with gradient checkpointing" if self.recomputes else ""
         refit = ""
         if self.refit_batches is not None:
             refit = "; the refit takes the first {} of {} batches".format(*self.refit_batches)
         return (
-            f"calibration in {self.passes} {'pass' if self.passes == 1 else 'passes'} over the data, {where}; "
+            f"calibration in {passes}, {where}; "
             f"{gibibytes(self.expected)} of memory expected, {gibibytes(self.limit)} allowed{time}{refit}"
         )
 

@@ -5,6 +5,7 @@ Also forward passes that wait at a layer, for the refit.
 
 from .collect import collect_statistics, data_fingerprint
 from .pooling import with_pooled
+from .recomputing import can_recompute
 from .records import CalibrationStatistics, Key, LayerStatistics
 from .residuals import Residual, find_residuals
 from .rows import LARGE, gram, precision_of, real_rows
@@ -26,6 +27,7 @@ __all__ = [
     "Shelved",
     "Stream",
     "Watch",
+    "can_recompute",
     "collect_in_windows",
     "collect_statistics",
     "data_fingerprint",

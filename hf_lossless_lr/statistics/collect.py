@@ -29,6 +29,7 @@ from ..errors import DataError, TargetError
 from ..fingerprint import tensors_fingerprint
 from ..layers import differentiating_only
 from .collector import Collector
+from .recomputing import recomputing
 from .records import CalibrationStatistics
 
 
@@ -49,6 +50,7 @@ def collect_statistics(
     accelerator: Accelerator,
     weight_grads: bool = False,
     any_called: bool = True,
+    recompute: bool = False,
 ) -> CalibrationStatistics:
     """Collect `A` and `B` of every target, and `G` if asked for, in one forward and backward pass over the data.
 
@@ -61,6 +63,7 @@ def collect_statistics(
         accelerator: made with `even_batches=False`, so that no example is seen twice.
         weight_grads: whether to collect `G`.
         any_called: whether a pass that calls no target is an error.
+        recompute: whether blocks run again in the backward pass, rather than keep what they computed.
 
     Returns:
         The statistics, the same on each process.
@@ -78,7 +81,8 @@ def collect_statistics(
         prepared = accelerator.prepare(loader)
         progress = logging.tqdm(prepared, desc="Calibrating", disable=not accelerator.is_local_main_process)
         watching = watching_masks(model, collector.masks.encoder, lambda: collector.masks)
-        with watching, differentiating_only(model, targets if weight_grads else {}), torch.enable_grad():
+        differentiating = differentiating_only(model, targets if weight_grads else {})
+        with watching, differentiating, recomputing(model, recompute), torch.enable_grad():
             for index, batch in enumerate(progress):
                 totals += collector.add_batch(batch, index)
                 digests.append(tensors_fingerprint(batch))

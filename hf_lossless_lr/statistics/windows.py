@@ -22,6 +22,7 @@ def collect_in_windows(
     accelerator: Accelerator,
     windows: Sequence[Key],
     shelf: Shelf,
+    recompute: bool = False,
 ) -> CalibrationStatistics:
     """Collect `A` and `B`, window by window, and keep them on a shelf; a window that is there is not repeated.
 
@@ -32,6 +33,7 @@ def collect_in_windows(
         accelerator: made with `even_batches=False`; its main process writes, into a folder that all of them see.
         windows: names of the layers of each pass. Layers that share an input belong into the same window.
         shelf: where statistics are kept.
+        recompute: as in `collect_statistics`.
 
     Returns:
         The statistics; those of a layer are read when asked for.
@@ -46,7 +48,8 @@ def collect_in_windows(
     for names in windows:
         key = f"window {' '.join(names)}"  # other limits of memory have other windows
         if key not in shelf:
-            found = collect_statistics(model, {n: targets[n] for n in names}, loader, accelerator, any_called=False)
+            window = {name: targets[name] for name in names}
+            found = collect_statistics(model, window, loader, accelerator, any_called=False, recompute=recompute)
             layers.put(found, accelerator.is_main_process)
             if accelerator.is_main_process:
                 shelf.put(key, {}, {**_about(found), "layers": list(found.layers)})

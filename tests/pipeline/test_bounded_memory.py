@@ -18,7 +18,7 @@ from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
 from hf_lossless_lr.data import dataset_size, split_data
 from hf_lossless_lr.errors import CheckpointError, ConfigurationError
 from hf_lossless_lr.layers import find_targets
-from hf_lossless_lr.pipeline.activations import _Results, bytes_waiting, refit_memory
+from hf_lossless_lr.pipeline.activations import Results, bytes_waiting, refit_memory
 from hf_lossless_lr.pipeline.memory import memory_limit, needs_of, windows_of
 from hf_lossless_lr.report import CompressionReport
 from hf_lossless_lr.statistics import collect_in_windows
@@ -208,13 +208,38 @@ class TestARefit:
 
     def test_does_not_count_weights(self):
         linear = torch.nn.Linear(64, 64)
-        with torch.no_grad(), _Results(linear) as results:
+        with torch.no_grad(), Results(linear) as results:
             view = linear.weight.T  # noqa: F841
             assert results.held() == 0
             kept = torch.ones(1000)
             also = kept[:10]  # noqa: F841
             kept + 1
             assert results.held() == kept.nbytes
+
+
+class TestBlocksThatRunAgain:
+    """Without them, the activations of a batch leave room for one layer at a time, or for none."""
+
+    def test_save_passes_and_change_nothing(self, monkeypatch):
+        expected, before = compressed()
+        size = max(needs_of(m).statistics for m in llama()[0].modules() if type(m).__name__ == "Linear")
+        for activations in (5 * size, 9 * size):
+            with monkeypatch.context() as patch:
+                limit = small(patch, llama()[0])
+                patch.setattr(memory, "_first_batch", lambda *_, held=activations: (held, 0.5))
+                patch.setattr(memory, "_first_batch_run_again", lambda *_: (0, 0.7))
+                found, report = compressed(max_memory=limit)
+            assert report.memory.recomputes
+            assert "with gradient checkpointing" in report.memory.sentence
+            passed = report.memory.passes * report.calibration["examples"]  # one in a batch
+            assert report.memory.seconds == pytest.approx(0.7 * passed)
+            assert not before.memory.recomputes
+            same(expected, found)
+
+    @pytest.mark.parametrize(("room", "more", "saves"), [(40, 50, False), (30, 60, True), (5, 20, True)])
+    def test_are_worth_it_where_passes_become_fewer_by_a_third(self, room, more, saves):
+        statistics = {f"layers.{n}.q": 10 for n in range(12)}
+        assert memory._saves_time(statistics, room, more) is saves
 
 
 def test_number_formats_and_measured_objectives_work_from_disk(tmp_path):
