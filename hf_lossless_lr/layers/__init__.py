@@ -11,7 +11,15 @@ from .experts import Routed, UnfusedExperts, projections, routed_rows, unfuse
 from .factorized import METHOD, Factorized, called_with, is_factorized, layers_in
 from .layout import Layout, find_layout, layout_of, to_dense, weight_matrices
 from .linear import FactorizedLinear
-from .model_state import ModelState, differentiating_only, evaluating, on_device, own_config, random_state_kept
+from .model_state import (
+    ModelState,
+    differentiating_only,
+    evaluating,
+    on_device,
+    own_config,
+    own_forward,
+    random_state_kept,
+)
 from .offloaded import at_hand, copied, files_of_offloaded
 from .patterns import values_of
 from .replacement import Replacement, finish, in_place, replace_modules
@@ -89,6 +97,7 @@ __all__ = [
     "on_device",
     "other_weights",
     "own_config",
+    "own_forward",
     "projections",
     "random_state_kept",
     "replace_modules",

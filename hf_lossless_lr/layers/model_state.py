@@ -40,6 +40,12 @@ def differentiating_only(model: nn.Module, targets: Mapping[str, nn.Module]) -> 
         finish([partial(_reset_parameter, p, requires_grad, grad, p.device) for p, requires_grad, grad in parameters])
 
 
+def own_forward(module: nn.Module) -> Callable[[], None]:
+    """Return what gives a module the `forward` back that it has now: one of its own, or that of its class."""
+    own, attributes = vars(module).get("forward"), vars(module)
+    return partial(attributes.pop, "forward", None) if own is None else partial(attributes.update, forward=own)
+
+
 @contextmanager
 def random_state_kept(device: torch.device) -> Iterator[None]:
     """Let the body draw random numbers, on the CPU and on a device; the generators are afterwards as they were."""

@@ -15,6 +15,7 @@ from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from torch import nn
 
 from ..errors import TargetError
+from .model_state import own_forward
 from .replacement import finish
 
 
@@ -34,8 +35,8 @@ def at_hand(model: nn.Module) -> Iterator[None]:
     """
     hooks = _hooks(model)
     tables = [(table, dict(table)) for module in model.modules() for table in (module._parameters, module._buffers)]
-    undo = [partial(table.update, were) for table, were in tables]
-    undo += [partial(setattr, module, "forward", module.forward) for module, _ in hooks]
+    undo: list[Any] = [partial(table.update, were) for table, were in tables]
+    undo += [own_forward(module) for module, _ in hooks]
     try:
         _bring(hooks)
         _tie(model, {id(table) for table, were in tables if any(t is not None and t.is_meta for t in were.values())})

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..layers import finish
+from ..layers import finish, own_forward
 
 WITHOUT_CACHE = {"use_cache": False, "past_key_values": None, "past_key_value": None, "layer_past": None}
 """What a block is called with instead: states would be added to a cache once more when it runs again."""
@@ -37,7 +37,7 @@ def recomputing(model: nn.Module, wanted: bool = True) -> Iterator[None]:
         wanted: whether to do so at all.
     """
     blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if wanted else []
-    undo = [partial(_reset, vars(block), vars(block).get("forward")) for block in blocks]
+    undo = [own_forward(block) for block in blocks]
     try:
         for block in blocks:
             vars(block)["forward"] = partial(_run, block.forward)
@@ -49,10 +49,3 @@ def recomputing(model: nn.Module, wanted: bool = True) -> Iterator[None]:
 def _run(forward: Any, *args: Any, **kwargs: Any) -> Any:
     kwargs |= {name: value for name, value in WITHOUT_CACHE.items() if name in kwargs}
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-
-def _reset(attributes: dict[str, Any], forward: Any) -> None:
-    if forward is None:
-        attributes.pop("forward", None)
-    else:
-        attributes["forward"] = forward

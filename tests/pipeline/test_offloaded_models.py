@@ -108,7 +108,10 @@ def test_weights_are_at_hand_for_the_time_of_a_body(offload, name, tmp_path):
     offloaded = offload(deepcopy(model), tmp_path)
     before, expected = absent(offloaded), answers(offloaded, batch)
     with suppress(KeyboardInterrupt), at_hand(offloaded):
+        with at_hand(offloaded):
+            assert not absent(offloaded)
         assert not absent(offloaded)
+        assert not [name for name in before if "forward" in vars(offloaded.get_submodule(name.rpartition(".")[0]))]
         check_same_state(model.state_dict(), offloaded.state_dict())
         assert len(set(offloaded.parameters())) == len(set(model.parameters()))  # what was shared still is
         assert all(torch.equal(value, expected[key]) for key, value in answers(offloaded, batch).items())
