@@ -43,10 +43,13 @@ class LosslessLowRankQuantizer(HfQuantizer):
             )
         super().__init__(quantization_config, **kwargs)
         self._files: list[str] | None = None
+        self._model: PreTrainedModel | None = None
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = cast(LosslessLowRankConfig, self.quantization_config)
-        self._files = kwargs.get("checkpoint_files")
+        self._files, self._model = kwargs.get("checkpoint_files"), model
+        if not hasattr(HfQuantizer, "get_new_dtype"):
+            self.pre_quantized = False  # else older versions leave tensors that they rename in the dtype of the file
         put_layers(model, config, self._files)
         mark_loading(model)
         return model
@@ -71,9 +74,12 @@ class LosslessLowRankQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         return dequantize(model, dtype)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: PreTrainedModel | None = None
+    ) -> list[Any]:
         """Leave out what would cut or join tensors of compressed layers."""
-        return apart_from_layers(weight_conversions, model)
+        model = self._model if model is None else model  # older versions of Transformers do not pass it
+        return weight_conversions if model is None else apart_from_layers(weight_conversions, model)
 
     def get_weight_conversions(self) -> list[Any]:
         """Return no conversions: tensors are stored as they are used."""
