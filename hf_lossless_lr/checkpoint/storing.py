@@ -21,6 +21,7 @@ from ..layers import (
     replace_modules,
     to_dense,
 )
+from .attached import mark_parts, unmark_compressed
 from .config import record_of
 from .quantizer import paths_in
 
@@ -53,18 +54,38 @@ def change_storage(model: PreTrainedModel, storage: str) -> PreTrainedModel:
     if not layers:
         raise TargetError(f"this {type(model).__name__} has no factorized layers, whose storage could change.")
     for name, layer in layers.items():
-        _check(name, layer)
+        check_plain(name, layer)
     changed = {name: _stored(layer, storage) for name, layer in layers.items() if _can_change(layer, storage)}
     replace_modules(model, changed)
-    config = model.config.quantization_config
-    for name, path in paths_in(model, config.modules).items():
-        record = record_of(model.get_submodule(path))
-        if record is not None:
-            config.modules[name] = record.to_dict()
+    rewrite_manifest(model)
     return model
 
 
-def _check(name: str, layer: Any) -> None:
+def rewrite_manifest(model: PreTrainedModel) -> None:
+    """Make the manifest of a model, and those of its parts, say what its layers are now.
+
+    Args:
+        model: a compressed model, some of whose layers were replaced; without any that is compressed, a dense one.
+    """
+    config = model.config.quantization_config
+    records = {name: record_of(model.get_submodule(path)) for name, path in paths_in(model, config.modules).items()}
+    config.modules = {name: record.to_dict() for name, record in records.items() if record is not None}
+    if config.modules:
+        mark_parts(model, config)
+    else:
+        unmark_compressed(model)
+
+
+def check_plain(name: str, layer: Any) -> None:
+    """Refuse a factorized layer that has an adapter on it, or is not in memory.
+
+    Args:
+        name: its name, for the message.
+        layer: the layer.
+
+    Raises:
+        TargetError: if it is so.
+    """
     factors = [layer.down, layer.up]
     if any(not isinstance(factor, Stored) and find_layout(factor) is None for factor in factors):
         raise TargetError(f"{name!r} has an adapter on it; merge it first, with `merge_and_unload()`.")
