@@ -57,8 +57,7 @@ def merge_dense_adapter(model: PreTrainedModel, adapter: str | os.PathLike[str])
         _check(model, name)
         old = model.get_submodule(name)
         new[name] = _merged(old, found) if hasattr(found, "get_delta_weight") else _like(old, found)
-    replace_modules(model, new)
-    rewrite_manifest(model)
+    rewrite_manifest(model, replace_modules(model, new).originals)
     return model
 
 
@@ -143,13 +142,10 @@ def _check(model: PreTrainedModel, name: str) -> None:
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     if any(f"{key}.".startswith(f"{name}.") for key in {*tied, *tied.values()}):
         raise TargetError(f"{name!r} has weights that are tied to others. {MERGE_FIRST}")
-    for path, module in model.get_submodule(name).named_modules(prefix=name):
-        if is_factorized(module):
-            check_plain(path, module)
-        if isinstance(module, Stored) or grids_in(module):
-            raise TargetError(f"{path!r} has numbers of 8 bits or fewer, which merging would move. {MERGE_FIRST}")
-        if any(tensor.is_meta for tensor in module.state_dict().values()):
-            raise TargetError(f"{path!r} is offloaded; load the model into memory first.")
+    module = model.get_submodule(name)
+    check_plain(name, module)
+    if grids_in(module) or any(isinstance(part, Stored) for part in module.modules()):
+        raise TargetError(f"{name!r} has numbers of 8 bits or fewer, which merging would move. {MERGE_FIRST}")
 
 
 def _like(old: nn.Module, new: nn.Module) -> nn.Module:

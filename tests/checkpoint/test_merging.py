@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from support.compressions import build, check_same_model, check_same_state, compress, factorized_layers
 from support.tolerances import ROUNDING
@@ -159,6 +159,20 @@ def of_kind(reason, **options):
     return make
 
 
+def adapted_already(tmp_path):
+    model = compressed_bert(target_modules=["value"])
+    adapter_of(build(BERT)[0], tmp_path, target_modules=["query"])
+    inject_adapter_in_model(LoraConfig(target_modules=["query"]), model)
+    return model, "query' has an adapter on it; merge it first"
+
+
+def tied(tmp_path):
+    model, _ = compress(*build("gpt2"), rank_multiple=1, keep_ratio=0.5)
+    assert model.config.tie_word_embeddings
+    adapter_of(build("gpt2")[0], tmp_path, target_modules=["wte"])
+    return model, "wte' has weights that are tied to others"
+
+
 def scaling(tmp_path):
     get_peft_model(build(BERT)[0], IA3Config(target_modules=["query"], feedforward_modules=[])).save_pretrained(
         tmp_path
@@ -173,6 +187,8 @@ REFUSED = {
     "incomplete": incomplete,
     "unknown tensors": with_tensors_of_something_else,
     "pickle": pickled,
+    "an adapter there": adapted_already,
+    "tied": tied,
     "IA3": scaling,
     "DoRA": of_kind("is DoRA, .* Merge the adapter into the dense model", use_dora=True),
     "PiSSA": of_kind("was trained on weights that its initialization changed .pissa.", init_lora_weights="pissa"),
