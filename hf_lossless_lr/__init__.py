@@ -13,7 +13,13 @@ Example:
     ```
 """
 
-from .checkpoint import LosslessLowRankConfig, change_storage, compressed_architecture, dequantize
+from .checkpoint import (
+    LosslessLowRankConfig,
+    change_storage,
+    compressed_architecture,
+    dequantize,
+    merge_dense_adapter,
+)
 from .errors import (
     CertificateError,
     CheckpointError,
@@ -53,6 +59,7 @@ __all__ = [
     "compressed_architecture",
     "dequantize",
     "lora_targets",
+    "merge_dense_adapter",
     "paired_outcomes",
     "verify",
 ]

@@ -5,6 +5,7 @@ Also what hangs on a compressed model. Sees no data, statistics or verdict.
 
 from .attached import attach_card, dequantize, mark_compressed, unmark_compressed
 from .config import LosslessLowRankConfig, record_of
+from .merging import merge_dense_adapter
 from .options import DEFAULT_SELECTION, FEWEST_JUDGES, MEASURED_OBJECTIVES, CompressionOptions
 from .presets import PRESETS
 from .quantizer import LosslessLowRankQuantizer, compressed_architecture
@@ -23,6 +24,7 @@ __all__ = [
     "compressed_architecture",
     "dequantize",
     "mark_compressed",
+    "merge_dense_adapter",
     "record_of",
     "unmark_compressed",
 ]

@@ -64,14 +64,26 @@ def mark_compressed(model: PreTrainedModel, config: LosslessLowRankConfig) -> No
     if conversions is not None:
         vars(model).setdefault(BEFORE, getattr(model, CONVERSIONS, None))
         vars(model)[CONVERSIONS] = conversions
-    for path, part in parts_of(model).items():
-        of_part = config_of_part(config, path)
-        if of_part.modules:
-            part.config.quantization_config = of_part
+    mark_parts(model, config)
     vars(model)["dequantize"] = partial(dequantize, model)  # a bound method would not survive pickling
     if grids_in(model):
         _attach_save(model, partial(_save_encoded, model))
         vars(model)[HOOK] = model.register_load_state_dict_pre_hook(load_encoded)
+
+
+def mark_parts(model: PreTrainedModel, config: LosslessLowRankConfig) -> None:
+    """Let the configuration of each part of a model say what of it is compressed, so that it loads on its own.
+
+    Args:
+        model: a compressed model.
+        config: its configuration.
+    """
+    for path, part in parts_of(model).items():
+        of_part = config_of_part(config, path)
+        if of_part.modules:
+            part.config.quantization_config = of_part
+        else:
+            part.config.__dict__.pop("quantization_config", None)
 
 
 def _attach_save(model: PreTrainedModel, save: partial[None]) -> None:

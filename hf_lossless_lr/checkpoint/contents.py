@@ -39,9 +39,10 @@ def check_files(
         return
     stored = _stored_layers(files)
     if part is not None and not modules.keys() <= stored.keys():  # else it was saved as a model of its own
-        stored = {name: shapes for name, shapes in stored.items() if name.startswith(f"{part}.")}
-        modules = {f"{part}.{name}": module for name, module in modules.items()}
-        if not stored:
+        beside = modules.keys() & stored.keys()  # of the whole model, by their names in it
+        stored = {n: shapes for n, shapes in stored.items() if n in beside or n.startswith(f"{part}.")}
+        modules = {name if name in beside else f"{part}.{name}": module for name, module in modules.items()}
+        if stored.keys() <= beside:
             raise CheckpointError(
                 f"{Path(files[0]).parent} has the model {part!r} under other names, so that nothing would be found "
                 f"for it. {LOAD_THE_WHOLE}"
@@ -199,5 +200,6 @@ def _compare(name: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[
             raise CheckpointError(f"the checkpoint has an extra tensor {tensor!r}, unknown to the manifest.")
         if expected[key] != found[key]:
             raise CheckpointError(
-                f"the tensor {tensor!r} has the shape {found[key]}, but the manifest asks for {expected[key]}."
+                f"the tensor {tensor!r} has the shape {found[key]}, but the manifest asks for {expected[key]}: "
+                f"the file was edited, or another class was saved. {LOAD_THE_WHOLE}"
             )

@@ -6,7 +6,7 @@ projection of queries, keys and values. Factors cannot be joined: a compressed m
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -51,6 +51,24 @@ def apart_from_layers(conversions: Iterable[Any], model: nn.Module) -> list[Any]
     names |= {name for name, *_ in rounded_modules(model)} | set(stored_in(model))
     keys = [key for key in model.state_dict() if layer_of(key, names) is not None]
     return [c for c in conversions if not isinstance(c, WeightConverter) or not _changes(c, keys)]
+
+
+def renaming_of(model: Any) -> Callable[[str], str]:
+    """Return what makes the name of a module in the files, as Transformers does when it loads, its name in a model.
+
+    Args:
+        model: the model.
+    """
+    conversions = get_model_conversion_mapping(model, add_legacy=False)
+    renamings = [conversion for conversion in conversions if not isinstance(conversion, WeightConverter)]
+
+    def rename(name: str) -> str:
+        key = f"{name}.weight"  # patterns are those of tensors
+        for renaming in renamings:
+            key, _ = renaming.rename_source_key(key)
+        return key.removesuffix(".weight")
+
+    return rename
 
 
 def _changes(converter: Any, keys: Iterable[str]) -> bool:

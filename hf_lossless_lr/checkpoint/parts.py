@@ -5,10 +5,14 @@ Such a class reads its part of the configuration, and only that: each part says 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 from .config import LosslessLowRankConfig
 
@@ -46,3 +50,23 @@ def config_of_part(config: LosslessLowRankConfig, path: str) -> LosslessLowRankC
     modules = {n.removeprefix(prefix): record for n, record in config.modules.items() if n.startswith(prefix)}
     unfused = [name.removeprefix(prefix) for name in config.unfused if name.startswith(prefix)]
     return replace(config, modules=modules, unfused=unfused, part=path)
+
+
+def records_beside(config: LosslessLowRankConfig, files: Sequence[str] | None) -> dict[str, dict[str, Any]]:
+    """Return what the manifest of a whole model has beside a part of it, by name in the whole model.
+
+    A class may have more than the part whose configuration it reads: `CLIPVisionModelWithProjection` is the picture
+    encoder of a `CLIPModel`, and the projection beside it.
+
+    Args:
+        config: a configuration as it was read: of a part, or of a whole model, which has nothing beside it.
+        files: the checkpoint's files, beside which the configuration of the whole model lies.
+    """
+    path = Path(files[0]).parent / CONFIG_NAME if files else None
+    if config.part is None or path is None or not path.is_file():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8")).get("quantization_config", {})
+    if found.get("part") is not None:  # it was saved on its own
+        return {}
+    whole: Any = LosslessLowRankConfig.from_dict(found)
+    return {name: record for name, record in whole.modules.items() if not name.startswith(f"{config.part}.")}

@@ -22,10 +22,11 @@ from ..formats import FLOAT
 from ..layers import METHOD, Factorized, Stored, UnfusedExperts, layout_of, replace_modules
 from .attached import attach_saved_card, dequantize, mark_compressed, mark_loaded, mark_loading, unmark_loading
 from .config import WRITTEN_METHOD, LosslessLowRankConfig, ModuleRecord
-from .contents import check_files, check_loaded, check_read
-from .conversions import apart_from_layers
+from .contents import LOAD_THE_WHOLE, check_files, check_loaded, check_read
+from .conversions import apart_from_layers, renaming_of
 from .encoding import dequantize_stored
 from .parallel import adapt_plan, split_layers, waiting_layers
+from .parts import records_beside
 
 KEPT = ("int8",)  # stay as they are stored with `compute="stored"`; unpacking fewer bits in every call does not pay
 
@@ -43,10 +44,13 @@ class LosslessLowRankQuantizer(HfQuantizer):
             )
         super().__init__(quantization_config, **kwargs)
         self._files: list[str] | None = None
+        self._model: PreTrainedModel | None = None
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = cast(LosslessLowRankConfig, self.quantization_config)
-        self._files = kwargs.get("checkpoint_files")
+        self._files, self._model = kwargs.get("checkpoint_files"), model
+        if not hasattr(HfQuantizer, "get_new_dtype"):
+            self.pre_quantized = False  # else older versions leave tensors that they rename in the dtype of the file
         put_layers(model, config, self._files)
         mark_loading(model)
         return model
@@ -71,9 +75,12 @@ class LosslessLowRankQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         return dequantize(model, dtype)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: PreTrainedModel | None = None
+    ) -> list[Any]:
         """Leave out what would cut or join tensors of compressed layers."""
-        return apart_from_layers(weight_conversions, model)
+        model = self._model if model is None else model  # older versions of Transformers do not pass it
+        return weight_conversions if model is None else apart_from_layers(weight_conversions, model)
 
     def get_weight_conversions(self) -> list[Any]:
         """Return no conversions: tensors are stored as they are used."""
@@ -104,15 +111,18 @@ def put_layers(model: PreTrainedModel, config: LosslessLowRankConfig, files: lis
 
     Args:
         model: a dense model, changed in place.
-        config: the configuration with the manifest.
+        config: the configuration with the manifest, which then has the names of this model.
         files: the checkpoint's files, which must have their tensors.
 
     Raises:
         CheckpointError: if the manifest does not fit the model or the files.
     """
-    if config.unfused:
-        _unfuse(model, config.unfused)
-    path_of = paths_in(model, config.modules)
+    config.unfused = _unfuse(model, config.unfused, config.part)
+    path_of = paths_in(model, config.modules, config.part)
+    names = {name for name, _ in model.named_modules()} - set(path_of.values())
+    for name, written in records_beside(config, files).items():
+        if name in names:  # as the projection beside a tower
+            config.modules[name], path_of[name] = written, name
     built: dict[str, Factorized | Stored] = {}
     for name, path in path_of.items():
         record, module = config.record(name), model.get_submodule(path)
@@ -122,6 +132,7 @@ def put_layers(model: PreTrainedModel, config: LosslessLowRankConfig, files: lis
             raise CheckpointError(f"the manifest's record of {name!r} does not fit the model: {error}") from error
     check_files(built, files, unused=len(config.modules) - len(built), part=config.part)
     replace_modules(model, {path_of[name]: module for name, module in built.items()})
+    config.modules = {path: config.modules[name] for name, path in path_of.items()}  # as this class has them
     kinds = (Factorized, Stored, UnfusedExperts)  # a device map must not split them
     whole = {type(module).__name__ for module in model.modules() if isinstance(module, kinds)}
     model._no_split_modules = whole.union(model._no_split_modules or ())
@@ -177,21 +188,37 @@ def _empty(module: Any, record: ModuleRecord) -> Factorized | Stored:
     return layer
 
 
-def _unfuse(model: PreTrainedModel, names: Iterable[str]) -> None:
-    paths = paths_in(model, names).values()
+def _unfuse(model: PreTrainedModel, names: list[str], part: str | None) -> list[str]:
+    paths = list(paths_in(model, names, part).values()) if names else []
     try:
         replace_modules(model, {path: UnfusedExperts(model.get_submodule(path)) for path in paths})
     except TargetError as error:
         raise CheckpointError(f"the manifest does not fit the model: {error}.") from error
+    return paths
 
 
-def paths_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """Map the manifest's names to modules of this class, which may have more or fewer parts than the saved one."""
+def paths_in(model: PreTrainedModel, names: Iterable[str], part: str | None = None) -> dict[str, str]:
+    """Map the manifest's names to modules of this class, which may have more or fewer parts than the saved one.
+
+    Args:
+        model: the model.
+        names: names of modules, as the saved model has them, or the part of it.
+        part: name of that part, if the manifest is that of a part.
+
+    Returns:
+        Those that this class has, by name, with their names in it.
+
+    Raises:
+        CheckpointError: if a module is missing where its parent is not, or this class has none of them.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+    rename = renaming_of(model)
     paths: dict[str, str] = {}
     for name in names:
-        candidates = (name, name.removeprefix(prefix), prefix + name)
+        candidates = [name, name.removeprefix(prefix), prefix + name, rename(name)]
+        if part is not None:
+            candidates += [f"{part}.{name}", f"{part}.{name}".removeprefix(prefix)]
         path = next((c for c in candidates if c in modules), None)
         if path is not None:
             paths[name] = path
@@ -203,7 +230,7 @@ def paths_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     if not paths:
         raise CheckpointError(
             f"none of the compressed modules of this checkpoint exists in {type(model).__name__}: "
-            f"{', '.join(list(names)[:3]) or 'the manifest is empty'}."
+            f"{', '.join(list(names)[:3]) or 'the manifest is empty'}. {LOAD_THE_WHOLE}"
         )
     return paths
 

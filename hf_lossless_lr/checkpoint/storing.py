@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -14,14 +15,15 @@ from ..layers import (
     SPATIAL,
     STORAGES,
     Stored,
-    find_layout,
     grid_of,
     is_factorized,
     layout_of,
     replace_modules,
     to_dense,
 )
+from .attached import mark_parts, unmark_compressed
 from .config import record_of
+from .contents import layer_of
 from .quantizer import paths_in
 
 
@@ -53,22 +55,46 @@ def change_storage(model: PreTrainedModel, storage: str) -> PreTrainedModel:
     if not layers:
         raise TargetError(f"this {type(model).__name__} has no factorized layers, whose storage could change.")
     for name, layer in layers.items():
-        _check(name, layer)
+        check_plain(name, layer)
     changed = {name: _stored(layer, storage) for name, layer in layers.items() if _can_change(layer, storage)}
-    replace_modules(model, changed)
-    config = model.config.quantization_config
-    for name, path in paths_in(model, config.modules).items():
-        record = record_of(model.get_submodule(path))
-        if record is not None:
-            config.modules[name] = record.to_dict()
+    rewrite_manifest(model, replace_modules(model, changed).originals)
     return model
 
 
-def _check(name: str, layer: Any) -> None:
-    factors = [layer.down, layer.up]
-    if any(not isinstance(factor, Stored) and find_layout(factor) is None for factor in factors):
+def rewrite_manifest(model: PreTrainedModel, changed: Collection[str]) -> None:
+    """Make the manifest of a model, and those of its parts, say what took the place of some modules.
+
+    Args:
+        model: a compressed model; a dense one, where nothing in it is compressed any more.
+        changed: names of the modules that were replaced.
+    """
+    config = model.config.quantization_config
+    for name, path in paths_in(model, config.modules).items():
+        if layer_of(f"{path}.", changed) is not None:
+            record = record_of(model.get_submodule(path))
+            if record is None:
+                del config.modules[name]
+            else:
+                config.modules[name] = record.to_dict()
+    if config.modules:
+        mark_parts(model, config)
+    else:
+        unmark_compressed(model)
+
+
+def check_plain(name: str, module: nn.Module) -> None:
+    """Refuse a module that has an adapter on it, or is not in memory.
+
+    Args:
+        name: its name, for the message.
+        module: the module.
+
+    Raises:
+        TargetError: if it is so.
+    """
+    if any(hasattr(part, "base_layer") for part in module.modules()):
         raise TargetError(f"{name!r} has an adapter on it; merge it first, with `merge_and_unload()`.")
-    if any(tensor.is_meta for tensor in layer.state_dict().values()):
+    if any(tensor.is_meta for tensor in module.state_dict().values()):
         raise TargetError(f"{name!r} is offloaded; load the model into memory first.")
 
 

@@ -5,7 +5,7 @@
 
 from .batch_norms import batch_norms, shifted_batch_norms
 from .curves import LossCurve, RoundingCost
-from .decomposition import metric_svd
+from .decomposition import MetricFactors, metric_svd
 from .factorize import Factorization, factorize, loss_curve
 from .filling import fill
 from .linalg import damped
@@ -30,6 +30,7 @@ __all__ = [
     "Factorization",
     "Forms",
     "LossCurve",
+    "MetricFactors",
     "RefitTarget",
     "RefittedLayers",
     "RoundedFactors",

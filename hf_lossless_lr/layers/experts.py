@@ -56,8 +56,9 @@ class UnfusedExperts(nn.Module):
     `in_proj` has the outputs of gate and up in the order of the fused weight. How they are joined, and what else the
     fused class has (activations, a norm), stays its own. Weights are views of the fused ones, until `own_weights`.
 
-    The fused parameters are left as guards, one number for each expert and half: Transformers may split and merge them
-    as it does fused weights when it saves and loads, and one that does not know this package refuses the checkpoint.
+    The fused parameters are left as guards, two by two numbers for each expert and half: Transformers may split and
+    merge them as it does fused weights when it saves and loads (older versions lose dimensions of one number), and one
+    that does not know this package refuses the checkpoint.
 
     Args:
         fused: the fused module; unchanged.
@@ -88,7 +89,7 @@ class UnfusedExperts(nn.Module):
             self.add_module(str(number), expert)
         for layer, name in self.names.items():
             halves = 2 if layer == "in_proj" and name == "gate_up_proj" else 1
-            shape = (self.num_experts, 1, halves) if self.transposed else (self.num_experts, halves, 1)
+            shape = (self.num_experts, 2, 2 * halves) if self.transposed else (self.num_experts, 2 * halves, 2)
             self.register_buffer(name, torch.zeros_like(parameters[name][:, :1, :1].expand(shape)).detach())
 
     @property

@@ -169,7 +169,7 @@ class Factorized(nn.Module):
 
 def is_plain(factor: Any, layer_type: type[nn.Module]) -> bool:
     """Return whether a factor is of that type and nothing hangs on it: no adapter, no hook, no other weight."""
-    if type(factor) is not layer_type or "forward" in vars(factor):
+    if type(factor) is not layer_type or getattr(factor.forward, "__func__", None) is not layer_type.forward:
         return False
     return not (
         factor._forward_hooks or factor._forward_pre_hooks or factor._backward_hooks or factor._backward_pre_hooks

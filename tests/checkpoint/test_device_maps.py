@@ -20,7 +20,9 @@ def test_a_map_made_by_room_splits_no_factorized_layer(name, tmp_path):
         options = {"device_map": "auto", "max_memory": room, "offload_folder": str(tmp_path / "disk")}
         loaded = type(model).from_pretrained(tmp_path / "model", **options).eval()
         places = getattr(loaded, "hf_device_map", {})  # older versions of Transformers have none for one device
-        spread = spread or len(set(places.values())) > 1
+        if len(set(places.values())) < 2:
+            continue  # all in one place; where that is the disk, older versions do not run a dense model either
+        spread = True
         layers = [path for path, module in loaded.named_modules() if is_factorized(module)]
         assert layers
         assert not [place for place in places if any(place.startswith(f"{layer}.") for layer in layers)]

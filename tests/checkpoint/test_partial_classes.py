@@ -10,12 +10,28 @@ import torch
 import transformers
 from support.architectures import ARCHITECTURES
 from support.compressions import check_same_state, factorized_layers
-from support.tiny_models import split_batch
 from support.tolerances import FLOAT32
+from torch import nn
 from transformers import AutoModel, CLIPVisionModel
 
-from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
+from hf_lossless_lr import LosslessLowRankConfig
+from hf_lossless_lr.checkpoint import mark_compressed, record_of
 from hf_lossless_lr.errors import CheckpointError
+from hf_lossless_lr.layers import find_targets, layout_of, replace_modules, weight_matrices
+
+RANK = 3
+
+
+def factorized(model):
+    """Makes its targets pivots with random numbers, without a calibration."""
+    layers = {name: m for name, m in find_targets(model).chosen.items() if min(weight_matrices(m).shape[1:]) > RANK}
+    layers = {name: layout_of(layer).factorized(layer, RANK, "pivoted") for name, layer in layers.items()}
+    for parameter in (p for layer in layers.values() for p in layer.parameters()):
+        nn.init.normal_(parameter, std=0.2)
+    paths = replace_modules(model, layers).originals
+    records = {path: record_of(model.get_submodule(path)).to_dict() for path in paths}
+    mark_compressed(model, LosslessLowRankConfig(modules=records))
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +41,7 @@ def saved(tmp_path_factory):
     @functools.cache
     def make(name):
         (row,) = (row for row in ARCHITECTURES if row.name == name)
-        model, batch = row.build(8)
-        config = LosslessLowRankConfig(keep_ratio=0.6, rank_multiple=1, refit=False)
-        LowRankCompressor(config).compress(model, split_batch(batch, 4), eval_dataset=[row.build(8, seed=7)[1]])
+        model = factorized(row.build(2)[0])
         folder = tmp_path_factory.mktemp(row.model)
         model.save_pretrained(folder / "compressed")
         deepcopy(model).dequantize().save_pretrained(folder / "dense")
@@ -41,6 +55,10 @@ LOADED = {
     "T5ForConditionalGeneration": ["T5EncoderModel", "T5ForSequenceClassification"],
     "BartForConditionalGeneration": ["BartForCausalLM"],
     "BertForSequenceClassification": ["BertForTokenClassification", "BertLMHeadModel"],
+    "CLIPModel (by its representations)": [
+        *("CLIPVisionModel", "CLIPTextModel"),
+        *("CLIPVisionModelWithProjection", "CLIPTextModelWithProjection"),
+    ],
     "CLIPForImageClassification": ["CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPModel"],
     "SiglipForImageClassification": ["SiglipVisionModel"],
     "LlavaForConditionalGeneration": ["AutoModel"],
@@ -69,6 +87,43 @@ def test_have_the_weights_that_the_dense_checkpoint_gives_them(name, model_class
     for key, tensor in dense.state_dict().items():
         if key not in info["missing_keys"]:
             torch.testing.assert_close(again[key], tensor, rtol=FLOAT32, atol=FLOAT32)
+
+
+@pytest.mark.parametrize("part", ["Vision", "Text"])
+def test_of_a_part_load_from_where_it_was_saved_alone(part, saved, tmp_path):
+    """Transformers takes the prefix off the names of one class, and not off those of the other."""
+    whole = saved("CLIPModel (by its representations)")
+    larger, smaller = (getattr(transformers, f"CLIP{part}Model{end}") for end in ("WithProjection", ""))
+    larger.from_pretrained(whole.compressed).save_pretrained(tmp_path / "larger")
+    for model_class in (smaller, AutoModel):
+        model = model_class.from_pretrained(tmp_path / "larger")
+        assert type(model) is smaller
+        assert set(model.config.quantization_config.modules) == set(factorized_layers(model))
+        check_same_state(model.state_dict(), smaller.from_pretrained(whole.compressed).state_dict())
+
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+TEXTS = {**SIZES, "vocab_size": 60, "max_position_embeddings": 20}
+PICTURES = {**SIZES, "image_size": 16, "patch_size": 4}
+SOUNDS = {"spec_size": 16, "num_mel_bins": 8, "depths": [1, 1], "num_attention_heads": [2, 2], "window_size": 2}
+SOUNDS |= {"hidden_size": 32, "patch_embeds_hidden_size": 16, "patch_size": 2, "patch_stride": [2, 2]}
+NAMED_BY_THEIR_WHOLE = {
+    "Clap": ({"text_config": TEXTS, "audio_config": SOUNDS}, "Model", "AudioModelWithProjection"),
+    "OwlViT": ({"text_config": TEXTS, "vision_config": PICTURES}, "ForObjectDetection", "VisionModel"),
+}
+
+
+@pytest.mark.parametrize("name", NAMED_BY_THEIR_WHOLE)
+def test_that_name_their_part_as_the_whole_does_load_it(name, tmp_path):
+    sizes, whole, part = NAMED_BY_THEIR_WHOLE[name]
+    model = factorized(getattr(transformers, f"{name}{whole}")(getattr(transformers, f"{name}Config")(**sizes)))
+    model.save_pretrained(tmp_path / "whole")
+    part = getattr(transformers, f"{name}{part}").from_pretrained(tmp_path / "whole")
+    assert factorized_layers(part)
+    found = {key.removeprefix("owlvit."): tensor for key, tensor in model.state_dict().items()}
+    check_same_state(part.state_dict(), {key: found[key] for key in part.state_dict()})
+    part.save_pretrained(tmp_path / "part")
+    check_same_state(part.state_dict(), type(part).from_pretrained(tmp_path / "part").state_dict())
 
 
 @pytest.mark.parametrize(("name", "model_class"), pairs(REFUSED))

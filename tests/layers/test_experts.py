@@ -20,10 +20,17 @@ def close(x, y, tolerance):
     return float((x - y).abs().max() / y.abs().max()) <= tolerance
 
 
+def gradient(weight):
+    """None where no row came to an expert on its own."""
+    return torch.zeros_like(weight) if weight.grad is None else weight.grad
+
+
 @on_families
 def test_a_model_with_unfused_experts_answers_and_learns_as_before(family):
     model, batch = mixture(family), words()
     experts = unfuse(model)
+    if not experts:
+        pytest.skip("this version of Transformers keeps its experts in another form")
     assert {name.rpartition(".")[2] for name in experts} == {"experts"}
     expected = model(**batch)
     expected.loss.backward()
@@ -36,7 +43,7 @@ def test_a_model_with_unfused_experts_answers_and_learns_as_before(family):
     assert all(model.get_submodule(name) is module for name, module in fused.items())
     for name, module in experts.items():
         for layer, parameter in module.names.items():
-            grads = torch.stack([m.weight.grad for n, m in module.layers() if n.endswith(layer)])
+            grads = torch.stack([gradient(m.weight) for n, m in module.layers() if n.endswith(layer)])
             whole = gradients[name, parameter]
             assert close(grads.mT if module.transposed else grads, whole, 10 * FLOAT32)
 
