@@ -103,7 +103,7 @@ def tucker(kernel: torch.Tensor, most: int) -> list[Step]:
         return channels * r + math.prod(area) * r * s + s * out
 
     ranks = _same_share((out, channels), size, most)
-    with tensorly() as decomposition:
+    with _tensorly() as decomposition:
         (core, (left, right)), _ = decomposition.partial_tucker(kernel, rank=ranks, modes=[0, 1])
     return [_pointwise(right.mT), Step(core, (0, 1)), _pointwise(left)]
 
@@ -123,7 +123,7 @@ def cp(kernel: torch.Tensor, most: int) -> list[Step]:
     """
     tensor, places = _by_axes(kernel)
     rank = _at_least_one(most // sum(tensor.shape))
-    with tensorly() as decomposition:
+    with _tensorly() as decomposition:
         weights, factors = decomposition.parafac(tensor, rank=rank, normalize_factors=True, random_state=0)
     first, *between, last = (factor * weights ** (1 / tensor.ndim) for factor in factors)
     filters = _filters((factor.mT[:, None] for factor in between), places)
@@ -153,31 +153,33 @@ def tensor_train(kernel: torch.Tensor, most: int) -> list[Step]:
             before * side * behind for before, side, behind in zip((1, *ranks), sides, (*ranks, 1), strict=True)
         )
 
-    with tensorly() as decomposition:
+    with _tensorly() as decomposition:
         first, *between, last = decomposition.tensor_train(tensor, rank=[1, *_same_share(full, size, most), 1])
     filters = _filters((core.permute(2, 0, 1) for core in between), places)
     return [_pointwise(first[0].mT), *filters, _pointwise(last[..., 0].mT)]
 
 
-@contextmanager
-def tensorly() -> Iterator[Any]:
-    """Have the decompositions of TensorLy work on tensors of torch for the time of the body.
-
-    Yields:
-        `tensorly.decomposition`.
+def require_tensorly() -> Any:
+    """Return TensorLy.
 
     Raises:
-        ConfigurationError: if TensorLy is not installed.
+        ConfigurationError: if it is not installed.
     """
     try:
-        import tensorly
-        from tensorly import decomposition
+        import tensorly.decomposition
     except ImportError as error:
         raise ConfigurationError(
             "kernels are decomposed by TensorLy: pip install hf-lossless-lr[baselines]."
         ) from error
-    with tensorly.backend_context("pytorch", local_threadsafe=True):
-        yield decomposition
+    return tensorly
+
+
+@contextmanager
+def _tensorly() -> Iterator[Any]:
+    """Have the decompositions of TensorLy work on tensors of torch for the time of the body."""
+    library = require_tensorly()
+    with library.backend_context("pytorch", local_threadsafe=True):
+        yield library.decomposition
 
 
 def _by_svd(module: Any, most: int) -> nn.Module:

@@ -33,9 +33,10 @@ from ..verdict import paired_outcomes
 from .budget import budget_of
 from .calibration import Calibration, calibrate, check_unchanged
 from .choosing import choose
+from .judging import Judgement, Make, judge
 from .placing import put_in_place
 from .speed import measured_speed
-from .summary import make_report
+from .summary import Certified, make_report
 
 
 class LowRankCompressor:
@@ -82,7 +83,7 @@ class LowRankCompressor:
         self._calibration: Calibration | None = None
         self._budgets: dict[Any, Budget] = {}  # counted so far, by the options
         self._latencies: LatencyTable = {}  # measured so far; they serve other models with such layers, too
-        self._certified: list[CompressionReport] = []  # models judged on the held-out data so far
+        self._certified: list[Certified] = []  # models judged on the held-out data so far
         self._restore_dense: list[Callable[[], None]] = []  # turn the calibrated model back into the dense one
 
     def compress(
@@ -233,9 +234,7 @@ class LowRankCompressor:
             ConfigurationError: if nothing was calibrated, or the size cannot be reached.
             TargetError: if the model was changed since it was calibrated.
         """
-        if self._calibration is None:
-            raise ConfigurationError("compress_to() needs a calibration: call calibrate(model, calib_dataset) first.")
-        calibration, config = self._calibration, self.config
+        calibration, config = self._calibrated("compress_to"), self.config
         clock = Clock(calibration.seconds)  # times of this ratio alone
         if keep_ratio is not None:
             objective = config.objective if OBJECTIVES[config.objective].sized else "budget"
@@ -267,9 +266,28 @@ class LowRankCompressor:
         except BaseException:
             finish([*reversed(undo), before.restore])
             raise
-        self._certified += [report] if trial.layers else []
+        self._certified += [(report.keep_ratio, report.certificate)] if trial.layers else []
         self.report = report
         return model
+
+    def judge(self, make: Make) -> Judgement:
+        """Judge layers of another method in place of the calibrated model's targets, as `compress_to` judges its own.
+
+        Args:
+            make: from the targets by name, which it leaves as they are, to what takes their places.
+
+        Returns:
+            What they make of the model, which is dense again.
+
+        Raises:
+            ConfigurationError: if nothing was calibrated.
+            TargetError: if the model was changed since it was calibrated.
+        """
+        calibration = self._calibrated("judge")
+        self.restore()
+        found = judge(calibration, self.config, make, self._certified)
+        self._certified.append((found.keep_ratio, found.certificate))
+        return found
 
     def restore(self) -> None:
         """Make the calibrated model dense again, with its original layers."""
@@ -281,6 +299,11 @@ class LowRankCompressor:
         if self._calibration is not None:
             self._calibration.close()
         self._calibration, self._restore_dense, self._budgets = None, [], {}
+
+    def _calibrated(self, asked: str) -> Calibration:
+        if self._calibration is None:
+            raise ConfigurationError(f"{asked}() needs a calibration: call calibrate(model, calib_dataset) first.")
+        return self._calibration
 
     def _budget(self, calibration: Calibration, config: LosslessLowRankConfig) -> Budget:
         """Return what the configured size counts; all ratios of a calibration go by one table."""

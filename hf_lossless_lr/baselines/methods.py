@@ -1,0 +1,75 @@
+"""The methods that can be compared: those that options make up, and those that have layers of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..checkpoint import PRESETS, LosslessLowRankConfig
+from .kernels import cp, decomposed, require_tensorly, separable, tensor_train, tucker
+
+
+class Baseline(NamedTuple):
+    """A method that is no configuration.
+
+    Attributes:
+        layers: from dense layers by name, and the share to keep, to what takes their places.
+        source: where it was published.
+        differs: in what it is not the published method.
+        check: raises an error where something is not installed.
+    """
+
+    layers: Callable[[Mapping[str, nn.Module], float], Mapping[str, nn.Module]]
+    source: str
+    differs: str
+    check: Callable[[], object] = lambda: None
+
+
+ALL = "the same share of each layer; no fine-tuning"
+
+BASELINES = {
+    "separable": Baseline(partial(decomposed, kernels=separable), "Tai et al. 2016, arXiv 1511.06067", ALL),
+    "tucker": Baseline(
+        partial(decomposed, kernels=tucker),
+        "Kim et al. 2016, arXiv 1511.06530",
+        f"{ALL}; both ranks the same share of their channels, not those of variational Bayes",
+        require_tensorly,
+    ),
+    "cp": Baseline(partial(decomposed, kernels=cp), "Lebedev et al. 2015, arXiv 1412.6553", ALL, require_tensorly),
+    "tensor-train": Baseline(
+        partial(decomposed, kernels=tensor_train),
+        "Oseledets 2011, SIAM J. Sci. Comput. 33",
+        f"{ALL}; the ranks the same share of their largest",
+        require_tensorly,
+    ),
+}
+"""Name of a method to how it makes layers."""
+
+METHODS = {name: method.source for name, method in PRESETS.items()} | {
+    name: method.source for name, method in BASELINES.items()
+}
+"""Name of each method that can be compared to where it was published."""
+
+
+def method_config(name: str, **changes: Any) -> LosslessLowRankConfig:
+    """Return the configuration that a method is compared with.
+
+    A method that is none is calibrated as `svd` is, so that it gets the same layers, data and margins.
+
+    Args:
+        name: a key of `METHODS`.
+        changes: options besides.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ConfigurationError: if there is no such method, a value contradicts it, or what it needs is not installed.
+    """
+    if name not in BASELINES:
+        return LosslessLowRankConfig.from_preset(name, **changes)
+    BASELINES[name].check()
+    return LosslessLowRankConfig.from_preset("svd", **changes)
