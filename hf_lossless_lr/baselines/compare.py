@@ -57,8 +57,8 @@ def compare(
         cannot reach is left out, with a warning.
 
     Raises:
-        ConfigurationError: if there is no such method, an option contradicts one, what one needs is not installed, or
-            the known results are of another model, other data or other options.
+        ConfigurationError: if there is no such method, an option contradicts one, or the known results are of another
+            model, other data or other options.
     """
     # What a refit is judged by is kept from methods without one, too: all have the same calibration data.
     changes = {"selection_fraction": DEFAULT_SELECTION, **changes}

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +20,11 @@ from ..layers import ConvolutionChain, Step, layout_of, weight_matrices
 
 Decomposition = Callable[[torch.Tensor, int], list[Step]]
 """From a kernel, in float64, and the most parameters to the convolutions in its place."""
+
+
+SWEEPS = 50  # of alternating solutions
+RIDGE = 1e-10  # relative; terms may come to be nearly the same but for their signs
+SMALLEST_NORM = 1e-100
 
 
 class _Place(NamedTuple):
@@ -102,9 +106,13 @@ def tucker(kernel: torch.Tensor, most: int) -> list[Step]:
         s, r = ranks
         return channels * r + math.prod(area) * r * s + s * out
 
-    ranks = _same_share((out, channels), size, most)
-    with _tensorly() as decomposition:
-        (core, (left, right)), _ = decomposition.partial_tucker(kernel, rank=ranks, modes=[0, 1])
+    s, r = _same_share((out, channels), size, most)
+    right = _unit_vectors(kernel.transpose(0, 1).flatten(1), r)
+    for _ in range(SWEEPS):
+        core = torch.einsum("oihw,ir->rohw", kernel, right)
+        left = _unit_vectors(core.transpose(0, 1).flatten(1), s)
+        right = _unit_vectors(torch.einsum("oihw,os->ishw", kernel, left).flatten(1), r)
+    core = torch.einsum("oihw,os,ir->srhw", kernel, left, right)
     return [_pointwise(right.mT), Step(core, (0, 1)), _pointwise(left)]
 
 
@@ -122,10 +130,7 @@ def cp(kernel: torch.Tensor, most: int) -> list[Step]:
     1412.6553.
     """
     tensor, places = _by_axes(kernel)
-    rank = _at_least_one(most // sum(tensor.shape))
-    with _tensorly() as decomposition:
-        weights, factors = decomposition.parafac(tensor, rank=rank, normalize_factors=True, random_state=0)
-    first, *between, last = (factor * weights ** (1 / tensor.ndim) for factor in factors)
+    first, *between, last = _least_squares(tensor, _at_least_one(most // sum(tensor.shape)))
     filters = _filters((factor.mT[:, None] for factor in between), places)
     return [_pointwise(first.mT), *filters, _pointwise(last)]
 
@@ -153,33 +158,40 @@ def tensor_train(kernel: torch.Tensor, most: int) -> list[Step]:
             before * side * behind for before, side, behind in zip((1, *ranks), sides, (*ranks, 1), strict=True)
         )
 
-    with _tensorly() as decomposition:
-        first, *between, last = decomposition.tensor_train(tensor, rank=[1, *_same_share(full, size, most), 1])
+    cores, before, rest = list[torch.Tensor](), 1, tensor
+    for side, rank in zip(sides, _same_share(full, size, most), strict=False):
+        rest = rest.reshape(before * side, -1)
+        left = _unit_vectors(rest, rank)
+        cores.append(left.reshape(before, side, -1))
+        before, rest = left.shape[1], left.mT @ rest
+    first, *between = cores
     filters = _filters((core.permute(2, 0, 1) for core in between), places)
-    return [_pointwise(first[0].mT), *filters, _pointwise(last[..., 0].mT)]
+    return [_pointwise(first[0].mT), *filters, _pointwise(rest.mT)]
 
 
-def require_tensorly() -> Any:
-    """Return TensorLy.
+def _least_squares(tensor: torch.Tensor, rank: int) -> list[torch.Tensor]:
+    """Return the factors `(side, rank)` of a sum of outer products, each solved for in turns from a random start."""
+    start = torch.Generator(tensor.device).manual_seed(0)
+    factors = [
+        torch.randn(side, rank, generator=start, dtype=tensor.dtype, device=tensor.device) for side in tensor.shape
+    ]
+    for _ in range(SWEEPS):
+        for side in range(tensor.ndim):
+            factors = [factor / factor.norm(dim=0).clamp_min(SMALLEST_NORM) for factor in factors]
+            others = sorted((k for k in range(tensor.ndim) if k != side), key=lambda k: len(factors[k]))
+            seen = tensor.permute(side, *others) @ factors[others[-1]]  # the widest side first
+            for k in reversed(others[:-1]):
+                seen = (seen * factors[k]).sum(-2)
+            gram = torch.stack([factors[k].mT @ factors[k] for k in others]).prod(0)
+            gram.diagonal().add_(RIDGE)  # whose diagonal is 1
+            factors[side] = torch.linalg.solve(gram, seen.mT).mT
+    size = factors[-1].norm(dim=0).clamp_min(SMALLEST_NORM)  # of a term; others are unit vectors
+    return [factor * size ** (1 / tensor.ndim) for factor in (*factors[:-1], factors[-1] / size)]
 
-    Raises:
-        ConfigurationError: if it is not installed.
-    """
-    try:
-        import tensorly.decomposition
-    except ImportError as error:
-        raise ConfigurationError(
-            "kernels are decomposed by TensorLy: pip install hf-lossless-lr[baselines]."
-        ) from error
-    return tensorly
 
-
-@contextmanager
-def _tensorly() -> Iterator[Any]:
-    """Have the decompositions of TensorLy work on tensors of torch for the time of the body."""
-    library = require_tensorly()
-    with library.backend_context("pytorch", local_threadsafe=True):
-        yield library.decomposition
+def _unit_vectors(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    """Return the left singular vectors of the largest singular values.  # shape: (rows, rank)."""
+    return torch.linalg.svd(matrix, full_matrices=False).U[:, :rank]
 
 
 def _by_svd(module: Any, most: int) -> nn.Module:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..checkpoint import PRESETS, LosslessLowRankConfig
-from .kernels import cp, decomposed, require_tensorly, separable, tensor_train, tucker
+from .kernels import cp, decomposed, separable, tensor_train, tucker
 
 
 class Baseline(NamedTuple):
@@ -19,13 +19,11 @@ class Baseline(NamedTuple):
         layers: from dense layers by name, and the share to keep, to what takes their places.
         source: where it was published.
         differs: in what it is not the published method.
-        check: raises an error where something is not installed.
     """
 
     layers: Callable[[Mapping[str, nn.Module], float], Mapping[str, nn.Module]]
     source: str
     differs: str
-    check: Callable[[], object] = lambda: None
 
 
 ALL = "the same share of each layer; no fine-tuning"
@@ -36,14 +34,12 @@ BASELINES = {
         partial(decomposed, kernels=tucker),
         "Kim et al. 2016, arXiv 1511.06530",
         f"{ALL}; both ranks the same share of their channels, not those of variational Bayes",
-        require_tensorly,
     ),
-    "cp": Baseline(partial(decomposed, kernels=cp), "Lebedev et al. 2015, arXiv 1412.6553", ALL, require_tensorly),
+    "cp": Baseline(partial(decomposed, kernels=cp), "Lebedev et al. 2015, arXiv 1412.6553", ALL),
     "tensor-train": Baseline(
         partial(decomposed, kernels=tensor_train),
         "Oseledets 2011, SIAM J. Sci. Comput. 33",
         f"{ALL}; the ranks the same share of their largest",
-        require_tensorly,
     ),
 }
 """Name of a method to how it makes layers."""
@@ -67,9 +63,6 @@ def method_config(name: str, **changes: Any) -> LosslessLowRankConfig:
         The configuration.
 
     Raises:
-        ConfigurationError: if there is no such method, a value contradicts it, or what it needs is not installed.
+        ConfigurationError: if there is no such method, or a value contradicts it.
     """
-    if name not in BASELINES:
-        return LosslessLowRankConfig.from_preset(name, **changes)
-    BASELINES[name].check()
-    return LosslessLowRankConfig.from_preset("svd", **changes)
+    return LosslessLowRankConfig.from_preset("svd" if name in BASELINES else name, **changes)

@@ -1,8 +1,5 @@
 """Decompositions of kernels: the dense layer at full rank, the best of their kind below it, in their share."""
 
-import importlib.util
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -11,8 +8,7 @@ from hf_lossless_lr.baselines.kernels import cp, decomposed, separable, tensor_t
 from hf_lossless_lr.errors import ConfigurationError
 from hf_lossless_lr.layers import ConvolutionChain, FactorizedConv1d, FactorizedConv2d, FactorizedLinear
 
-needs_tensorly = pytest.mark.skipif(not importlib.util.find_spec("tensorly"), reason="TensorLy is not installed")
-BY_TENSORLY = [pytest.param(method, marks=needs_tensorly) for method in (tucker, cp, tensor_train)]
+DECOMPOSITIONS = (separable, tucker, cp, tensor_train)
 KERNELS = {"1x1": (1, 1), "3x3": (3, 3), "1x7": (1, 7), "5x1": (5, 1), "3x2": (3, 2)}
 GEOMETRIES = {
     "plain": {},
@@ -53,7 +49,7 @@ def tail(matrix, rank):
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("method", [separable, *BY_TENSORLY])
+@pytest.mark.parametrize("method", DECOMPOSITIONS)
 def test_at_full_rank_it_is_the_dense_layer(method, kernel, geometry):
     layer = convolution(KERNELS[kernel], **GEOMETRIES[geometry])
     most = 10_000
@@ -67,7 +63,7 @@ def test_at_full_rank_it_is_the_dense_layer(method, kernel, geometry):
     assert all(type(step) is nn.Conv2d for step in chain)
 
 
-@pytest.mark.parametrize("method", [separable, *BY_TENSORLY])
+@pytest.mark.parametrize("method", DECOMPOSITIONS)
 @pytest.mark.parametrize("keep", [0.7, 0.4])
 def test_keeps_its_share_and_hardly_less(method, keep):
     torch.manual_seed(0)
@@ -85,7 +81,6 @@ def test_separable_filters_are_the_best_of_their_rank():
     assert (kernel - layer.weight).square().sum().item() == pytest.approx(tail(matrix, 3).item(), rel=1e-9)
 
 
-@needs_tensorly
 @pytest.mark.parametrize("method", [tucker, tensor_train])
 def test_the_error_is_between_those_of_its_single_cuts_and_their_sum(method):
     layer = convolution((3, 3), bias=False)
@@ -100,7 +95,6 @@ def test_the_error_is_between_those_of_its_single_cuts_and_their_sum(method):
     assert max(tails) * (1 - 1e-9) <= error <= sum(tails) * (1 + 1e-9)
 
 
-@needs_tensorly
 def test_each_term_of_a_sum_is_at_its_optimum():
     layer = convolution((3, 3), bias=False)
     chain, kernel = in_its_share(cp, layer, 0.5)
@@ -137,23 +131,6 @@ def test_what_is_no_kernel_gets_the_svd_of_its_matrix_and_groups_stay_dense():
 def test_a_layer_that_is_too_small_for_its_share_is_named():
     with pytest.raises(ConfigurationError, match=r"keep_ratio=0.01 cannot be reached in 'stem': the lowest ranks"):
         decomposed({"stem": nn.Conv2d(3, 8, 3)}, 0.01, separable)
-
-
-@pytest.mark.parametrize("method", [tucker, cp, tensor_train])
-def test_a_missing_library_is_an_error_that_names_the_extra(method, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorly", None)
-    with pytest.raises(ConfigurationError, match=r"pip install hf-lossless-lr\[baselines\]") as caught:
-        method(convolution((3, 3)).weight, 100)
-    assert isinstance(caught.value.__cause__, ImportError)
-
-
-@needs_tensorly
-def test_the_tensors_that_others_decompose_stay_theirs():
-    import tensorly
-
-    before = tensorly.get_backend()
-    decomposed({"layer": nn.Conv2d(4, 6, 3)}, 0.5, tucker)
-    assert tensorly.get_backend() == before == "numpy"
 
 
 def test_a_chain_has_what_model_code_reads_of_a_convolution():

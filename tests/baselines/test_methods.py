@@ -1,6 +1,5 @@
 """Methods that have layers of their own, compared with those that options make up."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -82,12 +81,6 @@ def test_a_method_that_fails_leaves_the_model_and_the_next_one_goes_on(network, 
         == 2
     )
     assert tensors_fingerprint(model.state_dict()) == before
-
-
-def test_what_is_not_installed_is_an_error_before_any_work(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorly.decomposition", None)
-    with pytest.raises(ConfigurationError, match=r"pip install hf-lossless-lr\[baselines\]"):
-        next(compare(None, None, methods=["separable", "tucker"], keep_ratios=[0.5]))
 
 
 def test_a_changed_model_is_not_judged(network):
