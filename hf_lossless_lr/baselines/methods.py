@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..checkpoint import PRESETS, LosslessLowRankConfig
+from .clipping import clipped
 from .kernels import cp, decomposed, separable, tensor_train, tucker
 
 
@@ -19,11 +20,13 @@ class Baseline(NamedTuple):
         layers: from dense layers by name, and the share to keep, to what takes their places.
         source: where it was published.
         differs: in what it is not the published method.
+        like: the preset that is calibrated as it is, with the same layers, data and margins.
     """
 
     layers: Callable[[Mapping[str, nn.Module], float], Mapping[str, nn.Module]]
     source: str
     differs: str
+    like: str = "svd"
 
 
 ALL = "the same share of each layer; no fine-tuning"
@@ -41,6 +44,12 @@ BASELINES = {
         "Oseledets 2011, SIAM J. Sci. Comput. 33",
         f"{ALL}; the ranks the same share of their largest",
     ),
+    "aciq-int8": Baseline(
+        clipped,
+        "Banner et al. 2018, arXiv 1810.05723",
+        "weights alone; the same number of bits in each channel, and no correction of its mean; its size is fixed",
+        like="int8",
+    ),
 }
 """Name of a method to how it makes layers."""
 
@@ -53,7 +62,7 @@ METHODS = {name: method.source for name, method in PRESETS.items()} | {
 def method_config(name: str, **changes: Any) -> LosslessLowRankConfig:
     """Return the configuration that a method is compared with.
 
-    A method that is none is calibrated as `svd` is, so that it gets the same layers, data and margins.
+    A method that is none is calibrated like one that is, so that it gets the same layers, data and margins.
 
     Args:
         name: a key of `METHODS`.
@@ -65,4 +74,4 @@ def method_config(name: str, **changes: Any) -> LosslessLowRankConfig:
     Raises:
         ConfigurationError: if there is no such method, or a value contradicts it.
     """
-    return LosslessLowRankConfig.from_preset("svd" if name in BASELINES else name, **changes)
+    return LosslessLowRankConfig.from_preset(BASELINES[name].like if name in BASELINES else name, **changes)
