@@ -21,7 +21,6 @@ from ..layers import ConvolutionChain, Step, layout_of, weight_matrices
 Decomposition = Callable[[torch.Tensor, int], list[Step]]
 """From a kernel, in float64, and the most parameters to the convolutions in its place."""
 
-
 SWEEPS = 50  # of alternating solutions
 RIDGE = 1e-10  # relative; terms may come to be nearly the same but for their signs
 SMALLEST_NORM = 1e-100
@@ -117,7 +116,9 @@ def tucker(kernel: torch.Tensor, most: int) -> list[Step]:
 
 
 def cp(kernel: torch.Tensor, most: int) -> list[Step]:
-    """Four convolutions: to `k` channels, `(kh, 1)` and `(1, kw)` of each alone, and from these to all; by ALS.
+    """Four convolutions: to `k` channels, `(kh, 1)` and `(1, kw)` of each alone, and from these to all.
+
+    By alternating least squares from a random start, which is the same in each run.
 
     Args:
         kernel: the kernel.  # shape: (out, in, kh, kw)
@@ -170,7 +171,7 @@ def tensor_train(kernel: torch.Tensor, most: int) -> list[Step]:
 
 
 def _least_squares(tensor: torch.Tensor, rank: int) -> list[torch.Tensor]:
-    """Return the factors `(side, rank)` of a sum of outer products, each solved for in turns from a random start."""
+    """Return the factors `(side, rank)` of a sum of outer products, each solved for in turns."""
     start = torch.Generator(tensor.device).manual_seed(0)
     factors = [
         torch.randn(side, rank, generator=start, dtype=tensor.dtype, device=tensor.device) for side in tensor.shape

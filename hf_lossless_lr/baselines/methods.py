@@ -38,7 +38,11 @@ BASELINES = {
         "Kim et al. 2016, arXiv 1511.06530",
         f"{ALL}; both ranks the same share of their channels, not those of variational Bayes",
     ),
-    "cp": Baseline(partial(decomposed, kernels=cp), "Lebedev et al. 2015, arXiv 1412.6553", ALL),
+    "cp": Baseline(
+        partial(decomposed, kernels=cp),
+        "Lebedev et al. 2015, arXiv 1412.6553",
+        f"{ALL}; alternating least squares, not non-linear ones",
+    ),
     "tensor-train": Baseline(
         partial(decomposed, kernels=tensor_train),
         "Oseledets 2011, SIAM J. Sci. Comput. 33",
