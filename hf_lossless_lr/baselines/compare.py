@@ -15,9 +15,10 @@ from ..data import combined_digest, item_digests, make_dataloader
 from ..errors import ConfigurationError
 from ..fingerprint import content_digest, tensors_fingerprint
 from ..layers import at_hand
-from ..pipeline import LowRankCompressor
+from ..pipeline import Judgement, LowRankCompressor
 from ..ranks import OBJECTIVES
-from ..report import CompressionReport, MethodResult
+from ..report import MethodResult
+from .methods import BASELINES, method_config
 
 logger = logging.get_logger(__name__)
 
@@ -44,7 +45,7 @@ def compare(
     Args:
         model: the dense model; unchanged.
         calib_dataset: as for `LowRankCompressor.compress`.
-        methods: names in `PRESETS`.
+        methods: names in `METHODS`.
         keep_ratios: sizes for those methods that take one.
         eval_dataset: as for `LowRankCompressor.compress`.
         data_collator: as there.
@@ -62,7 +63,7 @@ def compare(
     """
     # What a refit is judged by is kept from methods without one, too: all have the same calibration data.
     changes = {"selection_fraction": DEFAULT_SELECTION, **changes}
-    configs = {name: LosslessLowRankConfig.from_preset(name, **changes) for name in dict.fromkeys(methods)}
+    configs = {name: method_config(name, **changes) for name in dict.fromkeys(methods)}
     for size in keep_ratios:
         LosslessLowRankConfig(keep_ratio=size)  # refuses what is none
     ratios = {name: _ratios(config, keep_ratios) for name, config in configs.items()}
@@ -86,12 +87,11 @@ def compare(
                 )
                 for ratio in missing:
                     try:
-                        compressor.compress_to(ratio)
+                        found = _judged(compressor, name, ratio)
                     except ConfigurationError as error:
                         logger.warning("%s is left out at %s: %s", name, ratio, error)
                         continue
-                    if compressor.report is not None:
-                        yield _result(name, ratio, compressor.report, inputs)
+                    yield _result(name, ratio, found, inputs)
             finally:
                 compressor.restore()
                 compressor.release()
@@ -119,21 +119,35 @@ def _inputs(
         return content_digest([tensors_fingerprint(model.state_dict()), digests, changes])
 
 
-def _result(name: str, ratio: float | None, report: CompressionReport, inputs: str) -> MethodResult:
-    dense, compressed, certificate = report.dense, report.compressed, report.certificate
-    change = None
-    if dense.accuracy is not None and compressed.accuracy is not None:
-        change = compressed.accuracy - dense.accuracy
+def _judged(compressor: LowRankCompressor, name: str, ratio: float | None) -> Judgement:
+    if name in BASELINES:
+        return compressor.judge(lambda layers: BASELINES[name].layers(layers, ratio or 1.0))
+    compressor.compress_to(ratio)
+    report: Any = compressor.report
+    dense, compressed = report.dense, report.compressed
+    return Judgement(
+        keep_ratio=report.keep_ratio,
+        bytes=compressed.bytes / dense.bytes,
+        loss=(dense.loss, compressed.loss),
+        accuracy=None if compressed.accuracy is None else (dense.accuracy, compressed.accuracy),
+        certificate=report.certificate,
+        speed=report.speed,
+        seconds=sum(report.seconds.get(stage, 0.0) for stage in STAGES),
+    )
+
+
+def _result(name: str, ratio: float | None, found: Judgement, inputs: str) -> MethodResult:
+    certificate = found.certificate
     return MethodResult(
         method=name,
         keep_ratio=ratio,
-        parameters=report.keep_ratio,
-        bytes=(compressed.bytes or 0) / (dense.bytes or 1),
-        loss_increase=compressed.loss - dense.loss,
-        accuracy_change=change,
+        parameters=found.keep_ratio,
+        bytes=found.bytes,
+        loss_increase=found.loss[1] - found.loss[0],
+        accuracy_change=None if found.accuracy is None else found.accuracy[1] - found.accuracy[0],
         divergence=None if certificate is None else certificate.divergence,
         status="none" if certificate is None else certificate.status,
-        latency=None if report.speed is None else report.speed.ratio,
-        seconds=sum(report.seconds.get(stage, 0.0) for stage in STAGES),
+        latency=None if found.speed is None else found.speed.ratio,
+        seconds=found.seconds,
         inputs=inputs,
     )

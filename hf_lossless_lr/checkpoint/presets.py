@@ -96,6 +96,9 @@ PRESETS: dict[str, Preset] = {
 }
 """Name of a method to the options that make it up."""
 
+COMPARED_ONLY = ("separable", "tucker", "cp", "tensor-train", "aciq-int8")
+"""Methods that no options make up; `hf_lossless_lr.baselines` has them."""
+
 
 def preset(name: str) -> Preset:
     """Return a method by its name.
@@ -109,8 +112,14 @@ def preset(name: str) -> Preset:
     Raises:
         ConfigurationError: if there is none of that name.
     """
+    if name in COMPARED_ONLY:
+        raise ConfigurationError(
+            f"no options make up the method {name!r}, so it is no configuration. It can be compared with others: by "
+            "`hf-lossless-lr compare`, or hf_lossless_lr.baselines.compare."
+        )
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
+        known = (*PRESETS, *COMPARED_ONLY)
+        near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigurationError(f"there is no method {name!r}; choose one of {', '.join(PRESETS)}.{hint}")
+        raise ConfigurationError(f"there is no method {name!r}; choose one of {', '.join(known)}.{hint}")
     return PRESETS[name]

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..baselines import METHODS, method_config
 from ..baselines import compare as compare_methods
-from ..checkpoint import PRESETS, LosslessLowRankConfig
+from ..checkpoint import LosslessLowRankConfig
 from ..errors import CheckpointError, ConfigurationError
 from ..files import write_atomically
 from ..report import MethodResult, finite, methods_table, write_methods_figure
@@ -22,7 +23,7 @@ from .data_options import (
 )
 from .loading import load_auto, load_model
 
-METHODS = ("default", "no-refit", "kfac-svd", "aa-svd", "svd-llm", "asvd", "fwsvd", "svd")
+BY_DEFAULT = ("default", "no-refit", "kfac-svd", "aa-svd", "svd-llm", "asvd", "fwsvd", "svd")
 
 
 @dataclass(kw_only=True)
@@ -30,7 +31,7 @@ class CompareArguments(CalibrationArguments, JudgingArguments):
     """What to compare, and where to keep it."""
 
     methods: list[str] = field(
-        default_factory=lambda: list(METHODS), metadata={"help": "methods to compare", "choices": list(PRESETS)}
+        default_factory=lambda: list(BY_DEFAULT), metadata={"help": "methods to compare", "choices": list(METHODS)}
     )
     keep_ratios: list[float] = field(
         default_factory=lambda: [0.7, 0.5], metadata={"help": "sizes, for those methods that take one"}
@@ -49,7 +50,7 @@ class CompareArguments(CalibrationArguments, JudgingArguments):
 
 def add_parser(commands: Any) -> None:
     """Add the parser of this command."""
-    listed = "; ".join(f"{name}: {preset.source}" for name, preset in PRESETS.items())
+    listed = "; ".join(f"{name}: {source}" for name, source in METHODS.items())
     parser = commands.add_parser(
         "compare",
         help="compare methods of the field on one model",
@@ -77,7 +78,7 @@ def compare(arguments: Any) -> int:
     shared = ("batch_size", "rank_multiple", "target_modules", "loss_margin", "accuracy_margin")
     changes = {name: getattr(arguments, name) for name in shared}
     for name in arguments.methods:
-        LosslessLowRankConfig.from_preset(name, **changes)  # refuses values out of range before anything is loaded
+        method_config(name, **changes)  # refuses values out of range before anything is loaded
     for ratio in arguments.keep_ratios:
         LosslessLowRankConfig(keep_ratio=ratio)
     results = _read(arguments.records)

@@ -5,6 +5,7 @@ room tests for a layer type.
 """
 
 from .adapters import lora_targets
+from .chain import ConvolutionChain, Step
 from .convolution import FactorizedConv1d, FactorizedConv2d
 from .coverage import other_weights
 from .experts import Routed, UnfusedExperts, projections, routed_rows, unfuse
@@ -58,6 +59,7 @@ __all__ = [
     "SPATIAL",
     "STORAGES",
     "STORAGE_CHOICES",
+    "ConvolutionChain",
     "Factorized",
     "FactorizedConv1d",
     "FactorizedConv2d",
@@ -66,6 +68,7 @@ __all__ = [
     "ModelState",
     "Replacement",
     "Routed",
+    "Step",
     "Stored",
     "Targets",
     "UnfusedExperts",

@@ -7,7 +7,7 @@ its input by itself, for one.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from typing import Any, ClassVar
 
 import torch
@@ -68,7 +68,7 @@ class FactorizedConv(Factorized):
         geometry = {name: getattr(self, name) for name in GEOMETRY} | (UNPADDED if self.pads_itself else {})
         down, up, wide = geometry, {"kernel_size": 1}, groups * rank
         if form == SPATIAL:
-            down, up = _along(geometry, 0), _along(geometry, 1)
+            down, up = along(geometry, [0]), along(geometry, [1])
         stored = groups * (out - (rank if storage == "pivoted" else 0))
         kw: dict[str, Any] = {"groups": groups, "bias": False, "device": weight.device, "dtype": weight.dtype}
         self.down = self.layer(self.in_channels, wide, **down, **kw)
@@ -144,13 +144,13 @@ def _plain_type(convolution: Any) -> type[nn.Module]:
     return nn.Conv1d if isinstance(convolution, nn.Conv1d) else nn.Conv2d
 
 
-def _along(geometry: dict[str, Any], axis: int) -> dict[str, Any]:
-    """Return a geometry that does nothing along the other axis."""
+def along(geometry: dict[str, Any], axes: Collection[int]) -> dict[str, Any]:
+    """Return a geometry that does nothing along other axes."""
     neutral = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}
     return {
         name: value
         if isinstance(value, (str, int))
-        else tuple(each if place == axis else neutral[name] for place, each in enumerate(value))
+        else tuple(each if place in axes else neutral[name] for place, each in enumerate(value))
         for name, value in geometry.items()
     }
 

@@ -4,6 +4,7 @@ Begin reading at `compressor.py`.
 """
 
 from .compressor import LowRankCompressor
+from .judging import Judgement
 from .verify import verify
 
-__all__ = ["LowRankCompressor", "verify"]
+__all__ = ["Judgement", "LowRankCompressor", "verify"]

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..checkpoint import MEASURED_OBJECTIVES, LosslessLowRankConfig, attach_card
-from ..data import draw_labels, split_data
+from ..data import split_data
 from ..errors import ConfigurationError
 from ..layers import (
     ModelState,
@@ -26,7 +26,6 @@ from ..layers import (
     unfuse,
     values_of,
 )
-from ..processes import make_accelerator
 from ..ranks import OBJECTIVES, Budget, LatencyTable
 from ..report import CompressionReport
 from ..timing import Clock
@@ -34,9 +33,11 @@ from ..verdict import paired_outcomes
 from .budget import budget_of
 from .calibration import Calibration, calibrate, check_unchanged
 from .choosing import choose
+from .judging import Judgement, Make, judge
+from .labelling import with_drawn_labels
 from .placing import put_in_place
 from .speed import measured_speed
-from .summary import make_report
+from .summary import Certified, make_report
 
 
 class LowRankCompressor:
@@ -83,7 +84,7 @@ class LowRankCompressor:
         self._calibration: Calibration | None = None
         self._budgets: dict[Any, Budget] = {}  # counted so far, by the options
         self._latencies: LatencyTable = {}  # measured so far; they serve other models with such layers, too
-        self._certified: list[CompressionReport] = []  # models judged on the held-out data so far
+        self._certified: list[Certified] = []  # models judged on the held-out data so far
         self._restore_dense: list[Callable[[], None]] = []  # turn the calibrated model back into the dense one
 
     def compress(
@@ -188,8 +189,8 @@ class LowRankCompressor:
             targets = find_targets(model, config.target_modules, config.ignore)
         values_of("ranks", config.given_ranks, targets.chosen)  # a pattern that matches nothing shows now
         if config.labels == "model":
-            calib_dataset, eval_dataset = self._with_drawn_labels(
-                model, calib_dataset, eval_dataset, data_collator, processing_class
+            calib_dataset, eval_dataset = with_drawn_labels(
+                model, config, calib_dataset, eval_dataset, data_collator, processing_class
             )
         parts = split_data(
             model,
@@ -218,17 +219,6 @@ class LowRankCompressor:
         self.release()
         self._calibration, self._certified = calibration, []
 
-    def _with_drawn_labels(
-        self, model: PreTrainedModel, calib_dataset: Any, eval_dataset: Any, collator: Any, processing_class: Any
-    ) -> tuple[Any, Any]:
-        config, device = self.config, make_accelerator().device
-        options = {"batch_size": config.batch_size, "data_collator": collator, "processing_class": processing_class}
-        calib_dataset = draw_labels(calib_dataset, model, device, config.seed, config.max_examples, **options)
-        options["name"] = "eval_dataset"
-        if eval_dataset is not None:
-            eval_dataset = draw_labels(eval_dataset, model, device, config.seed + 1, keep=True, **options)
-        return calib_dataset, eval_dataset
-
     def compress_to(self, keep_ratio: float | None = None) -> PreTrainedModel:
         """Compress the calibrated model, in place of an earlier compression of it.
 
@@ -247,9 +237,7 @@ class LowRankCompressor:
             ConfigurationError: if nothing was calibrated, or the size cannot be reached.
             TargetError: if the model was changed since it was calibrated.
         """
-        if self._calibration is None:
-            raise ConfigurationError("compress_to() needs a calibration: call calibrate(model, calib_dataset) first.")
-        calibration, config = self._calibration, self.config
+        calibration, config = self._calibrated("compress_to"), self.config
         clock = Clock(calibration.seconds)  # times of this ratio alone
         if keep_ratio is not None:
             objective = config.objective if OBJECTIVES[config.objective].sized else "budget"
@@ -284,9 +272,28 @@ class LowRankCompressor:
         except BaseException:
             finish([*reversed(undo), before.restore])
             raise
-        self._certified += [report] if trial.layers else []
+        self._certified += [(report.keep_ratio, report.certificate)] if trial.layers else []
         self.report = report
         return model
+
+    def judge(self, make: Make) -> Judgement:
+        """Judge layers of another method in place of the calibrated model's targets, as `compress_to` judges its own.
+
+        Args:
+            make: from the targets by name, which it leaves as they are, to what takes their places.
+
+        Returns:
+            What they make of the model, which is dense again.
+
+        Raises:
+            ConfigurationError: if nothing was calibrated.
+            TargetError: if the model was changed since it was calibrated.
+        """
+        calibration = self._calibrated("judge")
+        self.restore()
+        found = judge(calibration, self.config, make, self._certified)
+        self._certified.append((found.keep_ratio, found.certificate))
+        return found
 
     def restore(self) -> None:
         """Make the calibrated model dense again, with its original layers."""
@@ -298,6 +305,11 @@ class LowRankCompressor:
         if self._calibration is not None:
             self._calibration.close()
         self._calibration, self._restore_dense, self._budgets = None, [], {}
+
+    def _calibrated(self, asked: str) -> Calibration:
+        if self._calibration is None:
+            raise ConfigurationError(f"{asked}() needs a calibration: call calibrate(model, calib_dataset) first.")
+        return self._calibration
 
     def _budget(self, calibration: Calibration, config: LosslessLowRankConfig) -> Budget:
         """Return what the configured size counts; all ratios of a calibration go by one table."""

@@ -38,6 +38,9 @@ DRAWN = (
     "agreeing with draws"
 )
 
+Certified = tuple[float, Certificate | None]
+"""The share that a model keeps, and its certificate on the held-out data, if they could carry one."""
+
 HEADLESS = (
     "the model has no head: its normalized representations are compared with the dense model's, and the loss is "
     "1 − cosine, in the mean over embeddings or over tokens"
@@ -69,7 +72,7 @@ def make_report(
     trials: list[TrialRecord],
     epsilon: dict[str, float] | None,
     outcomes: PairedOutcomes,
-    earlier: Sequence[CompressionReport],
+    earlier: Sequence[Certified],
     seconds: Mapping[str, float],
     speed: Speed | None,
 ) -> CompressionReport:
@@ -82,7 +85,7 @@ def make_report(
         trials: records of every point visited.
         epsilon: noise bounds of the paper's objectives.
         outcomes: both models' answers to the held-out data.
-        earlier: reports of models that were judged on the same data.
+        earlier: what was judged on the same data.
         seconds: time of each stage.
         speed: how long both models take.
 
@@ -96,7 +99,9 @@ def make_report(
     parameters, sizes = (dense_model.parameters, model.num_parameters()), (dense_model.bytes, checkpoint_bytes(model))
     dense, compressed = (Measurement(*values) for values in zip(loss, accuracy, parameters, sizes, strict=True))
     kept = kept_share(factors.curves, trial.choices)
-    certificate, uncertified = _certificate(trial, config, outcomes, fingerprints["held_out"], kept, earlier)
+    certificate, uncertified = certificate_of(
+        bool(trial.layers), config, outcomes, fingerprints["held_out"], kept, earlier
+    )
     return CompressionReport(
         model=type(dense_model.model).__name__,
         config={f.name: getattr(config, f.name) for f in fields(CompressionOptions)},
@@ -135,18 +140,30 @@ def _notes(outcomes: PairedOutcomes, config: LosslessLowRankConfig) -> tuple[str
     return (UNEXPLAINED,) * (not outcomes.explained) + (DRAWN,) * (config.labels == "model")
 
 
-def _certificate(
-    trial: Trial,
+def certificate_of(
+    changed: bool,
     config: LosslessLowRankConfig,
     outcomes: PairedOutcomes,
     fingerprint: str,
     kept: float,
-    earlier: Sequence[CompressionReport],
+    earlier: Sequence[Certified],
 ) -> tuple[Certificate | None, str | None]:
-    """Return the certificate, or why there is none."""
-    if not trial.layers:
+    """Return the certificate of a model, or why there is none.
+
+    Args:
+        changed: whether anything was compressed.
+        config: margins and confidence.
+        outcomes: both models' answers to the held-out data.
+        fingerprint: of these data.
+        kept: the share that the model keeps.
+        earlier: what was judged on the same data.
+
+    Returns:
+        The certificate, and the reason.
+    """
+    if not changed:
         return None, "nothing was compressed"
-    if any(report.keep_ratio < kept for report in earlier):
+    if any(share < kept for share, _ in earlier):
         return None, (
             "the held-out data were used already, for a model that keeps less; ask for ratios in descending order, "
             "or calibrate with another eval_dataset"
@@ -155,7 +172,7 @@ def _certificate(
         certificate = certify(outcomes, config.loss_margin, config.accuracy_margin, config.confidence, fingerprint)
     except CertificateError as error:
         return None, str(error)
-    if all(report.certificate is not None and report.certificate.status in CERTIFIED for report in earlier):
+    if all(before is not None and before.status in CERTIFIED for _, before in earlier):
         return certificate, None
     return demoted(certificate, "a model that keeps more was not certified on the same examples"), None
 

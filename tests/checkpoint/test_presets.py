@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hf_lossless_lr import LosslessLowRankConfig
-from hf_lossless_lr.checkpoint.presets import PRESETS
+from hf_lossless_lr.checkpoint.presets import COMPARED_ONLY, PRESETS
 from hf_lossless_lr.errors import ConfigurationError
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -39,3 +39,9 @@ def test_the_documents_list_every_method_with_its_source_and_difference():
         assert preset.differs == rows[name][2].strip()
         shown = dict(re.findall(r"`(\w+)=([^`]*)`", rows[name][0]))
         assert shown == {option: str(value) for option, value in preset.options.items()}
+
+
+@pytest.mark.parametrize("name", COMPARED_ONLY)
+def test_a_method_that_no_options_make_up_is_an_error_that_says_where_it_is(name):
+    with pytest.raises(ConfigurationError, match=rf"no options make up the method '{name}', .*baselines\.compare"):
+        LosslessLowRankConfig.from_preset(name)

@@ -17,7 +17,7 @@ from hf_lossless_lr.fingerprint import tensors_fingerprint
 from hf_lossless_lr.pipeline import LowRankCompressor
 from hf_lossless_lr.report import MethodResult, methods_table
 
-METHODS = ("default", "svd", "aa-svd", "gptq-int4", "paper-compact")
+METHODS = ("default", "svd", "aa-svd", "separable", "gptq-int4", "paper-compact")
 
 
 def lines(start, count):
@@ -56,7 +56,7 @@ def test_finds_each_method_at_each_size_once_and_goes_on(place, tmp_path, capsys
     assert records.read_text().startswith(first)
     found = [MethodResult.from_dict(json.loads(line)) for line in records.read_text().splitlines()]
     keys = [(result.method, result.keep_ratio) for result in found]
-    sized = [(name, ratio) for name in METHODS[:3] for ratio in (0.7, 0.5)]
+    sized = [(name, ratio) for name in METHODS[:4] for ratio in (0.7, 0.5)]
     assert sorted(keys, key=str) == sorted([*sized, ("gptq-int4", None), ("paper-compact", None)], key=str)
     shown = capsys.readouterr().out
     assert shown.count("\n") == len(found) + 2

@@ -1,0 +1,96 @@
+"""Judging layers that another method puts in the place of the targets, by what our own are judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoint import LosslessLowRankConfig
+from ..layers import ModelState, at_hand, checkpoint_bytes, in_place, on_device
+from ..report import Certificate, Speed
+from ..timing import Clock
+from ..verdict import paired_outcomes
+from .calibration import Calibration, check_unchanged
+from .speed import measured_speed
+from .summary import Certified, certificate_of
+
+Make = Callable[[Mapping[str, nn.Module]], Mapping[str, nn.Module]]
+"""From the targets by name, which it leaves as they are, to what takes their places; others stay dense."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a compression made of a model.
+
+    Attributes:
+        keep_ratio: parameters of the targeted weights, kept divided by original ones.
+        bytes: the same of the bytes of all tensors of the checkpoint.
+        loss: mean loss on the held-out data of the dense and of the compressed model, in nats.
+        accuracy: the same of the accuracy; None where the head has none.
+        certificate: what is certified; None where the data cannot carry a certificate.
+        speed: how long both take for a calibration batch; None where that was not measured.
+        seconds: time of the compression, without the statistics.
+    """
+
+    keep_ratio: float
+    bytes: float
+    loss: tuple[float, float]
+    accuracy: tuple[float, float] | None
+    certificate: Certificate | None
+    speed: Speed | None
+    seconds: float
+
+
+def judge(
+    calibration: Calibration, config: LosslessLowRankConfig, make: Make, earlier: Sequence[Certified]
+) -> Judgement:
+    """Make layers, and judge the model with them in place; it is dense before and afterwards.
+
+    Args:
+        calibration: the calibration of the model.
+        config: margins and confidence.
+        make: makes the layers.
+        earlier: what was judged on the same data.
+
+    Returns:
+        The judgement.
+    """
+    model, experts, device = calibration.dense.model, calibration.dense.experts, calibration.accelerator.device
+    targets, before, clock = calibration.factors.targets.chosen, ModelState(model), Clock()
+    fused = {path: model.get_submodule(path) for path in experts}
+    try:
+        with at_hand(model):
+            check_unchanged(calibration)
+            with in_place(model, experts), on_device(model, device, targets.values()):
+                with clock.timed("making"), torch.no_grad():
+                    layers = make(targets)
+                data, accelerator = calibration.parts.held_out, calibration.accelerator
+                outcomes = paired_outcomes(model, layers, data, accelerator, "Evaluating", temperatures=True)
+                speed = measured_speed(calibration, layers, fused)
+                with in_place(model, layers):
+                    size = checkpoint_bytes(model)
+    except BaseException:
+        before.restore()
+        raise
+    dense = {name: curve.dense_parameters for name, curve in calibration.factors.curves.items()}
+    kept = sum((dense | {name: _numbers(layer) for name, layer in layers.items()}).values()) / sum(dense.values())
+    fingerprint = calibration.parts.fingerprints["held_out"]
+    certificate, _ = certificate_of(bool(layers), config, outcomes, fingerprint, kept, earlier)
+    return Judgement(
+        keep_ratio=kept,
+        bytes=size / calibration.dense.bytes,
+        loss=outcomes.mean_loss,
+        accuracy=outcomes.accuracy,
+        certificate=certificate,
+        speed=speed,
+        seconds=clock.seconds["making"],
+    )
+
+
+def _numbers(layer: Any) -> int:
+    """Return the parameters of a layer without its bias."""
+    return sum(p.numel() for name, p in layer.named_parameters() if name.rpartition(".")[2] != "bias")
