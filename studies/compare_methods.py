@@ -12,13 +12,21 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from convolutional_networks import CALIBRATION, testbed_pictures
 from records import RESULTS, append_records, read_records
 from testbed_tasks import Task, digits, language, sentiment
 
 from hf_lossless_lr.baselines import compare
 from hf_lossless_lr.report import MethodResult, methods_table
 
+
+def pictures(testbed: Path) -> Task:
+    found = testbed_pictures(testbed, testbed / "cnn-resnet")
+    return Task(found.load(), found.train[:CALIBRATION], found.held_out)
+
+
 METHODS = ("default", "no-refit", "kfac-svd", "svd-llm", "svd", "fwsvd", "aa-svd")
+OTHERS = ("separable", "tucker", "cp", "tensor-train", "int8", "aciq-int8")
 # Half of the 4 inputs of a patch embedding would ruin every method with the same share for each layer.
 OPTIONS = {"swin-mnist": {"ignore": ["re:.*patch_embeddings.*"]}}
 # Model: loader, sizes, methods.
@@ -26,6 +34,7 @@ TASKS: dict[str, tuple[Callable[[Path], Task], tuple[float, ...], tuple[str, ...
     "minilm-sst2": (sentiment, (0.7, 0.5, 0.35), METHODS),
     "llama-small": (language, (0.7, 0.5), (*METHODS, "mpifa", "asvd")),
     "swin-mnist": (digits, (0.5, 0.35), METHODS[:-1]),
+    "cnn-resnet": (pictures, (0.5, 0.35), (*METHODS[:5], *OTHERS)),
 }
 
 

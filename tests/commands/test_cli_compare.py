@@ -58,6 +58,7 @@ def test_finds_each_method_at_each_size_once_and_goes_on(place, tmp_path, capsys
     keys = [(result.method, result.keep_ratio) for result in found]
     sized = [(name, ratio) for name in METHODS[:4] for ratio in (0.7, 0.5)]
     assert sorted(keys, key=str) == sorted([*sized, ("gptq-int4", None), ("paper-compact", None)], key=str)
+    assert all(result.parameters <= result.keep_ratio for result in found if result.keep_ratio is not None)
     shown = capsys.readouterr().out
     assert shown.count("\n") == len(found) + 2
     assert plot.stat().st_size > 0
