@@ -63,8 +63,8 @@ PRESETS: dict[str, Preset] = {
     "aa-svd": Preset(
         _published("activation", refit=True),
         "SVD-LLM with its update; Dobi-SVD, AA-SVD: layers fitted to shifted inputs",
-        "a ridge; errors of the residual stream made up for where the default does; heads fitted, too; no refinement of "
-        "blocks",
+        "a ridge; errors of the residual stream made up for where the default does; heads fitted, too; no refinement "
+        "of blocks",
     ),
     "pifa": Preset(
         _published("activation", storage="pivoted"),
