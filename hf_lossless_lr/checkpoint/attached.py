@@ -5,14 +5,13 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -27,16 +26,16 @@ from ..layers import (
     files_of_offloaded,
     grids_in,
     is_factorized,
+    refusal_of_offloaded,
     replace_modules,
     restore_grids,
     to_dense,
 )
-from ..report import CARD_NAME, REPORT_NAME, CompressionReport, model_card
-from .cards import base_model_in, is_replaceable, place_card
+from ..report import CARD_NAME, REPORT_NAME, CompressionReport
+from .cards import base_model_in, card_of, hub_name, is_replaceable, place_card
 from .config import LosslessLowRankConfig
 from .conversions import CONVERSIONS, harmless_conversions
 from .encoding import dequantize_stored, encoded_state, load_encoded
-from .options import CompressionOptions
 from .parts import config_of_part, parts_of
 
 logger = logging.get_logger(__name__)
@@ -173,8 +172,20 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
         The same model, without factorized layers and without our configuration.
 
     Raises:
-        TargetError: if the model is not compressed.
+        TargetError: if the model is not compressed, or offloaded for want of room on a GPU.
     """
+    refusal = refusal_of_offloaded(model)
+    if refusal is not None:
+        raise TargetError(f"weights of this {type(model).__name__} {refusal}.")
+    with at_hand(model):
+        _to_dense(model)
+    unmark_compressed(model)
+    if dtype is not None:
+        nn.Module.to(model, dtype)
+    return model
+
+
+def _to_dense(model: PreTrainedModel) -> None:
     dequantize_stored(model)
     factorized = {name: module for name, module in model.named_modules() if is_factorized(module)}
     if not factorized and not grids_in(model):
@@ -186,10 +197,6 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
     unfused = {name: module for name, module in model.named_modules() if isinstance(module, UnfusedExperts)}
     replace_modules(model, {name: module.fused() for name, module in unfused.items()})
     restore_grids(model, {})
-    unmark_compressed(model)
-    if dtype is not None:
-        nn.Module.to(model, dtype)
-    return model
 
 
 CHANGED_WEIGHTS = (
@@ -209,7 +216,7 @@ def attach_card(model: PreTrainedModel, report: CompressionReport) -> None:
         report: its report.
     """
     weights = report.compressed_fingerprint or tensors_fingerprint(model.state_dict())
-    _attach_save(model, partial(_save_pretrained, model, report, _hub_name(model), weights))
+    _attach_save(model, partial(_save_pretrained, model, report, hub_name(model), weights))
 
 
 def attach_saved_card(model: PreTrainedModel, folder: Path) -> None:
@@ -232,17 +239,6 @@ def attach_saved_card(model: PreTrainedModel, folder: Path) -> None:
         _attach_save(model, partial(_save_pretrained, model, report, base, report.compressed_fingerprint))
 
 
-def _hub_name(model: PreTrainedModel) -> str | None:
-    """Return the name under which a model was loaded from the Hub: one that is in the cache, and no folder."""
-    name = str(model.name_or_path or "")
-    if not name or Path(name).exists():
-        return None
-    try:
-        return name if isinstance(try_to_load_from_cache(name, "config.json"), str) else None
-    except ValueError:  # no name, but a path
-        return None
-
-
 def _save_pretrained(
     model: PreTrainedModel,
     report: CompressionReport,
@@ -255,16 +251,12 @@ def _save_pretrained(
     **kwargs: Any,
 ) -> None:
     """Save a model with its card and report; what is offloaded of it is read from where it is."""
-    if state_dict is not None:
-        _save_with_card(
-            model, report, base_model, weights, save_directory, is_main_process, state_dict, *args, **kwargs
-        )
-        return
+    whole = state_dict is None and not getattr(model, "_hf_peft_config_loaded", False)  # not the adapter alone
     read = sorted(path for path in files_of_offloaded(model) if path.parent == Path(save_directory).resolve())
-    if read:
+    if whole and read:
         raise CheckpointError(f"{save_directory}: the model still reads offloaded weights from {read[0].name} there.")
-    with at_hand(model):
-        state_dict = model.state_dict()
+    with at_hand(model) if whole else nullcontext():
+        state_dict = model.state_dict() if whole else state_dict
         _save_with_card(
             model, report, base_model, weights, save_directory, is_main_process, state_dict, *args, **kwargs
         )
@@ -277,7 +269,7 @@ def _save_with_card(
     weights: str,
     save_directory: str | os.PathLike[str],
     is_main_process: bool,
-    state_dict: dict[str, Any],
+    state_dict: dict[str, Any] | None,
     *args: Any,
     **kwargs: Any,
 ) -> None:
@@ -286,7 +278,7 @@ def _save_with_card(
     if not writes or os.path.isfile(save_directory) or getattr(model, "_hf_peft_config_loaded", False):
         save()
         return
-    if _fingerprint(state_dict) != weights:
+    if _fingerprint(state_dict or {}) != weights:
         logger.warning_once("%s; its model card has no certificate.", CHANGED_WEIGHTS)
         report = replace(report, certificate=None, uncertified=CHANGED_WEIGHTS, compressed_fingerprint=None)
     card, path = card_of(report, base_model), Path(save_directory) / CARD_NAME
@@ -301,21 +293,6 @@ def _save_with_card(
                 temporary.write_bytes(users)
     report.save(save_directory)
     place_card(card, path)
-
-
-def card_of(report: CompressionReport, base_model: str | None = None) -> str:
-    """Return the card of a compressed model, with the options that its objective alone would not set."""
-    package = "transformers" if hasattr(transformers, report.model) else "your_code"
-    return model_card(report, base_model, _chosen(report.config), package)
-
-
-def _chosen(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that differ from what the objective alone would set."""
-    objective = config.get("objective", LosslessLowRankConfig.objective)
-    default = LosslessLowRankConfig(objective=objective)
-    chosen = {f.name: config[f.name] for f in fields(CompressionOptions) if f.name in config}
-    chosen = {name: value for name, value in chosen.items() if value != getattr(default, name)}
-    return ({} if objective == LosslessLowRankConfig.objective else {"objective": objective}) | chosen
 
 
 def _fingerprint(state: Mapping[str, Any]) -> str | None:

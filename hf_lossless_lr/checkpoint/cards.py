@@ -1,20 +1,53 @@
-"""Model cards in a folder: which one may be replaced, and with what."""
+"""Model cards: what they say of a compressed model, and in a folder, which one may be replaced, and with what."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
+import transformers
 import yaml
-from huggingface_hub import CardData, ModelCard, ModelCardData
+from huggingface_hub import CardData, ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from transformers import PreTrainedModel
 
 from ..files import write_atomically
-from ..report import is_unedited
+from ..report import CompressionReport, is_unedited, model_card
+from .config import LosslessLowRankConfig
+from .options import CompressionOptions
 
 TEMPLATE_DESCRIPTION = (  # what Transformers puts into the template of a new repository's card
     "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
     "automatically generated."
 )
+
+
+def card_of(report: CompressionReport, base_model: str | None = None) -> str:
+    """Return the card of a compressed model, with the options that its objective alone would not set."""
+    package = "transformers" if hasattr(transformers, report.model) else "your_code"
+    return model_card(report, base_model, _chosen(report.config), package)
+
+
+def _chosen(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that differ from what the objective alone would set."""
+    objective = config.get("objective", LosslessLowRankConfig.objective)
+    default = LosslessLowRankConfig(objective=objective)
+    chosen = {f.name: config[f.name] for f in fields(CompressionOptions) if f.name in config}
+    chosen = {name: value for name, value in chosen.items() if value != getattr(default, name)}
+    return ({} if objective == LosslessLowRankConfig.objective else {"objective": objective}) | chosen
+
+
+def hub_name(model: PreTrainedModel) -> str | None:
+    """Return the name under which a model was loaded from the Hub: one that is in the cache, and no folder."""
+    name = str(model.name_or_path or "")
+    if not name or Path(name).exists():
+        return None
+    try:
+        return name if isinstance(try_to_load_from_cache(name, "config.json"), str) else None
+    except ValueError:  # no name, but a path
+        return None
 
 
 def base_model_in(card: Path) -> str | None:

@@ -16,7 +16,17 @@ from transformers.utils import cached_file
 
 from ..errors import TargetError
 from ..factors import Factorization, MetricFactors
-from ..layers import CHANNEL, Stored, break_even_rank, grids_in, is_factorized, layout_of, replace_modules, to_dense
+from ..layers import (
+    CHANNEL,
+    Stored,
+    break_even_rank,
+    copied,
+    grids_in,
+    is_factorized,
+    layout_of,
+    replace_modules,
+    to_dense,
+)
 from .storing import check_plain, rewrite_manifest
 
 WEIGHTS = "adapter_model.safetensors"
@@ -150,6 +160,9 @@ def _check(model: PreTrainedModel, name: str) -> None:
 
 def _like(old: nn.Module, new: nn.Module) -> nn.Module:
     """Return a module of the adapter on the device and in the dtype of the one that it takes the place of."""
+    for path, buffer in old.named_buffers():  # the file of an adapter has none of those that are not saved
+        if path not in new.state_dict():
+            new.get_submodule(path.rpartition(".")[0])._buffers[path.rpartition(".")[2]] = buffer.clone()
     parameter = next(old.parameters(), None)
     return new if parameter is None else new.to(parameter.device, parameter.dtype)
 
@@ -157,7 +170,7 @@ def _like(old: nn.Module, new: nn.Module) -> nn.Module:
 def _merged(old: Any, lora: Any) -> nn.Module:
     """Return a layer with what an adapter adds to it."""
     if not is_factorized(old):
-        new = deepcopy(old)
+        new = copied(old)
         wide = torch.promote_types(new.weight.dtype, torch.float32)
         new.weight.copy_(new.weight.to(wide) + lora.get_delta_weight("default").to(new.weight.device, wide))
         return new

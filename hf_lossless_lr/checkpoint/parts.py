@@ -65,7 +65,7 @@ def records_beside(config: LosslessLowRankConfig, files: Sequence[str] | None) -
     path = Path(files[0]).parent / CONFIG_NAME if files else None
     if config.part is None or path is None or not path.is_file():
         return {}
-    found = json.loads(path.read_text(encoding="utf-8")).get("quantization_config", {})
+    found = json.loads(path.read_text(encoding="utf-8")).get("quantization_config") or {}
     if found.get("part") is not None:  # it was saved on its own
         return {}
     whole: Any = LosslessLowRankConfig.from_dict(found)

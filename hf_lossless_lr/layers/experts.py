@@ -18,6 +18,7 @@ from torch import nn
 
 from ..errors import TargetError
 from .model_state import evaluating, random_state_kept
+from .offloaded import without_hook
 
 PROJECTIONS = {"in_proj": ("gate_up_proj", "up_proj"), "out_proj": ("down_proj",)}
 """Layers of an expert to the fused parameters that they may come from."""
@@ -75,7 +76,7 @@ class UnfusedExperts(nn.Module):
         self.num_experts: int = fused.num_experts
         self.names = {layer: _parameter_of(fused, layer) for layer in PROJECTIONS}
         self.transposed = _is_transposed(fused)
-        template, parameters = copy(fused), dict(fused.named_parameters(recurse=False))
+        template, parameters = without_hook(copy(fused)), dict(fused.named_parameters(recurse=False))
         template._parameters = {name: nn.Parameter(p.to("meta"), p.requires_grad) for name, p in parameters.items()}
         template._modules = dict(fused._modules)
         vars(self)["template"] = template  # no submodule: its parameters are not those of a checkpoint

@@ -58,16 +58,31 @@ def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> Any:
         module: the module.
         memo: what is not copied, as for `copy.deepcopy`.
     """
-    copy = deepcopy(module, memo)
+    hook = getattr(module, "_hf_hook", None)  # has all weights of the model, which are not copied
+    return without_hook(deepcopy(module, {**(memo or {}), id(hook): hook}))
+
+
+def without_hook(copy: Any) -> Any:
+    """Return a copy of a module, which no longer knows what offloads the original."""
     if hasattr(copy, "_hf_hook"):
         for name in ("_hf_hook", "_old_forward", "forward"):
             vars(copy).pop(name, None)
     return copy
 
 
-def offloaded_to(model: nn.Module) -> set[torch.device]:
-    """Return the devices that offloaded weights are brought to for their work."""
-    return {torch.device(hook.execution_device or "cpu") for _, hook in _hooks(model)}
+def refusal_of_offloaded(model: nn.Module) -> str | None:
+    """Return why the offloaded weights of a model cannot be worked with; None where they can, or there are none."""
+    hooks = [hook for _, hook in _hooks(model)]
+    devices = {"cpu" if hook.execution_device is None else str(hook.execution_device) for hook in hooks} - {"cpu"}
+    if devices:  # that of an accelerator may be a number alone
+        return (
+            f"are offloaded by its device_map, for they have no room on {min(devices)}. Load it without a device_map: "
+            "with ACCELERATE_USE_CPU=true it is compressed on the CPU, and max_memory and work_dir keep on disk what "
+            "is large"
+        )
+    if any(hook.place_submodules for hook in hooks):
+        return "are offloaded a whole block at a time. Offload it without `preload_module_classes`"
+    return None
 
 
 def files_of_offloaded(model: nn.Module) -> set[Path]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import Any
 
 import torch
 
 from .layout import LAYOUTS, layout_of
 from .model_state import random_state_kept
+from .offloaded import copied
 
 ROWS = 8  # of the random input
 
@@ -28,7 +28,7 @@ def answers_as_its_base(module: Any) -> bool:
     """
     if type(module) in LAYOUTS:
         return True
-    layout, own = layout_of(module), deepcopy(module).eval()
+    layout, own = layout_of(module), copied(module).eval()
     with random_state_kept(own.weight.device):
         x = layout.random_input(own, ROWS)
     try:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ..errors import TargetError
 from .factorized import METHOD, is_factorized
 from .layout import LAYOUTS, find_layout
-from .offloaded import offloaded_to
+from .offloaded import refusal_of_offloaded
 from .patterns import TYPE, best_match, check_patterns
 from .readers import readers
 from .subclasses import answers_as_its_base
@@ -222,13 +222,9 @@ def check_model(model: Any) -> None:
         )
     if existing is not None or getattr(model, "is_quantized", False):
         raise TargetError(f"this {name} is quantized. Compress it in floating point first and quantize the result.")
-    places = {device.type for device in offloaded_to(model)} - {"cpu"}
-    if places:
-        raise TargetError(
-            f"weights of this {name} are offloaded by its device_map, for they have no room on {min(places)}. Load it "
-            "without a device_map: with ACCELERATE_USE_CPU=true it is compressed on the CPU, and max_memory and "
-            "work_dir keep on disk what is large."
-        )
+    refusal = refusal_of_offloaded(model)
+    if refusal is not None:
+        raise TargetError(f"weights of this {name} {refusal}.")
     _check_state(model, f"this {name}")
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
@@ -20,26 +20,39 @@ STREAMS = 2  # of a batch: through the dense and through the compressed model
 
 
 class Results(TorchDispatchMode):
-    """Watches the results of all operations, and knows which of them are still held."""
+    """Watches the results of all operations, and knows which of them are still held, by whomever.
+
+    Attributes:
+        most: bytes of the results that were held at most, without views of the weights.
+    """
 
     supports_higher_order_operators = True  # as flex attention
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.others = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
-        self.seen: list[weakref.ref[torch.Tensor]] = []
+        self.seen: dict[int, tuple[StorageWeakRef, int]] = {}  # by where a storage lies
+        self.most = self.bound = 0  # a bound of what is held, which is cheaper than to count it
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.seen += [weakref.ref(leaf) for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
+                storage = leaf.untyped_storage()
+                place = storage.data_ptr()
+                known = self.seen.get(place)
+                if place not in self.others and (known is None or known[0].expired()):
+                    self.seen[place] = StorageWeakRef(storage), storage.nbytes()
+                    self.bound += storage.nbytes()
+        if self.bound > self.most:
+            self.most = max(self.most, self.held())
         return result
 
     def held(self) -> int:
         """Return the bytes of the results that are held now, without views of the weights."""
-        self.seen = [reference for reference in self.seen if reference() is not None]
-        storages = [tensor.untyped_storage() for reference in self.seen if (tensor := reference()) is not None]
-        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
-        return sum(size for pointer, size in sizes.items() if pointer not in self.others)
+        self.seen = {place: found for place, found in self.seen.items() if not found[0].expired()}
+        self.bound = sum(size for _, size in self.seen.values())
+        return self.bound
 
 
 @torch.no_grad()

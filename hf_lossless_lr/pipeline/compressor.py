@@ -292,7 +292,7 @@ class LowRankCompressor:
         calibration = self._calibrated("judge")
         self.restore()
         found = judge(calibration, self.config, make, self._certified)
-        self._certified.append((found.keep_ratio, found.certificate))
+        self._certified += [(found.keep_ratio, found.certificate)] if found.changed else []
         return found
 
     def restore(self) -> None:

@@ -34,6 +34,7 @@ class Judgement:
         certificate: what is certified; None where the data cannot carry a certificate.
         speed: how long both take for a calibration batch; None where that was not measured.
         seconds: time of the compression, without the statistics.
+        changed: whether there is a layer in another's place at all.
     """
 
     keep_ratio: float
@@ -43,6 +44,7 @@ class Judgement:
     certificate: Certificate | None
     speed: Speed | None
     seconds: float
+    changed: bool = True
 
 
 def judge(
@@ -88,6 +90,7 @@ def judge(
         certificate=certificate,
         speed=speed,
         seconds=clock.seconds["making"],
+        changed=bool(layers),
     )
 
 

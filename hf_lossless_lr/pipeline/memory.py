@@ -147,7 +147,7 @@ def plan_memory(
     activations, seconds = _first_batch(model, targets, parts, accelerator)
     room, recomputes = free - activations, False
     if can_recompute(model) and (max(kept.values()) > room or len(windows_of(kept, room)) > 1):
-        less, longer = _first_batch_run_again(model, targets, parts, accelerator)
+        less, longer = _first_batch(model, targets, parts, accelerator, recompute=True)
         recomputes = _saves_time(kept, room, free - less)
         room, seconds = (free - less, longer) if recomputes else (room, seconds)
     windows = windows_of(kept, room)
@@ -219,49 +219,16 @@ def windows_of(statistics: Mapping[str, int], room: int) -> list[Key]:
 
 
 def _first_batch(
-    model: PreTrainedModel, targets: Mapping[str, nn.Module], parts: DataSplits, accelerator: Accelerator
+    model: PreTrainedModel,
+    targets: Mapping[str, nn.Module],
+    parts: DataSplits,
+    accelerator: Accelerator,
+    recompute: bool = False,
 ) -> tuple[int, float]:
-    """Return the bytes that the backward of the first batch needs of its forward, and the seconds of both."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
-    saved: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
+    """Return the bytes that the forward and backward pass of the first batch hold at most, and the seconds of both."""
     name = next(iter(targets))  # where the backward ends
     batch = first_batch(parts.calibration)
     start = time.perf_counter()
-    # Without a labelled unit in it, what its forward keeps is known all the same.
-    with suppress(DataError), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        collect_statistics(model, {name: targets[name]}, batch, accelerator)
-    return _largest(sum(saved.values()), accelerator), time.perf_counter() - start
-
-
-def _first_batch_run_again(
-    model: PreTrainedModel, targets: Mapping[str, nn.Module], parts: DataSplits, accelerator: Accelerator
-) -> tuple[int, float]:
-    """Return the bytes that the first batch holds at most where it reaches a layer, if blocks run again; and seconds.
-
-    A layer is also reached when its block runs again, beside the inputs of all blocks.
-    """
-    results, most = Results(model), 0
-
-    def note(*_: object) -> None:
-        nonlocal most
-        most = max(most, results.held())
-
-    name = next(iter(targets))
-    hooks = [module.register_forward_hook(note) for module in targets.values()]
-    start = time.perf_counter()
-    try:
-        with suppress(DataError), results:
-            collect_statistics(
-                model, {name: targets[name]}, first_batch(parts.calibration), accelerator, recompute=True
-            )
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return _largest(most, accelerator), time.perf_counter() - start
+    with suppress(DataError), Results(model) as results:  # without a labelled unit in it, there is no backward pass
+        collect_statistics(model, {name: targets[name]}, batch, accelerator, recompute=recompute)
+    return _largest(results.most, accelerator), time.perf_counter() - start

@@ -61,6 +61,7 @@ def test_a_method_and_options_share_the_sequence_of_verdicts(network):
     )
     compressor.calibrate(model, data[:2], eval_dataset=data[2:])
     make = BASELINES["separable"].layers
+    assert compressor.judge(lambda layers: {}).certificate is None  # the dense model, which is no part of it
     first = compressor.judge(lambda layers: make(layers, 0.6))
     assert first.certificate.status in ("lossless", "inconclusive")
     assert compressor.judge(lambda layers: make(layers, 0.7)).certificate is None  # out of order

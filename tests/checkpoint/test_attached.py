@@ -26,7 +26,8 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils import logging
 
 from hf_lossless_lr import CompressionReport, LosslessLowRankConfig, LowRankCompressor
-from hf_lossless_lr.checkpoint.attached import CHANGED_WEIGHTS, attach_card, card_of
+from hf_lossless_lr.checkpoint.attached import CHANGED_WEIGHTS, attach_card
+from hf_lossless_lr.checkpoint.cards import card_of
 from hf_lossless_lr.report.records import REPORT_NAME, Difference
 from hf_lossless_lr.report.sentence import verdict_sentence
 

@@ -12,6 +12,7 @@ from support.tolerances import ROUNDING
 from torch import nn
 
 from hf_lossless_lr import merge_dense_adapter
+from hf_lossless_lr.checkpoint.merging import _like
 from hf_lossless_lr.errors import TargetError
 from hf_lossless_lr.layers.layout import to_dense
 
@@ -112,6 +113,22 @@ class TestABert:
         adapter_of(whole, tmp_path, target_modules=["query"], modules_to_save=["classifier"])
         merge_dense_adapter(model, tmp_path)
         assert torch.equal(model.classifier.weight, whole.classifier.modules_to_save["default"].weight)
+
+
+class Scaled(nn.Embedding):
+    """As Gemma's: its scale is in no file."""
+
+    def __init__(self, scale):
+        super().__init__(5, 3)
+        self.register_buffer("scale", torch.tensor(scale), persistent=False)
+
+
+def test_a_module_from_an_adapter_has_the_buffers_that_no_file_has():
+    old, new = Scaled(5.0), Scaled(0.0)
+    expected = new.weight.clone()
+    found = _like(old, new)
+    assert found.scale == 5.0
+    assert torch.equal(found.weight, expected)
 
 
 def quantized(tmp_path):

@@ -44,7 +44,7 @@ def compressed(make=llama, *, config=None, examples=EXAMPLES, **settings):
 def small(monkeypatch, model, share=0.4):
     """Let the memory hold the model and a share of the statistics, whatever this process has."""
     monkeypatch.setattr(memory, "resident", lambda device: 0)
-    monkeypatch.setattr(memory, "_first_batch", lambda *_: (0, 0.5))
+    monkeypatch.setattr(memory, "_first_batch", lambda *_, **options: (0, 0.5))
     monkeypatch.setattr(memory, "refit_memory", lambda *_: (0, 1))
     needs = [needs_of(m).statistics for m in model.modules() if type(m).__name__ in ("Linear", "Conv1D")]
     return int(share * sum(needs)) + max(needs)
@@ -217,6 +217,10 @@ class TestARefit:
             assert results.held() == kept.nbytes
 
 
+def first_batch_that_holds(activations):
+    return lambda *_, recompute=False: (0, 0.7) if recompute else (activations, 0.5)
+
+
 class TestBlocksThatRunAgain:
     """Without them, the activations of a batch leave room for one layer at a time, or for none."""
 
@@ -226,8 +230,7 @@ class TestBlocksThatRunAgain:
         for activations in (5 * size, 9 * size):
             with monkeypatch.context() as patch:
                 limit = small(patch, llama()[0])
-                patch.setattr(memory, "_first_batch", lambda *_, held=activations: (held, 0.5))
-                patch.setattr(memory, "_first_batch_run_again", lambda *_: (0, 0.7))
+                patch.setattr(memory, "_first_batch", first_batch_that_holds(activations))
                 found, report = compressed(max_memory=limit)
             assert report.memory.recomputes
             assert "with gradient checkpointing" in report.memory.sentence
@@ -366,8 +369,20 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(tmp_path):
     assert (output / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
 
 
-def test_the_activations_of_a_batch_are_those_that_its_backward_keeps():
-    """More examples keep more, in proportion; and weights do not count."""
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_a_batch_holds_at_most_has_its_logits_and_their_gradient(recompute):
+    """They are there behind the last block, where nothing of the blocks themselves has to be."""
+    model, batch = llama(8)
+    model.config.vocab_size = 5000
+    model = type(model)(model.config)
+    parts = split_data(model, as_examples(batch) * 4, None, batch_size=8, seed=0, selection_fraction=0.0)
+    found, _ = memory._first_batch(model, find_targets(model).chosen, parts, accelerator(), recompute=recompute)
+    logits = 4 * batch["input_ids"].numel() * 5000
+    assert 2 * logits <= found <= 6 * logits
+
+
+def test_the_activations_of_a_batch_are_those_that_its_passes_hold():
+    """More examples hold more, in proportion; and weights do not count."""
     model, batch = llama(EXAMPLES)
     targets = find_targets(model).chosen
     found = []

@@ -10,6 +10,7 @@ import datasets
 import pytest
 import torch
 from accelerate import cpu_offload
+from accelerate.hooks import attach_align_device_hook
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.compressions import (
@@ -706,13 +707,24 @@ def on_meta(model, batch):
         return BertForSequenceClassification(model.config), [batch]
 
 
-def no_room_on_its_device(model, batch):
+def no_room_on_its_device(device):
     """Its weights come to a device one after the other; on this machine there may be none."""
-    cpu_offload(model)
-    for module in model.modules():
-        for hook in getattr(getattr(module, "_hf_hook", None), "hooks", [getattr(module, "_hf_hook", None)]):
-            if hook is not None:
-                hook.execution_device = torch.device("cuda", 0)
+
+    def offload(model, batch):
+        cpu_offload(model)
+        for module in model.modules():
+            for hook in getattr(getattr(module, "_hf_hook", None), "hooks", [getattr(module, "_hf_hook", None)]):
+                if hook is not None:
+                    hook.execution_device = device
+        return model, [batch]
+
+    return offload
+
+
+def offloaded_by_blocks(model, batch):
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    options = {"execution_device": torch.device("cpu"), "offload": True, "weights_map": state}
+    attach_align_device_hook(model, preload_module_classes=["BertLayer"], **options)
     return model, [batch]
 
 
@@ -808,7 +820,13 @@ BAD_INPUTS = {  # what is wrong: change of model and batch, error, its text
     ),
     "quantized layer": (quantized_layer, TargetError, rf"'{LAYER}' is quantized \(Int8Linear, torch.int8\)"),
     "meta": (on_meta, TargetError, "this BertForSequenceClassification is on the meta device and has no values. Load"),
-    "no room": (no_room_on_its_device, TargetError, "are offloaded .* no room on cuda. Load it without a device_map"),
+    "no room": (
+        no_room_on_its_device(torch.device("cuda", 0)),
+        TargetError,
+        "are offloaded .* no room on cuda:0. Load it without a device_map",
+    ),
+    "no room on a numbered device": (no_room_on_its_device(0), TargetError, "are offloaded .* no room on 0. Load"),
+    "blocks on their way together": (offloaded_by_blocks, TargetError, "Offload it without `preload_module_classes`"),
     "frozen layer": (frozen, TargetError, rf"'{LAYER}' is frozen \(requires_grad=False\), so it gets no gradient"),
     "frozen model": (all_frozen, TargetError, r"is frozen .* Call `model.requires_grad_\(True\)`"),
     "no Transformers model": (

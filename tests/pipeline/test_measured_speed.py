@@ -6,7 +6,7 @@ import pytest
 from support.tiny_models import bert_sequence_classification, other_inputs, split_batch
 
 from hf_lossless_lr import CompressionReport, LosslessLowRankConfig, LowRankCompressor
-from hf_lossless_lr.checkpoint.attached import card_of
+from hf_lossless_lr.checkpoint.cards import card_of
 from hf_lossless_lr.pipeline import speed as speed_module
 from hf_lossless_lr.ranks.latency import speed_in_turns
 from hf_lossless_lr.report.tables import report_rows

@@ -6,7 +6,8 @@ from copy import deepcopy
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from accelerate.utils import align_module_device
+from accelerate.hooks import remove_hook_from_submodules
+from accelerate.utils import PrefixedDataset, align_module_device
 from support.compressions import (
     answers,
     build,
@@ -25,6 +26,14 @@ from hf_lossless_lr.layers import at_hand, copied
 from hf_lossless_lr.report import REPORT_NAME
 
 pytestmark = pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules:UserWarning")
+BLOCKS_OF_LLAMA = (
+    "model.embed_tokens",
+    "model.layers.0",
+    "model.layers.1",
+    "model.norm",
+    "model.rotary_emb",
+    "lm_head",
+)
 TOLERANCE = 1e-3  # where weights lie decides how kernels sum; a compression passes that on
 
 
@@ -130,15 +139,47 @@ def test_a_checkpoint_that_is_still_read_from_is_not_written_anew(tmp_path):
     assert folder_content(tmp_path / "dense") == before
 
 
+@pytest.mark.parametrize("options", [{"formats": ["float"]}, {"formats": ["int8"], "embeddings": "int8"}])
+def test_a_compressed_model_that_is_offloaded_becomes_dense(options, tmp_path):
+    model, batch = build("llama")
+    ratio = 0.5 if options["formats"] == ["float"] else 0.2
+    compress(model, batch, keep_ratio=ratio, **options)
+    model.save_pretrained(tmp_path / "compressed")
+    places = {name: "disk" if name.endswith("1") else "cpu" for name in BLOCKS_OF_LLAMA}
+    folders = {"device_map": places, "offload_folder": tmp_path / "disk"}
+    offloaded = type(model).from_pretrained(tmp_path / "compressed", **folders)
+    assert [name for name in absent(offloaded) if "layers.1" in name]
+    model.dequantize()
+    check_same_answers(model.eval(), offloaded.dequantize().eval(), batch)
+    assert not [name for name in absent(offloaded) if "proj" in name]
+
+
+def test_experts_do_not_know_what_offloaded_them(tmp_path):
+    offloaded, batch = on_disk(mixture("Mixtral"), tmp_path), words(12)
+    result, _ = compress(offloaded, batch, keep_ratio=0.5)
+    before = answers(result, batch)["logits"]
+    result.dequantize()
+    remove_hook_from_submodules(result)
+    experts = [module for module in result.modules() if type(module).__name__ == "MixtralExperts"]
+    assert experts
+    assert not [module for module in experts if "_hf_hook" in vars(module) or "forward" in vars(module)]
+    assert before.isfinite().all()
+
+
 @WAYS
-def test_a_copy_of_an_offloaded_layer_is_not_offloaded(offload, tmp_path):
-    """Else what moves weights about would put the original ones in the place of its own."""
+def test_a_copy_of_an_offloaded_layer_is_not_offloaded(offload, tmp_path, monkeypatch):
+    """Else what moves weights about would put the original ones in the place of its own.
+
+    Nor does it copy the map of all weights on its way, which would take the memory of the model once more.
+    """
+    monkeypatch.setattr(PrefixedDataset, "__deepcopy__", None, raising=False)
     model, _ = build("llama")
     offloaded = offload(deepcopy(model), tmp_path)
     names = {name.rpartition(".")[0] for name in absent(offloaded) if name.endswith("proj.weight")}
     assert names
     with at_hand(offloaded):
-        copies = {name: copied(offloaded.get_submodule(name)) for name in names}
+        layers = {name: offloaded.get_submodule(name) for name in names}
+        copies = {name: copied(layer) for name, layer in layers.items()}
     for name, copy in copies.items():
         with torch.no_grad():
             copy.weight.zero_()

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import BertForTokenClassification
 
 from hf_lossless_lr import CompressionReport, LosslessLowRankConfig, LowRankCompressor, certify, paired_outcomes
-from hf_lossless_lr.checkpoint.attached import card_of
+from hf_lossless_lr.checkpoint.cards import card_of
 from hf_lossless_lr.data.loaders import make_dataloader
 from hf_lossless_lr.factors.factorize import factorize, loss_curve
 from hf_lossless_lr.layers.layout import weight_matrices

@@ -10,7 +10,7 @@ from matplotlib.text import Text
 from support.reports import REPORT, certified, layer, uncertified
 
 from hf_lossless_lr import ConfigurationError
-from hf_lossless_lr.checkpoint.attached import card_of
+from hf_lossless_lr.checkpoint.cards import card_of
 from hf_lossless_lr.report.figures import figures, write_figures
 from hf_lossless_lr.report.sentence import verdict_sentence
 from hf_lossless_lr.report.text import code, label, markdown, plain
