@@ -2,7 +2,7 @@
 
     python studies/two_processes.py --testbed FOLDER --records studies/results/two_processes.jsonl
 
-For the sentiment model of the testbed on its 1,024 calibration lines. Rounds alternate; what is kept are the medians.
+For the sentiment model of the testbed on 512 of its calibration lines. Rounds alternate; what is kept are the medians.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def measured(testbed: Path, examples: int, processes: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--testbed", type=Path, required=True, help="folder of the testbed")
-    parser.add_argument("--examples", type=int, default=1024)
+    parser.add_argument("--examples", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--records", type=Path, help="file for the figures")
     parser.add_argument(ALONE, action="store_true", help=argparse.SUPPRESS)

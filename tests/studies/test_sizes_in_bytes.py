@@ -35,6 +35,23 @@ def test_the_path_is_nowhere_above_gptq_and_far_below_it_at_small_sizes(frontier
         assert y <= gptq * (AHEAD if x < BELOW[model] else 1.0), (x, y, gptq)
 
 
+def test_the_small_encoder_costs_no_more_than_promised_at_each_size(frontier):
+    """By megabytes of its targeted weights: loss increase, divergence, and whether that has to be certified."""
+    found = [r for r in frontier if r["model"] == "minilm-sst2" and r["method"].startswith("low rank, mixed")]
+    promised = {
+        10.7: (0.0005, 0.0001, True),
+        6.0: (0.0015, 0.0012, True),
+        4.7: (0.0020, 0.0018, True),
+        3.4: (0.0060, 0.0050, True),
+        2.4: (0.0120, 0.0090, False),
+    }
+    for size, (loss, divergence, certified) in promised.items():
+        record = max((r for r in found if r["bytes"] <= 1e6 * size), key=lambda r: r["bytes"])
+        assert record["loss_increase"] <= loss, size
+        assert record["divergence"] <= divergence, size
+        assert record["verdict"] == "lossless" or not certified, size
+
+
 def test_rounding_costs_what_is_predicted_within_a_factor_of_two(frontier):
     found = [r for r in frontier if r["method"].startswith("rounding")]
     assert len(found) == 18
