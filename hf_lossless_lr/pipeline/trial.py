@@ -130,7 +130,7 @@ def run_trial(calibration: Calibration, choices: Choices, config: LosslessLowRan
     if calibration.parts.selection is not None or (config.refit and layers):
         measured = _outcomes(calibration, layers, clock)
     if config.refit and layers and measured is not None:
-        fitted = layers | {name: copied(head) for name, head in calibration.heads.items()}
+        fitted = _with_heads(calibration, layers)
         plain = {name: (deepcopy(layer.state_dict()), grids_in(layer)) for name, layer in fitted.items()}
         enough = _enough_to_judge(calibration, measured)
         if enough or _helps_unseen_examples(calibration, choices, fitted, plain, config, clock):
@@ -152,6 +152,11 @@ def run_trial(calibration: Calibration, choices: Choices, config: LosslessLowRan
     loss = loss_difference(measured.loss_increase, measured.units, config.confidence, bootstrap=False)
     drop = accuracy_difference(measured, config.confidence, bootstrap=False)
     return Trial(dict(choices), layers, refitted, loss, drop)
+
+
+def _with_heads(calibration: Calibration, layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a refit fits: the layers, and copies of the poolers and task heads behind them."""
+    return {**layers, **{name: copied(head) for name, head in calibration.heads.items()}}
 
 
 def _load(layers: Mapping[str, Any], states: Mapping[str, Any]) -> None:
