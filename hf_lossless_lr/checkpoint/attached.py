@@ -23,10 +23,10 @@ from ..layers import (
     Stored,
     UnfusedExperts,
     at_hand,
+    check_offloaded,
     files_of_offloaded,
     grids_in,
     is_factorized,
-    refusal_of_offloaded,
     replace_modules,
     restore_grids,
     to_dense,
@@ -174,9 +174,7 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
     Raises:
         TargetError: if the model is not compressed, or offloaded for want of room on a GPU.
     """
-    refusal = refusal_of_offloaded(model)
-    if refusal is not None:
-        raise TargetError(f"weights of this {type(model).__name__} {refusal}.")
+    check_offloaded(model)
     with at_hand(model):
         _to_dense(model)
     unmark_compressed(model)

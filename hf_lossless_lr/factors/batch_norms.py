@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..data import PaddingMasks, run_batch
+from ..data import PaddingMasks, run_watching
 from ..layers import evaluating, in_place
 from ..statistics import Group, Pause, Rows, Stream, paired_streams, pausing
 
@@ -78,16 +78,8 @@ def _input(masks: PaddingMasks, x: torch.Tensor, output: torch.Tensor | None) ->
 def _order(model: PreTrainedModel, norms: Mapping[str, nn.Module], batches: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the normalizations that a forward pass calls once, in its order; an idle process asks the others."""
     seen: list[str] = []
-    handles = [
-        norm.register_forward_pre_hook(lambda *_, name=name: seen.append(name), with_kwargs=True)
-        for name, norm in norms.items()
-    ]
-    try:
-        for batch in batches[:1]:
-            run_batch(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    for batch in batches[:1]:
+        run_watching(model, norms, batch, lambda name, norm, x: seen.append(name))
     called: list[str] = next((names for names in gather_object([seen]) if names), [])
     return [name for name, count in Counter(called).items() if count == 1]
 

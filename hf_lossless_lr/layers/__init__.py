@@ -21,7 +21,7 @@ from .model_state import (
     own_forward,
     random_state_kept,
 )
-from .offloaded import at_hand, copied, files_of_offloaded, refusal_of_offloaded
+from .offloaded import at_hand, check_offloaded, copied, files_of_offloaded
 from .patterns import values_of
 from .replacement import Replacement, finish, in_place, replace_modules
 from .rounded import (
@@ -77,6 +77,7 @@ __all__ = [
     "break_even_rank",
     "called_with",
     "check_model",
+    "check_offloaded",
     "checkpoint_bytes",
     "choose_storage",
     "copied",
@@ -103,7 +104,6 @@ __all__ = [
     "own_forward",
     "projections",
     "random_state_kept",
-    "refusal_of_offloaded",
     "replace_modules",
     "restore_grids",
     "rounded_modules",

@@ -70,19 +70,25 @@ def without_hook(copy: Any) -> Any:
     return copy
 
 
-def refusal_of_offloaded(model: nn.Module) -> str | None:
-    """Return why the offloaded weights of a model cannot be worked with; None where they can, or there are none."""
-    hooks = [hook for _, hook in _hooks(model)]
+def check_offloaded(model: nn.Module) -> None:
+    """Refuse a model whose offloaded weights cannot be worked with.
+
+    Args:
+        model: the model; one without such weights passes.
+
+    Raises:
+        TargetError: if they work elsewhere than on the CPU, or come a whole block at a time.
+    """
+    hooks, weights = [hook for _, hook in _hooks(model)], f"weights of this {type(model).__name__} are offloaded"
     devices = {"cpu" if hook.execution_device is None else str(hook.execution_device) for hook in hooks} - {"cpu"}
     if devices:  # that of an accelerator may be a number alone
-        return (
-            f"are offloaded by its device_map, for they have no room on {min(devices)}. Load it without a device_map: "
+        raise TargetError(
+            f"{weights} by its device_map, for they have no room on {min(devices)}. Load it without a device_map: "
             "with ACCELERATE_USE_CPU=true it is compressed on the CPU, and max_memory and work_dir keep on disk what "
-            "is large"
+            "is large."
         )
     if any(hook.place_submodules for hook in hooks):
-        return "are offloaded a whole block at a time. Offload it without `preload_module_classes`"
-    return None
+        raise TargetError(f"{weights} a whole block at a time. Offload it without `preload_module_classes`.")
 
 
 def files_of_offloaded(model: nn.Module) -> set[Path]:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ..errors import TargetError
 from .factorized import METHOD, is_factorized
 from .layout import LAYOUTS, find_layout
-from .offloaded import refusal_of_offloaded
+from .offloaded import check_offloaded
 from .patterns import TYPE, best_match, check_patterns
 from .readers import readers
 from .subclasses import answers_as_its_base
@@ -222,9 +222,7 @@ def check_model(model: Any) -> None:
         )
     if existing is not None or getattr(model, "is_quantized", False):
         raise TargetError(f"this {name} is quantized. Compress it in floating point first and quantize the result.")
-    refusal = refusal_of_offloaded(model)
-    if refusal is not None:
-        raise TargetError(f"weights of this {name} {refusal}.")
+    check_offloaded(model)
     _check_state(model, f"this {name}")
 
 

@@ -192,8 +192,9 @@ def calibrate(
         with clock.timed("statistics"):
             if shelf is not None:
                 loader = parts.calibration
-                passes = windows, shelf, memory.recomputes
-                statistics = collect_in_windows(model, targets.chosen, loader, accelerator, *passes)
+                statistics = collect_in_windows(
+                    model, targets.chosen, loader, accelerator, windows, shelf, memory.recomputes
+                )
             else:
                 with_gradients = OBJECTIVES[config.objective].needs_noise
                 statistics = _statistics(dense, targets, parts, accelerator, statistics_path, with_gradients)
@@ -206,8 +207,9 @@ def calibrate(
         residuals = residual_stream(model, targets, statistics, parts, accelerator) if config.refit else {}
         heads = layers_behind(model, targets, parts, accelerator) if config.refit else {}
         undo.pop_all()
-    of_model = parts, statistics, factors, accelerator, clock.seconds, memory, residuals, heads
-    return Calibration(dense, *of_model, workspace)
+    return Calibration(
+        dense, parts, statistics, factors, accelerator, clock.seconds, memory, residuals, heads, workspace
+    )
 
 
 def _as_planned_before(memory: MemoryPlan, shelf: Shelf, accelerator: Accelerator) -> MemoryPlan:

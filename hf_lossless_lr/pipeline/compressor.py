@@ -171,53 +171,40 @@ class LowRankCompressor:
         """
         check_model(model)
         with at_hand(model):
-            options = eval_dataset, refit_dataset, data_collator, processing_class, statistics_path
-            self._calibrate(model, calib_dataset, *options)
-
-    def _calibrate(
-        self,
-        model: PreTrainedModel,
-        calib_dataset: Any,
-        eval_dataset: Any,
-        refit_dataset: Any,
-        data_collator: Any,
-        processing_class: Any,
-        statistics_path: str | os.PathLike[str] | None,
-    ) -> None:
-        config, experts = self.config, unfuse(model)
-        with in_place(model, experts):
-            targets = find_targets(model, config.target_modules, config.ignore)
-        values_of("ranks", config.given_ranks, targets.chosen)  # a pattern that matches nothing shows now
-        if config.labels == "model":
-            calib_dataset, eval_dataset = with_drawn_labels(
-                model, config, calib_dataset, eval_dataset, data_collator, processing_class
-            )
-        parts = split_data(
-            model,
-            calib_dataset,
-            eval_dataset,
-            refit_dataset=refit_dataset,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            selection_fraction=config.selection_fraction or 0.0,
-            selection_needed=config.objective in MEASURED_OBJECTIVES,
-            fewest_selected=config.fewest_selected,
-            max_examples=config.max_examples,
-            data_collator=data_collator,
-            processing_class=processing_class,
-        )
-        before = ModelState(model)
-        try:
-            with ExitStack() as undo:
-                undo.callback(vars(model.config).update, dict(vars(model.config)))  # a loss may set its problem_type
-                calibration = calibrate(
-                    model, self.config, parts, targets, statistics_path, self.max_memory, self.work_dir, experts
+            config, experts = self.config, unfuse(model)
+            with in_place(model, experts):
+                targets = find_targets(model, config.target_modules, config.ignore)
+            values_of("ranks", config.given_ranks, targets.chosen)  # a pattern that matches nothing shows now
+            if config.labels == "model":
+                calib_dataset, eval_dataset = with_drawn_labels(
+                    model, config, calib_dataset, eval_dataset, data_collator, processing_class
                 )
-        except BaseException:
-            before.restore()
-            raise
-        self.release()
-        self._calibration, self._certified = calibration, []
+            parts = split_data(
+                model,
+                calib_dataset,
+                eval_dataset,
+                refit_dataset=refit_dataset,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                selection_fraction=config.selection_fraction or 0.0,
+                selection_needed=config.objective in MEASURED_OBJECTIVES,
+                fewest_selected=config.fewest_selected,
+                max_examples=config.max_examples,
+                data_collator=data_collator,
+                processing_class=processing_class,
+            )
+            before, settings = ModelState(model), dict(vars(model.config))  # a loss may set its problem_type
+            try:
+                with ExitStack() as undo:
+                    undo.callback(vars(model.config).update, settings)
+                    calibration = calibrate(
+                        model, self.config, parts, targets, statistics_path, self.max_memory, self.work_dir, experts
+                    )
+            except BaseException:
+                before.restore()
+                raise
+            self.release()
+            self._calibration, self._certified = calibration, []
 
     def compress_to(self, keep_ratio: float | None = None) -> PreTrainedModel:
         """Compress the calibrated model, in place of an earlier compression of it.

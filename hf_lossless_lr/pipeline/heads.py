@@ -33,14 +33,10 @@ def layers_behind(
     heads = {name: model.get_submodule(name) for name, reason in targets.skipped.items() if reason in HEADS}
     heads = {n: m for n, m in heads.items() if find_layout(m) is not None and m.get_parameter("weight").requires_grad}
     calls: list[str] = []
-
-    def note(name: str, layer: nn.Module, x: torch.Tensor) -> None:
-        calls.append(name)
-
     if heads:
         with evaluating(model), torch.no_grad():
             for batch in accelerator.prepare(subset(parts.calibration, [0])):  # one process has it
-                run_watching(model, {**targets.chosen, **heads}, batch, note)
+                run_watching(model, {**targets.chosen, **heads}, batch, lambda name, layer, x: calls.append(name))
     calls = gather_object(calls)
     last = max((place for place, name in enumerate(calls) if name in targets.chosen), default=len(calls))
     counts = Counter(calls)

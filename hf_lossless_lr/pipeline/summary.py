@@ -10,7 +10,6 @@ from ..checkpoint import CompressionOptions, LosslessLowRankConfig
 from ..errors import CertificateError
 from ..factors import LossCurve
 from ..fingerprint import tensors_fingerprint
-from ..formats import FLOAT
 from ..layers import HEADS, checkpoint_bytes, format_of, stored_bytes
 from ..ranks import Choice, kept_share
 from ..report import (
@@ -179,10 +178,12 @@ def certificate_of(
 
 def _stored_as(skipped: Mapping[str, SkippedWeight], layers: Mapping[str, Any]) -> dict[str, SkippedWeight]:
     """Return what was no target, with the number format that it is stored in; heads among the layers are refitted."""
-    formats = {name: format_of(layer) for name, layer in layers.items()}
-    found = {name: replace(weight, format=formats.get(name, FLOAT)) for name, weight in skipped.items()}
-    fitted = [name for name, weight in found.items() if name in layers and weight.reason in HEADS]
-    return found | {name: replace(found[name], reason=f"{found[name].reason}, refitted") for name in fitted}
+    stored = dict(skipped)
+    for name in skipped.keys() & layers.keys():
+        reason = skipped[name].reason
+        reason += ", refitted" if reason in HEADS else ""
+        stored[name] = replace(skipped[name], format=format_of(layers[name]), reason=reason)
+    return stored
 
 
 def _layer_report(module: Any, curve: LossCurve, choice: Choice, layer: Any) -> LayerReport:
