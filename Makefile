@@ -25,10 +25,10 @@ demo: setup ## compress a small model, trained on the spot, and print the report
 	@$(BIN)/hf-lossless-lr demo
 
 # One worker for each core, with one thread each (tests/conftest.py sees to that). A file stays in one worker, which
-# makes what its tests share once; files with many tests come first. All tests run, those marked `slow` as well.
+# makes what its tests share once, in the order of tests/conftest.py. All tests run, those marked `slow` as well.
 # Without -n, as in `pytest -k name`, there are no workers to wait for.
 test: setup ## run the tests
-	@$(BIN)/python -m pytest -n auto --dist loadfile
+	@$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # The rows of one file go to all workers, each of which starts a process with stock Transformers.
 test-conformance: setup ## run every architecture of the conformance suite (some minutes)

@@ -99,6 +99,7 @@ def run(arguments: argparse.Namespace) -> Record:
         "loss_increase": report.compressed.loss - report.dense.loss,
         "ranks": sum(layer.rank or 0 for layer in report.layers.values()),
         "equal_after_loading": equal,
+        "fingerprint": report.compressed_fingerprint,
         "version": hf_lossless_lr.__version__,
     }
 

@@ -1,6 +1,7 @@
 """What all tests share: a fixed seed, one thread, no progress bars or log lines, and the testbed of trained models."""
 
 import os
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -27,6 +28,13 @@ def pytest_addoption(parser):
     parser.addoption("--threads", type=int, default=1, help="threads of torch (default: 1)")
     parser.addoption("--every-architecture", action="store_true", help="run all of tests/conformance, not a few rows")
     parser.addoption("--perturb", type=int, metavar="SEED", help="compute products otherwise; see perturbation.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first, then those with many: no worker is left with a long one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    count = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in slow, -count[item.path], item.path))
 
 
 @pytest.fixture(autouse=True, scope="session")

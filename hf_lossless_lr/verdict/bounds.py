@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 from ..errors import DataError
 
 Metric = Callable[[np.ndarray], np.ndarray]  # of sums, from (..., columns) to (...)
+DRAWN_AT_ONCE = 2**15  # clusters that resamples draw at once: enough for few of them, few enough for a cache
 
 
 def mean_upper_bound(differences: ArrayLike, units: ArrayLike, confidence: float) -> float:
@@ -213,13 +214,12 @@ def _bootstrap_bound(
     from scipy.special import ndtr, ndtri
 
     _check_between("confidence", confidence, 0.5, 1)
-    generator, resamples = np.random.default_rng(_count("seed", seed)), _count("resamples", resamples, least=1)
+    seed, resamples = _count("seed", seed), _count("resamples", resamples, least=1)
     rows, count = np.stack(columns, axis=1), len(columns[0])
     if count < 2:
         return math.inf
-    draws = (np.bincount(generator.integers(count, size=count), minlength=count) for _ in range(resamples))
     with np.errstate(all="ignore"):
-        resampled, observed = statistic(np.stack([draw @ rows for draw in draws])), float(statistic(rows.sum(0)))
+        resampled, observed = statistic(_resampled(rows, seed, resamples)), float(statistic(rows.sum(0)))
         if not (math.isfinite(observed) and np.isfinite(resampled).all()):
             raise DataError("the statistic of a resample is not finite; it must be defined also where counts are 0.")
         left_out = statistic(rows.sum(0) - rows)
@@ -230,6 +230,18 @@ def _bootstrap_bound(
         level = float(ndtr(bias + shifted / (1 - acceleration * shifted)))
     # BCa has no answer where all resamples agree, or all lie on one side of the observed value.
     return float(np.quantile(resampled, level)) if math.isfinite(level) else max(observed, float(resampled.max()))
+
+
+def _resampled(rows: np.ndarray, seed: int, resamples: int) -> np.ndarray:
+    """Return the sums of rows that are drawn with replacement, as many as there are.  # shape: (resamples, …)."""
+    generator, count, sums = np.random.default_rng(seed), len(rows), []
+    at_once = max(DRAWN_AT_ONCE // count, 1)
+    for first in range(0, resamples, at_once):
+        drawn = generator.integers(count, size=(min(at_once, resamples - first), count))
+        drawn += count * np.arange(len(drawn))[:, None]  # each resample counts in bins of its own
+        times = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
+        sums.append(times @ rows)
+    return np.concatenate(sums)
 
 
 def _clusters(differences: ArrayLike, units: ArrayLike) -> tuple[np.ndarray, np.ndarray]:

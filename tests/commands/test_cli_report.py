@@ -118,16 +118,16 @@ def fuzzed(seed):
 
 
 class TestFuzz:
-    def test_of_500_reports_gives_no_traceback_and_drives_no_terminal(self, tmp_path, capsys):
+    def test_of_200_reports_gives_no_traceback_and_drives_no_terminal(self, tmp_path, capsys):
         codes = []
-        for seed in range(500):
+        for seed in range(200):
             (tmp_path / REPORT_NAME).write_bytes(fuzzed(seed))
             codes.append(main(["report", str(tmp_path)]))
             shown = capsys.readouterr()
             assert (shown.err.count("\n") == 1) == (codes[-1] == 1), shown.err
             assert all(c.isprintable() or c.isspace() for c in shown.out + shown.err)
         assert set(codes) == {0, 1}
-        assert codes.count(0) > 20
+        assert codes.count(0) > 8
 
     @pytest.mark.slow
     def test_of_those_that_can_be_read_can_be_drawn(self, tmp_path, capsys):
@@ -135,9 +135,9 @@ class TestFuzz:
         for seed in range(500):
             (tmp_path / REPORT_NAME).write_bytes(fuzzed(seed))
             drawn += main(["report", str(tmp_path), "--plots"]) == 0
-            if drawn == 15:
+            if drawn == 5:
                 break
-        assert drawn == 15
+        assert drawn == 5
 
 
 def edited(folder, **changes):

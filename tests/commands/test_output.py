@@ -74,11 +74,13 @@ PLACES = [
 class TestSignals:
     @pytest.mark.parametrize("target", PLACES)
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-    def test_that_ask_to_stop_leave_nothing(self, number, target, command, out, monkeypatch):
+    def test_that_ask_to_stop_leave_nothing(self, number, target, command, out, monkeypatch, request):
         def stop(*_, **__):
             os.kill(os.getpid(), number)
             os.kill(os.getpid(), number)  # impatient
 
+        before = signal.signal(number, signal.SIG_DFL)  # under nohup, SIGHUP is ignored
+        request.addfinalizer(lambda: signal.signal(number, before))
         with monkeypatch.context() as patch:
             patch.setattr(target, stop)
             with pytest.raises(SystemExit) as caught:
