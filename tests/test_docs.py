@@ -117,7 +117,8 @@ def test_the_code_of_the_page_after_compression_runs(tmp_path, monkeypatch):
     names = {"train_dataset": data, "held_out": data}
     for code in code_blocks(ROOT / "docs" / "after_compression.md"):
         exec(compile(code, "after_compression.md", "exec"), names)
-    for folder in ("my-model-half-trained", "my-model-half-merged", "my-model-half-adapted"):
+    for name in ("trained", "sharded", "merged", "adapted"):
+        folder = f"my-model-half-{name}"
         assert AutoModelForSequenceClassification.from_pretrained(folder).config.quantization_config.modules
     assert not hasattr(
         AutoModelForSequenceClassification.from_pretrained("my-model-dense").config, "quantization_config"

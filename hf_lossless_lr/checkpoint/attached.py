@@ -24,6 +24,7 @@ from ..layers import (
     UnfusedExperts,
     at_hand,
     check_offloaded,
+    check_whole,
     files_of_offloaded,
     grids_in,
     is_factorized,
@@ -35,7 +36,8 @@ from ..report import CARD_NAME, REPORT_NAME, CompressionReport
 from .cards import base_model_in, card_of, hub_name, is_replaceable, place_card
 from .config import LosslessLowRankConfig
 from .conversions import CONVERSIONS, harmless_conversions
-from .encoding import dequantize_stored, encoded_state, load_encoded
+from .encoding import dequantize_stored, encoded_state, load_encoded, tied_again
+from .parallel import warn_before_sharding
 from .parts import config_of_part, parts_of
 
 logger = logging.get_logger(__name__)
@@ -64,6 +66,7 @@ def mark_compressed(model: PreTrainedModel, config: LosslessLowRankConfig) -> No
         vars(model).setdefault(BEFORE, getattr(model, CONVERSIONS, None))
         vars(model)[CONVERSIONS] = conversions
     mark_parts(model, config)
+    warn_before_sharding()
     vars(model)["dequantize"] = partial(dequantize, model)  # a bound method would not survive pickling
     if grids_in(model):
         _attach_save(model, partial(_save_encoded, model))
@@ -103,7 +106,7 @@ def _save_encoded(
 ) -> None:
     """Save a model as Transformers does, with rounded weights as their codes."""
     if not getattr(model, "_hf_peft_config_loaded", False):  # else it saves the adapter alone
-        state_dict = model.state_dict() if state_dict is None else state_dict
+        state_dict = model.state_dict() if state_dict is None else tied_again(model, state_dict)
         state_dict = encoded_state(model, state_dict) if grids_in(model) else state_dict
     type(model).save_pretrained(model, save_directory, is_main_process, state_dict, *args, **kwargs)
 
@@ -172,8 +175,9 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
         The same model, without factorized layers and without our configuration.
 
     Raises:
-        TargetError: if the model is not compressed, or offloaded for want of room on a GPU.
+        TargetError: if the model is not compressed, offloaded for want of room on a GPU, or spread over processes.
     """
+    check_whole(model)
     check_offloaded(model)
     with at_hand(model):
         _to_dense(model)

@@ -58,6 +58,21 @@ def encoded_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tensor for key, tensor in encoded.items() if not _is_among(tensor, replaced)}
 
 
+def tied_again(model: PreTrainedModel, state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state dict in which tied weights are one tensor again: what gathers a model copies each by itself.
+
+    Args:
+        model: the model.
+        state: its state dict, as FSDP puts it together; not changed.
+    """
+    tied, plain = dict[str, torch.Tensor](), (torch.Tensor, nn.Parameter)
+    for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        pair: Any = state.get(name), state.get(source)
+        if all(type(tensor) in plain and not tensor.is_meta for tensor in pair) and torch.equal(*pair):
+            tied[name] = state[source]
+    return state | tied if tied else state
+
+
 def _is_among(tensor: Any, addresses: set[int]) -> bool:
     return isinstance(tensor, torch.Tensor) and tensor.device.type != "meta" and tensor.data_ptr() in addresses
 

@@ -20,6 +20,7 @@ from ..layers import (
     CHANNEL,
     Stored,
     break_even_rank,
+    check_whole,
     copied,
     grids_in,
     is_factorized,
@@ -56,9 +57,10 @@ def merge_dense_adapter(model: PreTrainedModel, adapter: str | os.PathLike[str])
 
     Raises:
         TargetError: if the model is not compressed, the adapter is of another kind or does not fit the model, or it
-            changes weights that cannot be changed: rounded, tied or offloaded ones.
+            changes weights that cannot be changed: rounded, tied, offloaded or spread over processes.
         ImportError: if PEFT is not installed.
     """
+    check_whole(model)
     if not any(is_factorized(module) for module in model.modules()) and not grids_in(model):
         raise TargetError(f"this {type(model).__name__} is not compressed; merge the adapter with PEFT itself.")
     twin = _dense_twin(model, adapter)

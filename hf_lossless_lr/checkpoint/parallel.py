@@ -7,6 +7,7 @@ until their numbers are loaded and decoded.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -28,6 +29,19 @@ logger = logging.get_logger(__name__)
 COMPRESSED = (Factorized, Stored, UnfusedExperts)
 RULE = "_lossless_lr_rule"
 """Attribute of a module whose rule waits for its numbers."""
+
+LOADED_IN_ONE = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+"""What is in the environment where Accelerate is to send the weights of one process to the others."""
+
+
+def warn_before_sharding() -> None:
+    """Say how to launch, where Accelerate cannot shard a compressed model: it takes its buffers for parameters."""
+    if all(os.environ.get(name, "").lower() == value for name, value in LOADED_IN_ONE.items()):
+        logger.warning_once(
+            "a compressed model has buffers, and Accelerate cannot prepare such models for FSDP version 2 while it "
+            "sends weights from one process to the others (as of 1.15: 'Tensor' object has no attribute "
+            "'device_mesh'). Launch with `--fsdp_cpu_ram_efficient_loading false`."
+        )
 
 
 def adapt_plan(model: PreTrainedModel, plan: dict[str, str]) -> None:

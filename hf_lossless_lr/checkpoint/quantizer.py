@@ -45,10 +45,12 @@ class LosslessLowRankQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._files: list[str] | None = None
         self._model: PreTrainedModel | None = None
+        self._kept_whole: Any = None
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = cast(LosslessLowRankConfig, self.quantization_config)
         self._files, self._model = kwargs.get("checkpoint_files"), model
+        self._kept_whole = model._no_split_modules
         if not hasattr(HfQuantizer, "get_new_dtype"):
             self.pre_quantized = False  # else older versions leave tensors that they rename in the dtype of the file
         put_layers(model, config, self._files)
@@ -58,6 +60,7 @@ class LosslessLowRankQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         check_read(model, self._files)
         unmark_loading(model)
+        model._no_split_modules = self._kept_whole  # the map is made; FSDP would look for each class that is named
         config = cast(LosslessLowRankConfig, self.quantization_config)
         waiting = waiting_layers(model)
         dequantize_stored(model, keep=KEPT if config.compute == "stored" and not waiting else ())

@@ -15,6 +15,7 @@ from ..layers import (
     SPATIAL,
     STORAGES,
     Stored,
+    check_whole,
     grid_of,
     is_factorized,
     layout_of,
@@ -47,10 +48,11 @@ def change_storage(model: PreTrainedModel, storage: str) -> PreTrainedModel:
 
     Raises:
         ConfigurationError: if the storage is unknown.
-        TargetError: if the model is not compressed.
+        TargetError: if the model is not compressed, wrapped, or spread over processes.
     """
     if storage not in STORAGES:
         raise ConfigurationError(f"storage: {storage!r} is unknown; choose one of {', '.join(STORAGES)}.")
+    check_whole(model)
     layers: dict[str, Any] = {name: module for name, module in model.named_modules() if is_factorized(module)}
     if not layers:
         raise TargetError(f"this {type(model).__name__} has no factorized layers, whose storage could change.")

@@ -50,6 +50,7 @@ from .storage import (
 )
 from .stored import Stored, is_complete, stored_in
 from .targets import HEADS, Targets, check_model, find_targets
+from .whole import check_whole
 
 __all__ = [
     "CHANNEL",
@@ -78,6 +79,7 @@ __all__ = [
     "called_with",
     "check_model",
     "check_offloaded",
+    "check_whole",
     "checkpoint_bytes",
     "choose_storage",
     "copied",

@@ -76,6 +76,15 @@ class Factorized(nn.Module):
         self.register_buffer("permutation", order if self.storage == "pivoted" else None)
         self.register_buffer("weight", torch.zeros(self.guard_shape, device=device, dtype=dtype))
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The guard, in the dtype of the factors: FSDP may compute in another one, and leaves buffers as they are."""
+        guard = self._buffers.get("weight")
+        if guard is None:
+            raise AttributeError("weight")  # before it is registered
+        dtype = getattr(self.down, "weight", guard).dtype  # codes have none
+        return guard.to(dtype) if dtype.is_floating_point else guard
+
     def _stored_sizes(self) -> tuple[int, int]:
         """Return the inputs of `down` and the outputs of `up`: what pivots stand for is not stored."""
         pivots = self.rank if self.storage == "pivoted" else 0

@@ -23,6 +23,7 @@ from .offloaded import check_offloaded
 from .patterns import TYPE, best_match, check_patterns
 from .readers import readers
 from .subclasses import answers_as_its_base
+from .whole import check_whole
 
 NOT_ASKED_FOR = "not in `target_modules`"
 POOLER, TASK_HEAD = HEADS = "pooler", "task head"
@@ -207,12 +208,13 @@ def check_model(model: Any) -> None:
         model: what the user passed.
 
     Raises:
-        TargetError: if it is no dense floating-point `PreTrainedModel`, or too large for its device.
+        TargetError: if it is no dense floating-point `PreTrainedModel`, or neither whole nor at hand.
     """
+    check_whole(model)
     if not isinstance(model, PreTrainedModel):
         raise TargetError(
             f"compress() takes a transformers PreTrainedModel, got {type(model).__name__}. Unwrap it first (for PEFT: "
-            "`merge_and_unload()`; for DDP: `.module`; for torch.compile: `._orig_mod`)."
+            "`merge_and_unload()`; for torch.compile: `._orig_mod`)."
         )
     name = type(model).__name__
     existing = getattr(model.config, "quantization_config", None)

@@ -30,6 +30,7 @@ from ..ranks import OBJECTIVES, Budget, LatencyTable
 from ..report import CompressionReport
 from ..timing import Clock
 from ..verdict import paired_outcomes
+from .agreeing import check_same
 from .budget import budget_of
 from .calibration import Calibration, calibrate, check_unchanged
 from .choosing import choose
@@ -170,6 +171,7 @@ class LowRankCompressor:
                 the data; statistics of another model or of other data are an error. Else it is written.
         """
         check_model(model)
+        check_same(model)
         with at_hand(model):
             config, experts = self.config, unfuse(model)
             with in_place(model, experts):

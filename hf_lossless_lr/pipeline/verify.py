@@ -9,11 +9,12 @@ from transformers import PreTrainedModel
 
 from ..data import combined_digest, draw_labels, examine, make_dataloader
 from ..errors import CertificateError
-from ..layers import on_device
+from ..layers import check_whole, on_device
 from ..processes import make_accelerator
 from ..renamed import refusing_old_names
 from ..report import Certificate
 from ..verdict import certify, paired_outcomes
+from .agreeing import check_same
 
 
 @refusing_old_names
@@ -54,9 +55,13 @@ def verify(
         CertificateError: if the data cannot carry a certificate: used, too few examples, one class.
         DataError: if the data has no labels, or the models do not answer the same questions.
         NumericalError: if a loss is not finite.
+        TargetError: if a model is wrapped, spread over processes, or another one in each.
     """
     options = {"batch_size": batch_size, "data_collator": data_collator, "processing_class": processing_class}
     accelerator = make_accelerator()
+    for model in (dense, compressed):
+        check_whole(model)
+        check_same(model)
     if labels == "model":
         named = {**options, "name": "eval_dataset"}
         eval_dataset = draw_labels(eval_dataset, dense, accelerator.device, 0, keep=True, **named)

@@ -158,6 +158,20 @@ def test_a_tied_table_is_stored_once(checkpoint):
     assert other.lm_head.weight is other.model.embed_tokens.weight
 
 
+def test_a_tied_table_is_stored_once_from_a_state_dict_with_a_copy_for_each_name(checkpoint, tmp_path):
+    model, _, folder = checkpoint("llama", "int8")
+    gathered = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=gathered)
+    assert (tmp_path / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+
+
+def test_a_loaded_model_names_no_class_as_one_to_keep_whole_that_it_does_not_have(checkpoint):
+    """FSDP looks for each."""
+    model, _, folder = checkpoint("llama", "int8")
+    loaded = load(model, folder)
+    assert set(loaded._no_split_modules) == set(model._no_split_modules) == {"LlamaDecoderLayer"}
+
+
 # --- training -------------------------------------------------------------------------------------------------------
 
 

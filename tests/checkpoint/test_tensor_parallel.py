@@ -12,8 +12,8 @@ from support.processes import in_two_processes, needs_processes
 from support.tiny_models import VOCABULARY, build, llama, text_inputs
 from transformers import AutoModelForCausalLM
 
-from hf_lossless_lr.checkpoint.parallel import RULE, adapt_plan
-from hf_lossless_lr.errors import CheckpointError
+from hf_lossless_lr.checkpoint.parallel import LOADED_IN_ONE, RULE, adapt_plan, logger
+from hf_lossless_lr.errors import CheckpointError, TargetError
 from hf_lossless_lr.layers import is_factorized
 
 pytest.importorskip("transformers.distributed.tensor_parallel")
@@ -75,6 +75,8 @@ def answer_in_two_processes(folder: Path, process: int) -> None:
         assert not [style for style in model.tp_plan.values() if "lossless" in style]
         found, expected = outcomes(model), load_file(case / EXPECTED)
         torch.testing.assert_close(found, {name: expected[name] for name in found}, rtol=1e-3, atol=1e-4)
+        with pytest.raises(TargetError, match="are spread over processes, by FSDP or by tensor parallelism"):
+            model.dequantize()
         for name, module in model.named_modules():
             split = [part for part, parameter in module.named_parameters() if hasattr(parameter, "full_tensor")]
             if is_factorized(module) and ".experts." not in name:
@@ -98,3 +100,12 @@ def test_factorized_experts_are_not_spread_over_devices(tmp_path):
     model.config.distributed_config = SimpleNamespace(ep_size=2)
     with pytest.raises(CheckpointError, match=r"not spread over devices \(ep_size\)"):
         adapt_plan(model, model.ep_plan)
+
+
+@pytest.mark.parametrize("in_one", ["true", "false"])
+def test_who_launches_for_fsdp_hears_what_accelerate_cannot_load(in_one, monkeypatch, caplog):
+    for name, value in (LOADED_IN_ONE | {"FSDP_CPU_RAM_EFFICIENT_LOADING": in_one}).items():
+        monkeypatch.setenv(name, value)
+    logger.warning_once.cache_clear()
+    compress(*llama(12))
+    assert ("Launch with `--fsdp_cpu_ram_efficient_loading false`" in caplog.text) == (in_one == "true")

@@ -210,6 +210,16 @@ def test_the_guard_is_one_number_in_the_dtype_of_the_layer(kind, storage, dtype)
 
 
 @on_kinds
+def test_the_guard_has_the_dtype_that_the_factors_are_computed_in(kind):
+    """FSDP puts parameters of another dtype in for a forward pass, and leaves buffers as they are."""
+    layer, *_ = make_factorized(kind, 3, "two-factor")
+    dtype = layer.weight.dtype
+    layer.down.to(torch.bfloat16)
+    assert layer.weight.dtype == torch.bfloat16
+    assert layer.state_dict()["weight"].dtype == dtype
+
+
+@on_kinds
 @on_storages
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_dense_layer_refuses_a_factorized_state_dict(kind, storage, strict):

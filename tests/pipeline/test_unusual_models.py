@@ -166,6 +166,11 @@ def wholly_compiled():
     return torch.compile(model), batch
 
 
+def in_data_parallel():
+    model, batch = bert()
+    return torch.nn.DataParallel(model), batch
+
+
 def under_inference_mode():
     with torch.inference_mode():
         return bert()
@@ -176,6 +181,7 @@ REFUSED = {
     compiled: "this BertForSequenceClassification is compiled. Compress the model as it was loaded, then",
     partly_compiled: "this BertForSequenceClassification is compiled",
     wholly_compiled: "got OptimizedModule. Unwrap it first .*_orig_mod",
+    in_data_parallel: "this BertForSequenceClassification is wrapped in DataParallel, .* Pass `model.module`",
     returning_tuples: r"this BertForSequenceClassification returns tuples, .* Set model.config.return_dict = True",
     under_inference_mode: r"this BertForSequenceClassification was built under torch.inference_mode\(\)",
 }
