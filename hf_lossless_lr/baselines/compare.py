@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def compare(
                 )
                 for ratio in missing:
                     try:
-                        found = _judged(compressor, name, ratio)
+                        found = _judged(compressor, model, name, ratio)
                     except ConfigurationError as error:
                         logger.warning("%s is left out at %s: %s", name, ratio, error)
                         continue
@@ -119,9 +120,11 @@ def _inputs(
         return content_digest([tensors_fingerprint(model.state_dict()), digests, changes])
 
 
-def _judged(compressor: LowRankCompressor, name: str, ratio: float | None) -> Judgement:
+def _judged(compressor: LowRankCompressor, model: PreTrainedModel, name: str, ratio: float | None) -> Judgement:
     if name in BASELINES:
-        return compressor.judge(lambda layers: BASELINES[name].layers(layers, ratio or 1.0))
+        method = BASELINES[name]
+        trained_on = {"model": model, "data": compressor.calibration_data} if method.trains else {}
+        return compressor.judge(partial(method.layers, keep_ratio=ratio or 1.0, **trained_on))
     compressor.compress_to(ratio)
     report: Any = compressor.report
     dense, compressed = report.dense, report.compressed

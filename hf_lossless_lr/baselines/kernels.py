@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from ..errors import ConfigurationError
-from ..layers import ConvolutionChain, Step, layout_of, weight_matrices
+from ..layers import ConvolutionChain, Step, layout_of
+from .truncation import at_least_one, rank_of_share, truncated, truncated_svd
 
 Decomposition = Callable[[torch.Tensor, int], list[Step]]
 """From a kernel, in float64, and the most parameters to the convolutions in its place."""
@@ -58,7 +59,7 @@ def decomposed(layers: Mapping[str, nn.Module], keep_ratio: float, kernels: Deco
             if len(size) == 2 and max(size) > 1:
                 found[name] = ConvolutionChain(module, kernels(module.weight.detach().double(), most))
             else:
-                found[name] = _by_svd(module, most)
+                found[name] = truncated(module, rank_of_share(module, most))
         except ConfigurationError as error:
             raise ConfigurationError(f"keep_ratio={keep_ratio} cannot be reached in {name!r}: {error}") from error
     return found
@@ -77,7 +78,8 @@ def separable(kernel: torch.Tensor, most: int) -> list[Step]:
     Source: Tai et al. 2016, "Convolutional neural networks with low-rank regularization", arXiv 1511.06067.
     """
     out, channels, height, width = kernel.shape
-    down, up = _truncated_svd(kernel.permute(0, 3, 1, 2).reshape(out * width, channels * height), most)
+    matrix = kernel.permute(0, 3, 1, 2).reshape(out * width, channels * height)
+    down, up = truncated_svd(matrix, at_least_one(most // sum(matrix.shape)))
     return [
         Step(down.reshape(-1, channels, height, 1), (0,)),
         Step(up.reshape(out, width, -1).mT[:, :, None], (1,)),
@@ -131,7 +133,7 @@ def cp(kernel: torch.Tensor, most: int) -> list[Step]:
     1412.6553.
     """
     tensor, places = _by_axes(kernel)
-    first, *between, last = _least_squares(tensor, _at_least_one(most // sum(tensor.shape)))
+    first, *between, last = _least_squares(tensor, at_least_one(most // sum(tensor.shape)))
     filters = _filters((factor.mT[:, None] for factor in between), places)
     return [_pointwise(first.mT), *filters, _pointwise(last)]
 
@@ -195,28 +197,6 @@ def _unit_vectors(matrix: torch.Tensor, rank: int) -> torch.Tensor:
     return torch.linalg.svd(matrix, full_matrices=False).U[:, :rank]
 
 
-def _by_svd(module: Any, most: int) -> nn.Module:
-    """Return a layer of two factors in the place of one that is a matrix."""
-    down, up = _truncated_svd(weight_matrices(module)[0].double(), most)
-    layer: Any = layout_of(module).factorized(module, len(down), "two-factor")
-    layer.load_factors(down, up, None, module.bias)
-    return layer
-
-
-def _truncated_svd(matrix: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the factors `(k, columns)` and `(rows, k)` of the largest rank with at most so many numbers."""
-    rank = _at_least_one(most // sum(matrix.shape))
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    root = values[:rank].sqrt()
-    return root[:, None] * right[:rank], left[:, :rank] * root
-
-
-def _at_least_one(rank: int) -> int:
-    if rank < 1:
-        raise ConfigurationError("the lowest ranks have more parameters. Keep more, or add the layer to `ignore`.")
-    return rank
-
-
 def _same_share(full: Sequence[int], size: Callable[[Sequence[int]], int], most: int) -> list[int]:
     """Return the largest ranks with at most so many parameters: the same share of the full ones, or one more."""
 
@@ -224,7 +204,7 @@ def _same_share(full: Sequence[int], size: Callable[[Sequence[int]], int], most:
         return [max(1, rank * step // max(full)) for rank in full]
 
     steps = range(1, max(full) + 1)
-    found = ranks(_at_least_one(bisect_right(steps, most, key=lambda step: size(ranks(step)))))
+    found = ranks(at_least_one(bisect_right(steps, most, key=lambda step: size(ranks(step)))))
     for place, rank in enumerate(found):
         more = [*found[:place], min(rank + 1, full[place]), *found[place + 1 :]]
         found = more if size(more) <= most else found

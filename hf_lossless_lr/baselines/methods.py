@@ -9,8 +9,11 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..checkpoint import PRESETS, LosslessLowRankConfig
+from ..errors import ConfigurationError
 from .clipping import clipped
+from .fine_tuning import svd_fine_tuned
 from .kernels import cp, decomposed, separable, tensor_train, tucker
+from .lpaf import lpaf
 
 
 class Baseline(NamedTuple):
@@ -21,12 +24,15 @@ class Baseline(NamedTuple):
         source: where it was published.
         differs: in what it is not the published method.
         like: the preset that is calibrated as it is, with the same layers, data and margins.
+        trains: whether `layers` takes the model and labelled data, too, as `model` and `data`, and may give back other
+            layers than the targets.
     """
 
-    layers: Callable[[Mapping[str, nn.Module], float], Mapping[str, nn.Module]]
+    layers: Callable[..., Mapping[str, nn.Module]]
     source: str
     differs: str
     like: str = "svd"
+    trains: bool = False
 
 
 ALL = "the same share of each layer; no fine-tuning"
@@ -54,6 +60,19 @@ BASELINES = {
         "weights alone; the same number of bits in each channel, and no correction of its mean; its size is fixed",
         like="int8",
     ),
+    "svd-fine-tuned": Baseline(
+        svd_fine_tuned,
+        "the truncated SVD, and fine-tuning after it",
+        "the same share of each layer; fine-tuned on the calibration data alone",
+        trains=True,
+    ),
+    "lpaf": Baseline(
+        lpaf,
+        "Ren & Zhu 2023, arXiv 2306.14152",
+        "trained on the calibration data alone; the same share of each matrix is pruned, its rows count by what is "
+        "left of them, and pruned matrices stand still while factors are tuned",
+        trains=True,
+    ),
 }
 """Name of a method to how it makes layers."""
 
@@ -78,4 +97,9 @@ def method_config(name: str, **changes: Any) -> LosslessLowRankConfig:
     Raises:
         ConfigurationError: if there is no such method, or a value contradicts it.
     """
+    if name in BASELINES and BASELINES[name].trains and changes.get("labels") == "model":
+        raise ConfigurationError(
+            f"the method {name!r} fine-tunes on labelled data, and labels='model' has none of its own. Pass labelled "
+            "data and labels='data', or leave the method out."
+        )
     return LosslessLowRankConfig.from_preset(BASELINES[name].like if name in BASELINES else name, **changes)

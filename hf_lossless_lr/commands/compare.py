@@ -76,13 +76,13 @@ def compare(arguments: Any) -> int:
     """
     check_arguments(arguments)
     shared = ("batch_size", "rank_multiple", "target_modules", "loss_margin", "accuracy_margin")
-    changes = {name: getattr(arguments, name) for name in shared}
+    task = task_of(arguments)
+    changes = {"labels": "data" if task.labelled else "model"} | {name: getattr(arguments, name) for name in shared}
     for name in arguments.methods:
         method_config(name, **changes)  # refuses values out of range before anything is loaded
     for ratio in arguments.keep_ratios:
         LosslessLowRankConfig(keep_ratio=ratio)
     results = _read(arguments.records)
-    task = task_of(arguments)
     model = load_model(task.auto_model, arguments.model, arguments.dtype)
     processor = load_auto(task.processor, arguments.model)
     calibration, held_out = load_calibration(arguments, task, model, processor)
@@ -94,7 +94,6 @@ def compare(arguments: Any) -> int:
         eval_dataset=held_out,
         data_collator=task.collator(processor),
         known=results,
-        labels="data" if task.labelled else "model",
         **changes,
     )
     for result in found:

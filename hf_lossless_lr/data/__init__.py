@@ -8,7 +8,7 @@ from .drawn_labels import draw_labels
 from .forward import forward_loss, mean_loss, run_batch, run_watching
 from .heads import answering_layers
 from .labels import IGNORE_INDEX, Question, Reading, batch_examples, correct_predictions
-from .loaders import dataset_size, first_batch, make_dataloader, subset
+from .loaders import dataset_size, first_batch, make_dataloader, ready_batches, subset
 from .padding import PaddingMasks, watching_masks
 from .representations import Representation, model_inputs
 from .splits import DataSplits, combined_digest, examine, item_digests, split_data
@@ -37,6 +37,7 @@ __all__ = [
     "mean_loss",
     "model_inputs",
     "part_of",
+    "ready_batches",
     "run_batch",
     "run_watching",
     "split_data",

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from ..checkpoint import MEASURED_OBJECTIVES, LosslessLowRankConfig, attach_card
@@ -226,7 +227,7 @@ class LowRankCompressor:
             ConfigurationError: if nothing was calibrated, or the size cannot be reached.
             TargetError: if the model was changed since it was calibrated.
         """
-        calibration, config = self._calibrated("compress_to"), self.config
+        calibration, config = self._calibrated("compress_to()"), self.config
         clock = Clock(calibration.seconds)  # times of this ratio alone
         if keep_ratio is not None:
             objective = config.objective if OBJECTIVES[config.objective].sized else "budget"
@@ -278,11 +279,16 @@ class LowRankCompressor:
             ConfigurationError: if nothing was calibrated.
             TargetError: if the model was changed since it was calibrated.
         """
-        calibration = self._calibrated("judge")
+        calibration = self._calibrated("judge()")
         self.restore()
         found = judge(calibration, self.config, make, self._certified)
         self._certified += [(found.keep_ratio, found.certificate)] if found.changed else []
         return found
+
+    @property
+    def calibration_data(self) -> DataLoader:
+        """The examples that the model is calibrated on: neither held out nor kept apart for choosing."""
+        return self._calibrated("calibration_data").parts.calibration
 
     def restore(self) -> None:
         """Make the calibrated model dense again, with its original layers."""
@@ -297,7 +303,7 @@ class LowRankCompressor:
 
     def _calibrated(self, asked: str) -> Calibration:
         if self._calibration is None:
-            raise ConfigurationError(f"{asked}() needs a calibration: call calibrate(model, calib_dataset) first.")
+            raise ConfigurationError(f"{asked} needs a calibration: call calibrate(model, calib_dataset) first.")
         return self._calibration
 
     def _budget(self, calibration: Calibration, config: LosslessLowRankConfig) -> Budget:

@@ -19,7 +19,10 @@ from .speed import measured_speed
 from .summary import Certified, certificate_of
 
 Make = Callable[[Mapping[str, nn.Module]], Mapping[str, nn.Module]]
-"""From the targets by name, which it leaves as they are, to what takes their places; others stay dense."""
+"""From the targets by name, which it leaves as they are, to what takes their places; others stay dense.
+
+It may give back layers in the place of others, too, that have no submodules; they do not count as parameters kept.
+"""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ def judge(
         before.restore()
         raise
     dense = {name: curve.dense_parameters for name, curve in calibration.factors.curves.items()}
-    kept = sum((dense | {name: _numbers(layer) for name, layer in layers.items()}).values()) / sum(dense.values())
+    numbers = dense | {name: _numbers(layer) for name, layer in layers.items() if name in dense}
+    kept = sum(numbers.values()) / sum(dense.values())
     fingerprint = calibration.parts.fingerprints["held_out"]
     certificate, _ = certificate_of(bool(layers), config, outcomes, fingerprint, kept, earlier)
     return Judgement(

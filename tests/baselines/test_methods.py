@@ -89,6 +89,8 @@ def test_a_changed_model_is_not_judged(network):
     compressor = LowRankCompressor(method_config("separable"))
     with pytest.raises(ConfigurationError, match=r"judge\(\) needs a calibration"):
         compressor.judge(dict)
+    with pytest.raises(ConfigurationError, match=r"^calibration_data needs a calibration"):
+        _ = compressor.calibration_data
     compressor.calibrate(model, data[:2], eval_dataset=data[2:])
     with torch.no_grad():
         next(model.parameters()).add_(1)

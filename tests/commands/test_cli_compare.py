@@ -132,6 +132,12 @@ def test_refuses_a_size_that_is_none_before_any_work(place, capsys, monkeypatch)
     assert "keep_ratio: " in capsys.readouterr().err
 
 
+def test_refuses_to_fine_tune_without_labels_before_any_work(place, capsys, monkeypatch):
+    monkeypatch.setattr("hf_lossless_lr.commands.compare.load_model", None)
+    assert main([*arguments(place, methods=["svd", "lpaf"]), "--task", "feature-extraction"]) == 1
+    assert "the method 'lpaf' fine-tunes on labelled data, and labels='model' has none" in capsys.readouterr().err
+
+
 def test_answers_to_an_old_option_with_the_new_one(place, capsys):
     with pytest.raises(SystemExit):
         main(arguments(place, "--metric-margin", "0.1", methods=["svd"]))

@@ -2,9 +2,11 @@
 
 import json
 import sys
+import time
 from itertools import pairwise
 
 import pytest
+from datasets import Dataset
 from support.studies import RESULTS, ROOT, STUDIES, needs_matplotlib, tiny_task
 from support.tiny_models import bert_sequence_classification
 from support.word_tokenizer import WORDS, word_tokenizer
@@ -178,3 +180,35 @@ def test_times_of_one_and_two_processes_are_written(study, monkeypatch, tmp_path
     kept, found = (records.read_records(path) for path in (RESULTS / "two_processes.jsonl", file))
     assert [record["processes"] for record in found] == [record["processes"] for record in kept]
     assert processes.seconds_of_a_pass(tmp_path, 8) > 0
+
+
+def test_methods_that_fine_tune_are_compared_with_the_default(study, monkeypatch, tmp_path, capsys):
+    tuned, kept = study("fine_tuned"), study("records").read_records(RESULTS / "fine_tuned.jsonl")
+
+    def task(testbed, examples):
+        found = tiny_task(testbed)
+        found.calibration, found.evaluation = found.calibration[:16], Dataset.from_list(found.evaluation)
+        return found
+
+    monkeypatch.setattr(tuned, "sentiment", task)
+    monkeypatch.setattr(tuned, "RATES", {name: rates[:1] for name, rates in tuned.RATES.items()})
+    monkeypatch.setattr(tuned, "LINES", (16, 4096))
+    monkeypatch.setattr("hf_lossless_lr.pipeline.speed.MAX_SECONDS", 0.0)
+    monkeypatch.setattr("hf_lossless_lr.timing.time", time)  # which the study changes
+    file = tmp_path / "records.jsonl"
+    options = ["--testbed", tmp_path, "--records", file, "--lines", 16, "--keep-ratios", 0.5]
+    monkeypatch.setattr(sys, "argv", ["fine_tuned.py", *map(str, options), "--methods", "default", "svd"])
+    tuned.main()
+    measured = study("records").read_records(file)
+    assert [r["part"] for r in measured] == ["choice"] * 2 + ["statistics"] + ["result"] * 2
+    fields = {record["part"]: list(record) for record in kept}
+    assert all(list(record) == fields[record["part"]] for record in measured)
+    assert "| 0.5 | default | 16 |" in capsys.readouterr().out
+
+
+def test_the_figures_of_fine_tuning_are_those_of_the_records(study):
+    tuned = study("fine_tuned")
+    shown = [line for line in tuned.tables(tuned.read_records(RESULTS / "fine_tuned.jsonl")).splitlines() if line]
+    documented = (ROOT / "docs" / "reproducing_the_paper.md").read_text(encoding="utf-8").splitlines()
+    assert len(shown) > 2 * 2 + sum(map(len, tuned.RATES.values())) + 3 * len(tuned.METHODS) + 1
+    assert [line for line in shown if line not in documented] == []
