@@ -123,8 +123,9 @@ def _inputs(
 def _judged(compressor: LowRankCompressor, model: PreTrainedModel, name: str, ratio: float | None) -> Judgement:
     if name in BASELINES:
         method = BASELINES[name]
-        trained_on = {"model": model, "data": compressor.calibration_data} if method.trains else {}
-        return compressor.judge(partial(method.layers, keep_ratio=ratio or 1.0, **trained_on))
+        given: dict[str, Any] = {"statistics": compressor.calibration_statistics} if method.reads else {}
+        given |= {"model": model, "data": compressor.calibration_data} if method.trains else {}
+        return compressor.judge(partial(method.layers, keep_ratio=ratio or 1.0, **given))
     compressor.compress_to(ratio)
     report: Any = compressor.report
     dense, compressed = report.dense, report.compressed

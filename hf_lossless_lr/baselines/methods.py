@@ -14,6 +14,7 @@ from .clipping import clipped
 from .fine_tuning import svd_fine_tuned
 from .kernels import cp, decomposed, separable, tensor_train, tucker
 from .lpaf import lpaf
+from .sharing import shared_bases
 
 
 class Baseline(NamedTuple):
@@ -26,6 +27,7 @@ class Baseline(NamedTuple):
         like: the preset that is calibrated as it is, with the same layers, data and margins.
         trains: whether `layers` takes the model and labelled data, too, as `model` and `data`, and may give back other
             layers than the targets.
+        reads: whether `layers` takes the calibration's statistics, too, as `statistics`.
     """
 
     layers: Callable[..., Mapping[str, nn.Module]]
@@ -33,6 +35,7 @@ class Baseline(NamedTuple):
     differs: str
     like: str = "svd"
     trains: bool = False
+    reads: bool = False
 
 
 ALL = "the same share of each layer; no fine-tuning"
@@ -59,6 +62,12 @@ BASELINES = {
         "Banner et al. 2018, arXiv 1810.05723",
         "weights alone; the same number of bits in each channel, and no correction of its mean; its size is fixed",
         like="int8",
+    ),
+    "basis-sharing": Baseline(
+        shared_bases,
+        "Wang et al. 2024, arXiv 2410.03765",
+        "two blocks share a basis; the same share of each group; without its update of later layers",
+        reads=True,
     ),
     "svd-fine-tuned": Baseline(
         svd_fine_tuned,

@@ -29,6 +29,7 @@ from ..layers import (
 )
 from ..ranks import OBJECTIVES, Budget, LatencyTable
 from ..report import CompressionReport
+from ..statistics import CalibrationStatistics
 from ..timing import Clock
 from ..verdict import paired_outcomes
 from .agreeing import check_same
@@ -289,6 +290,11 @@ class LowRankCompressor:
     def calibration_data(self) -> DataLoader:
         """The examples that the model is calibrated on: neither held out nor kept apart for choosing."""
         return self._calibrated("calibration_data").parts.calibration
+
+    @property
+    def calibration_statistics(self) -> CalibrationStatistics:
+        """What was collected on them."""
+        return self._calibrated("calibration_statistics").statistics
 
     def restore(self) -> None:
         """Make the calibrated model dense again, with its original layers."""

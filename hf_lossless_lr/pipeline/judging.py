@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -82,8 +81,9 @@ def judge(
         before.restore()
         raise
     dense = {name: curve.dense_parameters for name, curve in calibration.factors.curves.items()}
-    numbers = dense | {name: _numbers(layer) for name, layer in layers.items() if name in dense}
-    kept = sum(numbers.values()) / sum(dense.values())
+    untouched = sum(numbers for name, numbers in dense.items() if name not in layers)
+    made = _numbers(layer for name, layer in layers.items() if name in dense)
+    kept = (untouched + made) / sum(dense.values())
     fingerprint = calibration.parts.fingerprints["held_out"]
     certificate, _ = certificate_of(bool(layers), config, outcomes, fingerprint, kept, earlier)
     return Judgement(
@@ -98,6 +98,7 @@ def judge(
     )
 
 
-def _numbers(layer: Any) -> int:
-    """Return the parameters of a layer without its bias."""
-    return sum(p.numel() for name, p in layer.named_parameters() if name.rpartition(".")[2] != "bias")
+def _numbers(layers: Iterable[nn.Module]) -> int:
+    """Return the parameters of layers without their biases; what layers share counts once."""
+    parameters = (each for layer in layers for each in layer.named_parameters())
+    return sum({id(p): p.numel() for name, p in parameters if name.rpartition(".")[2] != "bias"}.values())
