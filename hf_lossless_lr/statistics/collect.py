@@ -29,6 +29,7 @@ from ..errors import DataError, TargetError
 from ..fingerprint import tensors_fingerprint
 from ..layers import differentiating_only
 from .collector import Collector
+from .products import quick_products
 from .recomputing import recomputing
 from .records import CalibrationStatistics
 
@@ -82,7 +83,8 @@ def collect_statistics(
         progress = logging.tqdm(prepared, desc="Calibrating", disable=not accelerator.is_local_main_process)
         watching = watching_masks(model, collector.masks.encoder, lambda: collector.masks)
         differentiating = differentiating_only(model, targets if weight_grads else {})
-        with watching, differentiating, recomputing(model, recompute), torch.enable_grad():
+        quick = quick_products(model)
+        with watching, differentiating, recomputing(model, recompute), quick, torch.enable_grad():
             for index, batch in enumerate(progress):
                 totals += collector.add_batch(batch, index)
                 digests.append(tensors_fingerprint(batch))
