@@ -10,6 +10,7 @@ from .heads import answering_layers
 from .labels import IGNORE_INDEX, Question, Reading, batch_examples, correct_predictions
 from .loaders import dataset_size, first_batch, make_dataloader, ready_batches, subset
 from .padding import PaddingMasks, watching_masks
+from .products import quick_products
 from .representations import Representation, model_inputs
 from .splits import DataSplits, combined_digest, examine, item_digests, split_data
 from .steady_rows import learn_steady_rows
@@ -37,6 +38,7 @@ __all__ = [
     "mean_loss",
     "model_inputs",
     "part_of",
+    "quick_products",
     "ready_batches",
     "run_batch",
     "run_watching",

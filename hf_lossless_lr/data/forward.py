@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,6 +18,7 @@ from transformers.utils import logging
 from ..errors import DataError, NumericalError
 from ..layers import called_with, evaluating
 from .labels import Question, check_labels, read_labels
+from .products import quick_products
 from .representations import NOISE, Representation, model_inputs, noisy_loss, representations
 
 logger = logging.get_logger(__name__)
@@ -89,13 +91,14 @@ def _represented(model: PreTrainedModel, batch: Mapping[str, Any], index: int) -
     return ForwardPass(loss, outputs, units, found, explained=True)
 
 
-def run_batch(model: PreTrainedModel, batch: Mapping[str, Any], index: int = 0) -> Any:
+def run_batch(model: PreTrainedModel, batch: Mapping[str, Any], index: int = 0, quick: bool = True) -> Any:
     """Run a batch, without a cache of keys and values unless it asks for one.
 
     Args:
         model: the model.
         batch: keyword arguments of its forward.
         index: number of the batch, for errors.
+        quick: whether 16-bit products may be computed in float32 where the processor has none.
 
     Returns:
         What the model returns, with its parts as attributes.
@@ -105,7 +108,8 @@ def run_batch(model: PreTrainedModel, batch: Mapping[str, Any], index: int = 0) 
     """
     extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     inputs = {name: _outside_inference(value) for name, value in {**extra, **model_inputs(batch)}.items()}
-    outputs = model(**inputs)
+    with quick_products(model) if quick else nullcontext():
+        outputs = model(**inputs)
     if isinstance(outputs, Mapping) and not hasattr(outputs, "loss"):
         return SimpleNamespace(**outputs)
     if isinstance(outputs, (tuple, list)) and not hasattr(outputs, "loss"):

@@ -44,7 +44,7 @@ def measured_speed(
         batch = calibration.first_batch()
         main = batch.get(model.main_input_name)
         shape = main.shape if isinstance(main, torch.Tensor) else (batch_examples(batch),)
-        run = partial(run_batch, model, batch)
+        run = partial(run_batch, model, batch, quick=False)
         with evaluating(model):
             there = all(p.device == accelerator.device for module in fused.values() for p in module.parameters())
             dense = partial(in_place, model, fused) if fused and there else nullcontext

@@ -7,8 +7,9 @@ from support.tiny_models import TINY_MODELS, split_batch
 from torch import nn
 from torch.nn import functional as F
 
+from hf_lossless_lr.data import products, run_batch
 from hf_lossless_lr.layers import find_targets
-from hf_lossless_lr.statistics import collect_statistics, products
+from hf_lossless_lr.statistics import collect_statistics
 
 NARROW = [torch.bfloat16, torch.float16]
 OPERATIONS = {
@@ -87,3 +88,12 @@ def test_statistics_are_as_near_to_those_in_float32_as_with_the_processors_own(n
 
     assert error(found) <= 1.5 * error(own) + 1e-6
     assert found.loss == pytest.approx(own.loss, rel=0.02)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_batch_takes_them_unless_the_model_itself_is_what_is_measured(quick, monkeypatch, without_instructions):
+    model, batch = TINY_MODELS["llama"](4)
+    model, apply, taken = model.bfloat16(), products._Product.apply, []
+    monkeypatch.setattr(products._Product, "apply", lambda *given: taken.append(given[0]) or apply(*given))
+    run_batch(model, batch, quick=quick)
+    assert bool(taken) == quick
