@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..data import PaddingMasks, run_batch, watching_masks
+from ..data import PaddingMasks, quick_products, run_batch, watching_masks
 from ..layers import called_with, layout_of, routed_rows
 from .residuals import handed_over
 from .rows import real_rows
@@ -45,7 +45,7 @@ class Stream(greenlet.greenlet):
     """One batch on its way through the model."""
 
     def __init__(self, model: PreTrainedModel, batch: Mapping[str, Any], masks: PaddingMasks) -> None:
-        super().__init__(lambda: run_batch(model, batch))
+        super().__init__(lambda: run_batch(model, batch, quick=False))  # but see `paired_streams`
         self.gr_context = contextvars.copy_context()
         self.masks = masks
         masks.start(batch)
@@ -68,7 +68,8 @@ def paired_streams(
     """Yield streams of each batch, for the dense and for the compressed model; at the end none of them waits."""
     dense, compressed = ([Stream(model, batch, copy(masks)) for batch in batches] for _ in range(2))
     try:
-        yield dense, compressed
+        with quick_products(model):  # of the thread, not of a stream
+            yield dense, compressed
     finally:
         for stream in dense + compressed:
             stream.throw(greenlet.GreenletExit)

@@ -7,9 +7,9 @@ from support.tiny_models import TINY_MODELS, split_batch
 from torch import nn
 from torch.nn import functional as F
 
-from hf_lossless_lr.data import products, run_batch
+from hf_lossless_lr.data import PaddingMasks, products, run_batch
 from hf_lossless_lr.layers import find_targets
-from hf_lossless_lr.statistics import collect_statistics
+from hf_lossless_lr.statistics import collect_statistics, paired_streams
 
 NARROW = [torch.bfloat16, torch.float16]
 OPERATIONS = {
@@ -97,3 +97,15 @@ def test_a_batch_takes_them_unless_the_model_itself_is_what_is_measured(quick, m
     monkeypatch.setattr(products._Product, "apply", lambda *given: taken.append(given[0]) or apply(*given))
     run_batch(model, batch, quick=quick)
     assert bool(taken) == quick
+
+
+def test_streams_that_wait_together_take_them_once(monkeypatch, without_instructions):
+    model, batch = TINY_MODELS["llama"](4)
+    model, entered = model.bfloat16(), []
+    enter = products._InFloat32.__enter__
+    monkeypatch.setattr(products._InFloat32, "__enter__", lambda self: entered.append(self) or enter(self))
+    with paired_streams(model, split_batch(batch, 1), PaddingMasks(model)) as (dense, compressed):
+        for stream in dense + compressed:
+            stream.switch()
+    assert len(entered) == 1
+    assert torch._C._len_torch_function_stack() == 0
