@@ -4,5 +4,6 @@ from .compare import compare
 from .fine_tuning import Recipe, svd_fine_tuned
 from .lpaf import Recipes, lpaf
 from .methods import METHODS, method_config
+from .rank_masks import masked_ranks
 
-__all__ = ["METHODS", "Recipe", "Recipes", "compare", "lpaf", "method_config", "svd_fine_tuned"]
+__all__ = ["METHODS", "Recipe", "Recipes", "compare", "lpaf", "masked_ranks", "method_config", "svd_fine_tuned"]

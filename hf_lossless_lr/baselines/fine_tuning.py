@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -149,7 +149,7 @@ def train(
     data: DataLoader,
     recipe: Recipe,
     callbacks: Sequence[TrainerCallback] = (),
-    trainer: type[Trainer] = Trainer,
+    trainer: Callable[..., Trainer] = Trainer,
 ) -> None:
     """Train a model in place, leaving nothing behind: no files, no output, and the random numbers as they were.
 

@@ -14,6 +14,7 @@ from .clipping import clipped
 from .fine_tuning import svd_fine_tuned
 from .kernels import cp, decomposed, separable, tensor_train, tucker
 from .lpaf import lpaf
+from .rank_masks import masked_ranks
 from .sharing import shared_bases
 
 
@@ -25,8 +26,9 @@ class Baseline(NamedTuple):
         source: where it was published.
         differs: in what it is not the published method.
         like: the preset that is calibrated as it is, with the same layers, data and margins.
-        trains: whether `layers` takes the model and labelled data, too, as `model` and `data`, and may give back other
-            layers than the targets.
+        trains: whether `layers` takes the model and data, too, as `model` and `data`, and may give back other layers
+            than the targets.
+        labelled: whether that data needs labels.
         reads: whether `layers` takes the calibration's statistics, too, as `statistics`.
     """
 
@@ -35,6 +37,7 @@ class Baseline(NamedTuple):
     differs: str
     like: str = "svd"
     trains: bool = False
+    labelled: bool = False
     reads: bool = False
 
 
@@ -69,11 +72,19 @@ BASELINES = {
         "two blocks share a basis; the same share of each group; without its update of later layers",
         reads=True,
     ),
+    "rank-masks": Baseline(
+        masked_ranks,
+        "Sundrani et al. 2025, arXiv 2512.13733",
+        "a budget that sinks in place of a penalty; no term for smooth masks; trained on the calibration data alone",
+        trains=True,
+        reads=True,
+    ),
     "svd-fine-tuned": Baseline(
         svd_fine_tuned,
         "the truncated SVD, and fine-tuning after it",
         "the same share of each layer; fine-tuned on the calibration data alone",
         trains=True,
+        labelled=True,
     ),
     "lpaf": Baseline(
         lpaf,
@@ -81,6 +92,7 @@ BASELINES = {
         "trained on the calibration data alone; the same share of each matrix is pruned, its rows count by what is "
         "left of them, and pruned matrices stand still while factors are tuned",
         trains=True,
+        labelled=True,
     ),
 }
 """Name of a method to how it makes layers."""
@@ -106,7 +118,7 @@ def method_config(name: str, **changes: Any) -> LosslessLowRankConfig:
     Raises:
         ConfigurationError: if there is no such method, or a value contradicts it.
     """
-    if name in BASELINES and BASELINES[name].trains and changes.get("labels") == "model":
+    if name in BASELINES and BASELINES[name].labelled and changes.get("labels") == "model":
         raise ConfigurationError(
             f"the method {name!r} fine-tunes on labelled data, and labels='model' has none of its own. Pass labelled "
             "data and labels='data', or leave the method out."

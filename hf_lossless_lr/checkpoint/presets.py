@@ -97,7 +97,17 @@ PRESETS: dict[str, Preset] = {
 }
 """Name of a method to the options that make it up."""
 
-COMPARED_ONLY = ("separable", "tucker", "cp", "tensor-train", "aciq-int8", "basis-sharing", "svd-fine-tuned", "lpaf")
+COMPARED_ONLY = (
+    "separable",
+    "tucker",
+    "cp",
+    "tensor-train",
+    "aciq-int8",
+    "basis-sharing",
+    "rank-masks",
+    "svd-fine-tuned",
+    "lpaf",
+)
 """Methods that no options make up; `hf_lossless_lr.baselines` has them."""
 
 

@@ -627,6 +627,29 @@ def test_shifted_weight_of_narrow_dtypes_is_computed_in_float64():
     assert torch.equal(found, shifted_weight(weight.double(), cross.double(), inputs.double(), 1e-2))
 
 
+@on_rows
+@on_shapes
+@pytest.mark.parametrize("ridge", [1e-2, 1.0])
+def test_large_well_conditioned_systems_are_solved_in_float32(kind, shape, ridge, monkeypatch):
+    """The error is that of float32 where inputs vary, and what no row could tell apart stays at the weight."""
+    weight, (before, after) = random(33, *shape), shifted_rows(kind, shape[1], 33)
+    exact = fitted(weight, before, after, ridge)
+    monkeypatch.setattr("hf_lossless_lr.statistics.rows.LARGE", 1)
+    found = fitted(weight, before, after, ridge)
+    assert found.dtype == torch.float64
+    assert torch.equal(found, found.float().double())
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-3)
+    torch.testing.assert_close(after @ found.T, after @ exact.T, rtol=0, atol=1e-4)
+
+
+@on_shapes
+def test_large_ill_conditioned_systems_are_solved_in_float64(shape, monkeypatch):
+    weight, (before, after) = random(34, *shape), shifted_rows("few", shape[1], 34)
+    exact = fitted(weight, before, after, 1e-6)
+    monkeypatch.setattr("hf_lossless_lr.statistics.rows.LARGE", 1)
+    assert torch.equal(fitted(weight, before, after, 1e-6), exact)
+
+
 def test_arguments_of_shifted_weight_are_not_changed():
     before, after = shifted_rows("many", 6, 31)
     arguments = (random(31, 4, 6), random(31, 4, 6) @ before.T @ after, after.T @ after)
