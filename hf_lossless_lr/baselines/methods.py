@@ -75,7 +75,8 @@ BASELINES = {
     "rank-masks": Baseline(
         masked_ranks,
         "Sundrani et al. 2025, arXiv 2512.13733",
-        "a budget that sinks in place of a penalty; no term for smooth masks; trained on the calibration data alone",
+        "a budget that sinks in place of a penalty; no term for smooth masks; factors of SVD-LLM, not ASVD; trained "
+        "on the calibration data alone",
         trains=True,
         reads=True,
     ),

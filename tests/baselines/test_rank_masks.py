@@ -3,7 +3,9 @@
 import math
 from copy import deepcopy
 from functools import partial
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from support.tiny_models import TINY_MODELS, split_batch
@@ -73,21 +75,28 @@ def test_a_component_is_drawn_as_often_as_its_probability_says():
     assert (shares > 0.5).double().mean() == pytest.approx(1 / (1 + math.exp(-0.5)), abs=0.035)
 
 
-@pytest.mark.parametrize("share", [0.9, 0.5, 0.2, 0.07])
+@pytest.mark.parametrize("share", [1.2, 0.9, 0.5, 0.2, 0.07])
 def test_what_is_expected_to_be_kept_is_the_budget(budget, share):
     budget.set_offset(share)
     expected = sum(
-        min(
-            mask.each * sum(1 / (1 + math.exp(mask.offset.item() - logit)) for logit in mask.logits.tolist()),
-            mask.dense,
-        )
+        mask.each * sum(1 / (1 + math.exp(mask.offset.item() - logit)) for logit in mask.logits.tolist())
         for mask in budget.masks
     )
     assert expected == pytest.approx(share * sum(mask.dense for mask in budget.masks), rel=1e-9)
 
 
+def test_the_budget_sinks_from_everything_to_the_wanted_share(budget):
+    shares = []
+    budget.set_offset = shares.append
+    for step in range(20):
+        budget.on_step_begin(None, SimpleNamespace(global_step=step, max_steps=20), None)
+    assert shares[0] == sum(m.each * len(m.logits) for m in budget.masks) / sum(m.dense for m in budget.masks)
+    assert (np.diff(shares)[:15] < 0).all()
+    assert shares[15:] == [0.5] * 5
+
+
 def test_with_everything_kept_no_mask_takes_anything_away(budget):
-    budget.set_offset(1.0)
+    budget.set_offset(budget.full)
     assert all((mask.logits - mask.offset > 25).all() for mask in budget.masks)
 
 
