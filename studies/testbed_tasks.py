@@ -40,7 +40,7 @@ def sentiment(testbed: Path, examples: int = 1024) -> Task:
     return Task(model, load("calibration").select(range(examples)), load("validation"), tokenizer)
 
 
-def language(testbed: Path) -> Task:
+def language(testbed: Path, examples: int = 256) -> Task:
     folder = testbed / "llama-small"
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
@@ -50,7 +50,7 @@ def language(testbed: Path) -> Task:
         return [{"input_ids": part, "labels": part} for part in ids.split(8)]
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return Task(model, blocks("valid", 256), blocks("test", 600))
+    return Task(model, blocks("valid", examples), blocks("test", 600))
 
 
 def digits(testbed: Path) -> Task:

@@ -1,0 +1,167 @@
+"""Forms that layers could share, against each layer by itself: what they are predicted to cost at the same size.
+
+    python studies/joint_forms.py --testbed ../shared/testbed
+
+Two forms that checkpoints do not have, on the statistics of a calibration: fewer dimensions between `v` and `o` of an
+attention head, and one `down` for all layers that read the same. The predicted cost of a block is the least one at
+which its layers take a share of their parameters, each by itself or in the form, in either storage. Forms may be
+mixed: what `v` and `o` are with fewer dimensions may be factorized as well.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from testbed_tasks import Task, language, sentiment
+
+from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
+from hf_lossless_lr.factors import factorize, loss_curve
+from hf_lossless_lr.statistics import LayerStatistics
+
+TASKS = {"minilm-sst2": sentiment, "llama-small": language}
+LAYERS = {  # of a block: those that read the same, and the two around the context
+    "minilm-sst2": (("attention.self.query", "attention.self.key", "attention.self.value"), "attention.output.dense"),
+    "llama-small": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj"),
+}
+BLOCKS = {"minilm-sst2": "bert.encoder.layer", "llama-small": "model.layers"}
+STORAGES, SHARES = ("two-factor", "pivoted"), (0.8, 0.65, 0.5, 0.35)
+DIMENSIONS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4)  # shares of those between `v` and `o`
+DAMPING = LosslessLowRankConfig.damping
+
+Points = tuple[np.ndarray, np.ndarray]  # parameters and predicted cost
+Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # W, A, B
+
+
+def points(layer: Layer, storage: str) -> Points:
+    """Return the sizes and predicted costs of all ranks of a layer, and of the dense one."""
+    weight, A, B = (each.double()[None] for each in layer)
+    stats = LayerStatistics(None, A, B, 1, 1)
+    curve = loss_curve(weight, factorize(weight, stats, "kronecker", DAMPING), stats, storage)
+    ranks: list[int | None] = [*range(1, curve.break_even_rank + 1), None]
+    sizes = [curve.parameters(rank) for rank in ranks]
+    return np.array(sizes), np.array([*curve.second_order[1 : len(ranks)], 0.0])
+
+
+def least_cost(layers: Sequence[Points], budget: float) -> float:
+    """Return the least cost of layers that fit into a budget, with points between neighbours of the hull."""
+    low, high, chosen = 0.0, 1e6, []
+    for _ in range(80):
+        multiplier = (low + high) / 2
+        picks = [int(np.argmin(cost + multiplier * size)) for size, cost in layers]
+        size, cost = (sum(layer[part][pick] for layer, pick in zip(layers, picks, strict=True)) for part in (0, 1))
+        chosen.append((float(size), float(cost)))
+        low, high = (multiplier, high) if size > budget else (low, multiplier)
+    above = min((point for point in chosen if point[0] > budget), default=None)
+    below = max((point for point in chosen if point[0] <= budget), default=None)
+    if below is None or above is None:
+        return np.inf if below is None else below[1]
+    return below[1] + (above[1] - below[1]) * (budget - below[0]) / (above[0] - below[0])
+
+
+def shared(layers: Sequence[Layer]) -> Layer:
+    """Return the layers that read the same as one, of which a truncation has one `down`."""
+    weights, inputs, outputs = zip(*layers, strict=True)
+    return torch.cat(weights), inputs[0], torch.block_diag(*outputs)
+
+
+def narrowed(v: Layer, o: Layer, heads: tuple[int, int], share: float) -> tuple[Layer, Layer, float]:
+    """Return `v` and `o` with fewer dimensions between them, and what that alone is predicted to cost.
+
+    With `S = Σ_h W_hᵀ B W_h` over the query heads of a key head and `A` the mean of the moments of their contexts,
+    `LLᵀ = A`, the rows of `P = VᵀL⁻¹` are the dimensions that are kept, `V` the first eigenvectors of `LᵀSL`. Values
+    become `P W_V`, and `W_O` what fits best behind them, `W_O A_o Pᵀ(P A_o Pᵀ)⁻¹`.
+
+    Args:
+        v: W, A and B of the values.
+        o: the same of the output projection.
+        heads: of queries, and of keys.
+        share: of the dimensions.
+    """
+    (W_v, A_v, B_v), (W_o, A_o, B_o) = v, o
+    if share == 1:
+        return v, o, 0.0
+    queries, keys = heads
+    damped = A_o + DAMPING * A_o.diagonal().diag()
+    found = []
+    for key in range(keys):
+        parts = torch.arange(len(A_o)).view(keys, queries // keys, -1)[key]
+        S = sum(W_o[:, part].T @ B_o @ W_o[:, part] for part in parts)
+        L = torch.linalg.cholesky(sum(damped[part][:, part] for part in parts) / len(parts))
+        values, V = torch.linalg.eigh(L.T @ S @ L)
+        found.append((values.flip(0), torch.linalg.solve_triangular(L, V.flip(1).T, upper=False, left=False)))
+    pooled = torch.cat([values for values, _ in found]).sort(descending=True).values
+    least = pooled[round(share * len(pooled)) - 1]
+    kept = [P[: max(1, int((values >= least).sum()))] for values, P in found]
+    P_v, P_o = torch.block_diag(*kept), torch.block_diag(*(P for P in kept for _ in range(queries // keys)))
+    back = torch.linalg.solve(P_o @ damped @ P_o.T, P_o @ damped).T
+    change = W_o @ back @ P_o - W_o
+    lift = torch.linalg.pinv(P_v)
+    cost = 0.5 * float((B_o * (change @ A_o @ change.T)).sum())
+    return (P_v @ W_v, A_v, lift.T @ B_v @ lift), (W_o @ back, P_o @ A_o @ P_o.T, B_o), cost
+
+
+def costs(
+    layers: dict[str, Layer], names: Any, heads: tuple[int, int], storage: str
+) -> dict[tuple[str, float], float]:
+    """Return the predicted costs of a block: of its layers by themselves, and in the forms, at each share."""
+    readers, output = names
+    read, v, o = [layers[name] for name in readers], layers[readers[-1]], layers[output]
+    alone = [points(layer, storage) for layer in read]
+    together = points(shared(read), storage)
+    pairs = [narrowed(v, o, heads, share) for share in DIMENSIONS]
+    narrow = [([points(each, storage) for each in pair[:2]], pair[2]) for pair in pairs]
+    found = {}
+    for share in SHARES:
+        budget = share * sum(layer[0].numel() for layer in read)
+        found["q, k, v", share] = least_cost(alone, budget)
+        found["one down", share] = least_cost([together], budget)
+        budget = share * (v[0].numel() + o[0].numel())
+        by_dimensions = [least_cost(parts, budget) + cost for parts, cost in narrow]
+        found["v, o", share], found["fewer dimensions", share] = by_dimensions[0], min(by_dimensions)
+    return found
+
+
+def measured(name: str, task: Task, storage: str) -> dict[tuple[str, float], float]:
+    """Return the predicted costs of all blocks of a model."""
+    compressor = LowRankCompressor(LosslessLowRankConfig(refit=False))
+    compressor.calibrate(task.model, task.calibration, processing_class=task.processing_class)
+    statistics, config, total = compressor.calibration_statistics.layers, task.model.config, dict[Any, float]()
+    queries = config.num_attention_heads
+    heads = queries, getattr(config, "num_key_value_heads", queries)
+    for block in range(config.num_hidden_layers):
+        layers = {}
+        for each in (*LAYERS[name][0], LAYERS[name][1]):
+            path = f"{BLOCKS[name]}.{block}.{each}"
+            stats = statistics[path]
+            weight = task.model.get_submodule(path).weight.detach().double()
+            layers[each] = (weight, stats.input_covariance[0].double(), stats.grad_covariance[0].double())
+        for key, cost in costs(layers, LAYERS[name], heads, storage).items():
+            total[key] = total.get(key, 0.0) + cost
+    compressor.release()
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--testbed", type=Path, required=True, help="folder of the trained models and their data")
+    parser.add_argument("--models", nargs="+", choices=list(TASKS), default=list(TASKS))
+    arguments = parser.parse_args()
+    print(
+        "| model | storage | share | one `down` for q, k, v | fewer dimensions between v and o |\n" + "|---" * 5 + "|"
+    )
+    for name in arguments.models:
+        for storage in STORAGES:
+            found = measured(name, TASKS[name](arguments.testbed), storage)
+            for share in SHARES:
+                ratios = [
+                    found[form, share] / found[by_themselves, share] - 1
+                    for form, by_themselves in (("one down", "q, k, v"), ("fewer dimensions", "v, o"))
+                ]
+                print(f"| {name} | {storage} | {share} | {ratios[0]:+.0%} | {ratios[1]:+.0%} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
