@@ -59,7 +59,7 @@ def place(name: str, testbed: Path) -> Place:
     return Place(task.model, task.calibration[:32], task.calibration[32:], None)
 
 
-def compressed(place: Place, keep_ratio: float, **options: Any) -> tuple[PreTrainedModel, CompressionReport]:
+def compressed(place: Place, keep_ratio: float | None, **options: Any) -> tuple[PreTrainedModel, CompressionReport]:
     """Return a compressed copy of a model, and its report."""
     model = deepcopy(place.model)
     config = LosslessLowRankConfig(keep_ratio=keep_ratio, storage="two-factor", rank_multiple=1, **options)
@@ -97,7 +97,7 @@ def clamped_ranks(place: Place, keep_ratio: float) -> Iterator[Record]:
             middle = (low + high) / 2
             size = sum(rank * each[name] for name, rank in within(limit, middle).items())
             low, high = (low, middle) if size > total else (middle, high)
-        _, found = compressed(place, 1.0, ranks=within(limit, low))
+        _, found = compressed(place, None, ranks=within(limit, low))
         increase = found.compressed.loss - found.dense.loss
         yield {"setting": limit or "none", "loss_increase": increase, "divergence": found.certificate.divergence}
 
