@@ -72,7 +72,8 @@ def narrowed(v: Layer, o: Layer, heads: tuple[int, int], share: float) -> tuple[
 
     With `S = Σ_h W_hᵀ B W_h` over the query heads of a key head and `A` the mean of the moments of their contexts,
     `LLᵀ = A`, the rows of `P = VᵀL⁻¹` are the dimensions that are kept, `V` the first eigenvectors of `LᵀSL`. Values
-    become `P W_V`, and `W_O` what fits best behind them, `W_O A_o Pᵀ(P A_o Pᵀ)⁻¹`.
+    become `P W_V`, and `W_O` what fits best behind them, `W_O A_o Pᵀ(P A_o Pᵀ)⁻¹`. What is still wrong with values is
+    heard through `LV`, as `A Pᵀ(P A Pᵀ)⁻¹` of a head is.
 
     Args:
         v: W, A and B of the values.
@@ -91,14 +92,16 @@ def narrowed(v: Layer, o: Layer, heads: tuple[int, int], share: float) -> tuple[
         S = sum(W_o[:, part].T @ B_o @ W_o[:, part] for part in parts)
         L = torch.linalg.cholesky(sum(damped[part][:, part] for part in parts) / len(parts))
         values, V = torch.linalg.eigh(L.T @ S @ L)
-        found.append((values.flip(0), torch.linalg.solve_triangular(L, V.flip(1).T, upper=False, left=False)))
-    pooled = torch.cat([values for values, _ in found]).sort(descending=True).values
+        P = torch.linalg.solve_triangular(L, V.flip(1).T, upper=False, left=False)
+        found.append((values.flip(0), P, L @ V.flip(1)))
+    pooled = torch.cat([values for values, *_ in found]).sort(descending=True).values
     least = pooled[round(share * len(pooled)) - 1]
-    kept = [P[: max(1, int((values >= least).sum()))] for values, P in found]
+    counts = [max(1, int((values >= least).sum())) for values, *_ in found]
+    kept = [P[:count] for count, (_, P, _) in zip(counts, found, strict=True)]
     P_v, P_o = torch.block_diag(*kept), torch.block_diag(*(P for P in kept for _ in range(queries // keys)))
+    lift = torch.block_diag(*(Q[:, :count] for count, (*_, Q) in zip(counts, found, strict=True)))
     back = torch.linalg.solve(P_o @ damped @ P_o.T, P_o @ damped).T
     change = W_o @ back @ P_o - W_o
-    lift = torch.linalg.pinv(P_v)
     cost = 0.5 * float((B_o * (change @ A_o @ change.T)).sum())
     return (P_v @ W_v, A_v, lift.T @ B_v @ lift), (W_o @ back, P_o @ A_o @ P_o.T, B_o), cost
 

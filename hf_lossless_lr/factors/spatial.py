@@ -48,6 +48,11 @@ class SpatialFactorization:
     solved: torch.Tensor
     width: int
 
+    def contiguous(self) -> SpatialFactorization:
+        """Return it as it comes back from a file, see `Factorization.contiguous`."""
+        factors = MetricFactors(*(tensor.contiguous() for tensor in self.factors))
+        return SpatialFactorization(factors, self.lower.contiguous(), self.solved.contiguous(), self.width)
+
     def truncate(self, rank: int, storage: str = "two-factor", pivot_inputs: bool = False) -> FactorTensors:
         """Return the filters of the given rank, balanced.
 

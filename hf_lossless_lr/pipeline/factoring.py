@@ -64,7 +64,8 @@ def factorize_targets(
     if shelf is None:
         factorizations: dict[str, Forms] = {}
         for name, module in logging.tqdm(targets.chosen.items(), desc="Factorizing", disable=not is_main):
-            factorizations[name], curves[name] = _factorized(name, module, statistics.layers[name], config)
+            forms, curves[name] = _factorized(name, module, statistics.layers[name], config)
+            factorizations[name] = {form: each.contiguous() for form, each in forms.items()}
         return factorizations, curves
     kept = ShelvedFactorizations(shelf, accelerator.device)
     owner = _owners(targets, accelerator.num_processes)

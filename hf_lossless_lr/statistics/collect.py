@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..data import quick_products, watching_masks
+from ..data import watching_masks
 from ..errors import DataError, TargetError
 from ..fingerprint import tensors_fingerprint
 from ..layers import differentiating_only
@@ -82,8 +82,7 @@ def collect_statistics(
         progress = logging.tqdm(prepared, desc="Calibrating", disable=not accelerator.is_local_main_process)
         watching = watching_masks(model, collector.masks.encoder, lambda: collector.masks)
         differentiating = differentiating_only(model, targets if weight_grads else {})
-        quick = quick_products(model)  # also where blocks run again in the backward pass
-        with watching, differentiating, recomputing(model, recompute), quick, torch.enable_grad():
+        with watching, differentiating, recomputing(model, recompute), torch.enable_grad():
             for index, batch in enumerate(progress):
                 totals += collector.add_batch(batch, index)
                 digests.append(tensors_fingerprint(batch))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..data import quick_products
 from ..layers import finish, own_forward
 
 WITHOUT_CACHE = {"use_cache": False, "past_key_values": None, "past_key_value": None, "layer_past": None}
@@ -40,12 +41,18 @@ def recomputing(model: nn.Module, wanted: bool = True) -> Iterator[None]:
     undo = [own_forward(block) for block in blocks]
     try:
         for block in blocks:
-            vars(block)["forward"] = partial(_run, block.forward)
+            vars(block)["forward"] = partial(_run, block, block.forward)
         yield
     finally:
         finish(undo)
 
 
-def _run(forward: Any, *args: Any, **kwargs: Any) -> Any:
+def _run(block: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
     kwargs |= {name: value for name, value in WITHOUT_CACHE.items() if name in kwargs}
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    options: Any = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": partial(_contexts, block)}
+    return checkpoint(forward, *args, **options, **kwargs)
+
+
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Return in what a block runs first, and again: a mode of the caller is not there while PyTorch goes backward."""
+    return nullcontext(), quick_products(block)
