@@ -147,6 +147,28 @@ def test_in_windows_and_on_disk_the_result_is_the_same(name, monkeypatch):
     assert report.calibration == plain.calibration
 
 
+def steps(factorization):
+    """How the numbers of factors lie in memory."""
+    tensors = [*factorization.factors, *(each for each in vars(factorization).values() if torch.is_tensor(each))]
+    return [[(n, step) for n, step in zip(t.shape, t.stride(), strict=True) if n > 1] for t in tensors]
+
+
+@pytest.mark.parametrize("options", [{}, {"target_modules": ["Conv2d", "Linear"]}], ids=["llama", "resnet"])
+def test_factors_lie_in_memory_as_they_come_back_from_a_file(options, tmp_path):
+    """Or the last bits of what is made of large ones would be others."""
+    model, batch = TINY_MODELS["resnet" if options else "llama"](EXAMPLES)
+    data = split_batch(batch, 1)
+    forms = []
+    for settings in ({}, {"work_dir": tmp_path}):
+        compressor = LowRankCompressor(LosslessLowRankConfig(keep_ratio=0.5, batch_size=2, **options), **settings)
+        compressor.calibrate(model, data[:24], eval_dataset=data[24:])
+        found = compressor._calibration.factors.factorizations
+        forms.append({(name, form): steps(each) for name in found for form, each in found[name].items()})
+        compressor.release()
+    assert forms[0] == forms[1]
+    assert ({form for _, form in forms[0]} == {"channel", "spatial"}) == bool(options)
+
+
 class TestARefit:
     """The last 8 examples are held out, and 6 of the others judge: 18, in batches of 2, are fitted to."""
 
