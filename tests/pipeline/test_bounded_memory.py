@@ -134,9 +134,9 @@ class TestLimit:
 
 @pytest.mark.parametrize("name", ["bert-sequence-classification", "albert", "gpt2", "llama", "t5", "vit"])
 def test_in_windows_and_on_disk_the_result_is_the_same(name, monkeypatch):
-    make = TINY_MODELS[name]
-    expected, plain = compressed(make)
-    found, report = compressed(make, max_memory=small(monkeypatch, make()[0]))
+    make, config = TINY_MODELS[name], options(batch_size=6)
+    expected, plain = compressed(make, config=config)
+    found, report = compressed(make, config=config, max_memory=small(monkeypatch, make()[0]))
     assert plain.memory.passes == 1
     assert plain.memory.disk == 0
     assert report.memory.passes > 1

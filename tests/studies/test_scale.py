@@ -38,8 +38,9 @@ def test_tinyllama_fits_into_ten_gibibytes_and_ninety_minutes(whole):
 
 def test_time_and_memory_grow_no_faster_than_the_model_and_the_data(records):
     """Exponents between the smallest and the largest run: of the layers at one number of tokens, and the reverse."""
-    same_tokens = {r["layers"]: r for r in records if r["tokens"] == 16 * 256}
-    same_layers = {r["tokens"]: r for r in records if r["layers"] == 2}
+    limited = [r for r in records if r["max_memory"] is not None]
+    same_tokens = {r["layers"]: r for r in limited if r["tokens"] == 8 * 256}
+    same_layers = {r["tokens"]: r for r in limited if r["layers"] == 2}
     for found in (same_tokens, same_layers):
         assert len(found) >= 2
         low, high = min(found), max(found)
@@ -48,11 +49,24 @@ def test_time_and_memory_grow_no_faster_than_the_model_and_the_data(records):
             assert growth <= 1.1
 
 
+def test_no_run_took_more_than_it_was_allowed(records):
+    limits = [(record["max_memory"], record["peak"]) for record in records if record["max_memory"] is not None]
+    assert all(peak <= int(limit.removesuffix("GiB")) * GIBIBYTE for limit, peak in limits)
+
+
+def test_the_model_is_the_same_with_a_limit_and_without(records):
+    found = {r["max_memory"]: r for r in records if r["layers"] == 4}
+    assert set(found) == {"6GiB", None}
+    assert found["6GiB"]["disk"] > 0 == found[None]["disk"]
+    assert found["6GiB"]["fingerprint"] == found[None]["fingerprint"]
+
+
 def test_the_figures_of_the_document_are_those_of_the_records(records):
     text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     for record in records:
         row = (
-            f"| {record['layers']} | {record['tokens']:,} | {record['passes']} | {record['peak'] / GIBIBYTE:.2f} GiB |"
+            f"| {record['layers']} | {record['tokens']:,} | {record['max_memory'] or 'none'} | {record['passes']} "
+            f"| {record['peak'] / GIBIBYTE:.2f} GiB |"
         )
         assert row in text
 
