@@ -26,13 +26,14 @@ def pictures(testbed: Path) -> Task:
 
 
 METHODS = ("default", "no-refit", "kfac-svd", "svd-llm", "svd", "fwsvd", "aa-svd")
+OWN_LAYERS = ("basis-sharing", "rank-masks")
 OTHERS = ("separable", "tucker", "cp", "tensor-train", "int8", "aciq-int8")
 # Half of the 4 inputs of a patch embedding would ruin every method with the same share for each layer.
 OPTIONS = {"swin-mnist": {"ignore": ["re:.*patch_embeddings.*"]}}
 # Model: loader, sizes, methods.
 TASKS: dict[str, tuple[Callable[[Path], Task], tuple[float, ...], tuple[str, ...]]] = {
-    "minilm-sst2": (sentiment, (0.7, 0.5, 0.35), METHODS),
-    "llama-small": (language, (0.7, 0.5), (*METHODS, "mpifa", "asvd")),
+    "minilm-sst2": (sentiment, (0.7, 0.5, 0.35), (*METHODS, *OWN_LAYERS)),
+    "llama-small": (language, (0.7, 0.5), (*METHODS, "mpifa", "asvd", *OWN_LAYERS)),
     "swin-mnist": (digits, (0.5, 0.35), METHODS[:-1]),
     "cnn-resnet": (pictures, (0.5, 0.35), (*METHODS[:5], *OTHERS)),
 }
