@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from convolutional_networks import CALIBRATION, testbed_pictures
-from records import RESULTS, append_records, read_records
+from records import RESULTS, append_records, known_records
 from testbed_tasks import Task, digits, language, sentiment
 
 from hf_lossless_lr.baselines import compare
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--records", type=Path, default=RESULTS / "compare_methods.jsonl")
     parser.add_argument("--models", nargs="+", choices=list(TASKS), default=list(TASKS))
     arguments = parser.parse_args()
-    records = read_records(arguments.records) if arguments.records.exists() else []
+    records = known_records(arguments.records)
     for name in arguments.models if arguments.testbed else ():
         load, keep_ratios, methods = TASKS[name]
         task = load(arguments.testbed)

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, load_dataset
-from records import Record, append_records, read_records
+from records import Record, append_records, known_records
 from torch.nn import functional as F
 from torch.utils.data import Subset
 from torch.utils.flop_counter import FlopCounterMode
@@ -214,7 +214,7 @@ def main() -> None:
         "--target_modules", nargs="+", help="layers to factorize, such as Linear; default all but heads"
     )
     options = parser.parse_args()
-    done = read_records(options.records) if options.records and options.records.exists() else []
+    done = known_records(options.records) if options.records else []
     sources: dict[str, Callable[[], Pictures]] = {}
     if options.testbed:
         if options.trained is None and not NETWORKS.keys() >= set(options.networks):

@@ -38,7 +38,7 @@ from typing import Any
 import datasets
 import torch
 from accelerate import Accelerator
-from records import Record, read_records, write_records
+from records import Record, known_records, write_records
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
@@ -413,7 +413,7 @@ def run(seed: int, share: float, kinds: list[str]) -> Iterator[Record]:
 
 def keep(file: Path, record: Record) -> None:
     """Put a record into a file, in place of an older one of the same fault."""
-    kept = read_records(file) if file.exists() else []
+    kept = known_records(file)
     found = {other["fault"]: other for other in [*kept, record]}
     write_records(file, [found[kind] for kind in CAMPAIGN if kind in found])
 

@@ -9,7 +9,7 @@ import argparse
 import random
 from pathlib import Path
 
-from records import Record, append_records, read_records
+from records import Record, append_records, known_records
 from testbed_tasks import Task, sentiment
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of calibration examples")
     parser.add_argument("--held-out", type=int, default=1000, help="number of held-out examples")
     arguments = parser.parse_args()
-    records = read_records(arguments.records) if arguments.records.exists() else []
+    records = known_records(arguments.records)
     done = {(record["examples"], record["seed"], record["refit"]) for record in records}
     task = sentiment(arguments.testbed, 4096) if arguments.testbed else None
     wanted = [(size, seed, refit) for size in arguments.sizes for seed in SEEDS for refit in (False, True)]

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from datasets import Dataset
-from records import RESULTS, Record, append_records, read_records
+from records import RESULTS, Record, append_records, known_records
 from testbed_tasks import Task, sentiment
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor, timing
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     arguments = parser.parse_args()
-    records = read_records(arguments.records) if arguments.records.exists() else []
+    records = known_records(arguments.records)
 
     def add(record: Record) -> None:
         records.append(record)

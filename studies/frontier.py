@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import RESULTS, Record, append_records, read_records
+from records import RESULTS, Record, append_records, known_records, read_records
 from testbed_tasks import Task, digits, language, sentiment
 from torch import nn
 from transformers.utils import logging
@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("--plots", type=Path, help="folder for sizes.png and rounding.png")
     arguments = parser.parse_args()
     logging.disable_progress_bar()
-    records = read_records(arguments.records) if arguments.records.exists() else []
+    records = known_records(arguments.records)
     if arguments.testbed is not None:
         known = {(record["model"], record["method"], record["asked"]) for record in records}
         with tempfile.TemporaryDirectory() as folder:

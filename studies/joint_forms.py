@@ -18,7 +18,8 @@ import torch
 from testbed_tasks import Task, language, sentiment
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
-from hf_lossless_lr.factors import factorize, loss_curve
+from hf_lossless_lr.factors import LossCurve, factorize, loss_curve
+from hf_lossless_lr.ranks import compression_path, second_order_cost
 from hf_lossless_lr.statistics import LayerStatistics
 
 TASKS = {"minilm-sst2": sentiment, "llama-small": language}
@@ -31,34 +32,23 @@ STORAGES, SHARES = ("two-factor", "pivoted"), (0.8, 0.65, 0.5, 0.35)
 DIMENSIONS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4)  # shares of those between `v` and `o`
 DAMPING = LosslessLowRankConfig.damping
 
-Points = tuple[np.ndarray, np.ndarray]  # parameters and predicted cost
 Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # W, A, B
 
 
-def points(layer: Layer, storage: str) -> Points:
-    """Return the sizes and predicted costs of all ranks of a layer, and of the dense one."""
+def curve(layer: Layer, storage: str) -> LossCurve:
+    """Return what a layer is predicted to cost at every rank."""
     weight, A, B = (each.double()[None] for each in layer)
     stats = LayerStatistics(None, A, B, 1, 1)
-    curve = loss_curve(weight, factorize(weight, stats, "kronecker", DAMPING), stats, storage)
-    ranks: list[int | None] = [*range(1, curve.break_even_rank + 1), None]
-    sizes = [curve.parameters(rank) for rank in ranks]
-    return np.array(sizes), np.array([*curve.second_order[1 : len(ranks)], 0.0])
+    return loss_curve(weight, factorize(weight, stats, "kronecker", DAMPING), stats, storage)
 
 
-def least_cost(layers: Sequence[Points], budget: float) -> float:
-    """Return the least cost of layers that fit into a budget, with points between neighbours of the hull."""
-    low, high, chosen = 0.0, 1e6, []
-    for _ in range(80):
-        multiplier = (low + high) / 2
-        picks = [int(np.argmin(cost + multiplier * size)) for size, cost in layers]
-        size, cost = (sum(layer[part][pick] for layer, pick in zip(layers, picks, strict=True)) for part in (0, 1))
-        chosen.append((float(size), float(cost)))
-        low, high = (multiplier, high) if size > budget else (low, multiplier)
-    above = min((point for point in chosen if point[0] > budget), default=None)
-    below = max((point for point in chosen if point[0] <= budget), default=None)
-    if below is None or above is None:
-        return np.inf if below is None else below[1]
-    return below[1] + (above[1] - below[1]) * (budget - below[0]) / (above[0] - below[0])
+def least_cost(curves: Sequence[LossCurve], budget: float) -> float:
+    """Return the least cost of layers that fit into a budget, with points between neighbours of the path."""
+    path = compression_path({str(n): each for n, each in enumerate(curves)}, second_order_cost)
+    costs = [path.predicted_cost_after(count) for count in range(len(path) + 1)]
+    if budget < path.targeted[-1]:
+        return np.inf
+    return float(np.interp(budget, path.targeted[::-1], costs[::-1]))
 
 
 def shared(layers: Sequence[Layer]) -> Layer:
@@ -106,28 +96,28 @@ def narrowed(v: Layer, o: Layer, heads: tuple[int, int], share: float) -> tuple[
     return (P_v @ W_v, A_v, lift.T @ B_v @ lift), (W_o @ back, P_o @ A_o @ P_o.T, B_o), cost
 
 
-def costs(
-    layers: dict[str, Layer], names: Any, heads: tuple[int, int], storage: str
-) -> dict[tuple[str, float], float]:
-    """Return the predicted costs of a block: of its layers by themselves, and in the forms, at each share."""
+def costs(layers: dict[str, Layer], names: Any, heads: tuple[int, int]) -> dict[tuple[str, str, float], float]:
+    """Return the predicted costs of a block in each storage: of its layers by themselves, and in the forms."""
     readers, output = names
     read, v, o = [layers[name] for name in readers], layers[readers[-1]], layers[output]
-    alone = [points(layer, storage) for layer in read]
-    together = points(shared(read), storage)
     pairs = [narrowed(v, o, heads, share) for share in DIMENSIONS]
-    narrow = [([points(each, storage) for each in pair[:2]], pair[2]) for pair in pairs]
     found = {}
-    for share in SHARES:
-        budget = share * sum(layer[0].numel() for layer in read)
-        found["q, k, v", share] = least_cost(alone, budget)
-        found["one down", share] = least_cost([together], budget)
-        budget = share * (v[0].numel() + o[0].numel())
-        by_dimensions = [least_cost(parts, budget) + cost for parts, cost in narrow]
-        found["v, o", share], found["fewer dimensions", share] = by_dimensions[0], min(by_dimensions)
+    for storage in STORAGES:
+        alone = [curve(layer, storage) for layer in read]
+        together = curve(shared(read), storage)
+        narrow = [([curve(each, storage) for each in pair[:2]], pair[2]) for pair in pairs]
+        for share in SHARES:
+            budget = share * sum(layer[0].numel() for layer in read)
+            found[storage, "q, k, v", share] = least_cost(alone, budget)
+            found[storage, "one down", share] = least_cost([together], budget)
+            budget = share * (v[0].numel() + o[0].numel())
+            by_dimensions = [least_cost(parts, budget) + cost for parts, cost in narrow]
+            found[storage, "v, o", share] = by_dimensions[0]
+            found[storage, "fewer dimensions", share] = min(by_dimensions)
     return found
 
 
-def measured(name: str, task: Task, storage: str) -> dict[tuple[str, float], float]:
+def measured(name: str, task: Task) -> dict[tuple[str, str, float], float]:
     """Return the predicted costs of all blocks of a model."""
     compressor = LowRankCompressor(LosslessLowRankConfig(refit=False))
     compressor.calibrate(task.model, task.calibration, processing_class=task.processing_class)
@@ -141,7 +131,7 @@ def measured(name: str, task: Task, storage: str) -> dict[tuple[str, float], flo
             stats = statistics[path]
             weight = task.model.get_submodule(path).weight.detach().double()
             layers[each] = (weight, stats.input_covariance[0].double(), stats.grad_covariance[0].double())
-        for key, cost in costs(layers, LAYERS[name], heads, storage).items():
+        for key, cost in costs(layers, LAYERS[name], heads).items():
             total[key] = total.get(key, 0.0) + cost
     compressor.release()
     return total
@@ -152,18 +142,15 @@ def main() -> None:
     parser.add_argument("--testbed", type=Path, required=True, help="folder of the trained models and their data")
     parser.add_argument("--models", nargs="+", choices=list(TASKS), default=list(TASKS))
     arguments = parser.parse_args()
-    print(
-        "| model | storage | share | one `down` for q, k, v | fewer dimensions between v and o |\n" + "|---" * 5 + "|"
-    )
+    print("| model | storage | share | one `down` for q, k, v | fewer dimensions between v and o |")
+    print("|---" * 5 + "|")
     for name in arguments.models:
+        found = measured(name, TASKS[name](arguments.testbed))
         for storage in STORAGES:
-            found = measured(name, TASKS[name](arguments.testbed), storage)
             for share in SHARES:
-                ratios = [
-                    found[form, share] / found[by_themselves, share] - 1
-                    for form, by_themselves in (("one down", "q, k, v"), ("fewer dimensions", "v, o"))
-                ]
-                print(f"| {name} | {storage} | {share} | {ratios[0]:+.0%} | {ratios[1]:+.0%} |", flush=True)
+                down = found[storage, "one down", share] / found[storage, "q, k, v", share] - 1
+                fewer = found[storage, "fewer dimensions", share] / found[storage, "v, o", share] - 1
+                print(f"| {name} | {storage} | {share} | {down:+.0%} | {fewer:+.0%} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from records import RESULTS, Record, append_records, read_records
+from records import RESULTS, Record, append_records, known_records
 from testbed_tasks import Task, language, sentiment
 
 from hf_lossless_lr.data import mean_loss, split_data
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--testbed", type=Path, help="folder of the trained models and their data")
     parser.add_argument("--records", type=Path, default=RESULTS / "paper_claims.jsonl")
     arguments = parser.parse_args()
-    records = read_records(arguments.records) if arguments.records.exists() else []
+    records = known_records(arguments.records)
     done = {record["model"] for record in records}
     for name, (load, blocks, examples) in TASKS.items() if arguments.testbed else ():
         if name not in done:

@@ -14,6 +14,11 @@ def read_records(path: Path) -> list[Record]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def known_records(path: Path) -> list[Record]:
+    """Return the records of a file that an earlier run may have left."""
+    return read_records(path) if path.exists() else []
+
+
 def write_records(path: Path, records: Iterable[Record]) -> None:
     path.write_text("".join(map(_line, records)), encoding="utf-8")
 

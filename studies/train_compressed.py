@@ -19,7 +19,7 @@ import torch
 from datasets import Dataset
 from finetune_small_models import HEADS, load
 from peft import LoraConfig, get_peft_model
-from records import Record, append_records, read_records
+from records import Record, append_records, known_records
 from testbed_tasks import Task, sentiment
 from torch import nn
 from transformers import (
@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--held-out", type=int, default=1000, help="number of held-out examples")
     arguments = parser.parse_args()
-    records = read_records(arguments.records) if arguments.records.exists() else []
+    records = known_records(arguments.records)
     done = {tuple(record[name] for name in NAMES[record["part"]]) for record in records}
     if arguments.testbed is not None:
         with tempfile.TemporaryDirectory() as temporary:

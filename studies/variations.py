@@ -21,15 +21,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from records import RESULTS, Record, append_records, read_records
+from records import RESULTS, Record, append_records, known_records
 from testbed_tasks import language, sentiment
 from torch import nn
 from transformers import PreTrainedModel
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
+from hf_lossless_lr.baselines.truncation import two_factors
 from hf_lossless_lr.data import make_dataloader, mean_loss
 from hf_lossless_lr.factors import factorize
-from hf_lossless_lr.layers import in_place, is_factorized, layout_of, weight_matrices
+from hf_lossless_lr.layers import in_place, is_factorized, weight_matrices
 from hf_lossless_lr.pipeline import verify
 from hf_lossless_lr.processes import make_accelerator
 from hf_lossless_lr.report import CompressionReport
@@ -174,23 +175,23 @@ def _train_blocks(place: Place, model: Any, rate: float) -> None:
     with torch.no_grad():
         before = [dense.model.embed_tokens(batch) for batch in batches]
     now = list(before)
-    turns = dense.model.rotary_emb(before[0], torch.arange(before[0].shape[1])[None])
+    rotations = dense.model.rotary_emb(before[0], torch.arange(before[0].shape[1])[None])
     for old, new in zip(dense.model.layers, model.model.layers, strict=True):
         with torch.no_grad():
-            before = [old(hidden, position_embeddings=turns) for hidden in before]
+            before = [old(hidden, position_embeddings=rotations) for hidden in before]
         new.requires_grad_(True)
         optimizer = torch.optim.Adam(new.parameters(), lr=rate)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS)
         for step in range(STEPS):
-            place_ = step % len(batches)
-            loss = (new(now[place_], position_embeddings=turns) - before[place_]).square().mean()
+            turn = step % len(batches)
+            loss = (new(now[turn], position_embeddings=rotations) - before[turn]).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
         new.requires_grad_(False)
         with torch.no_grad():
-            now = [new(hidden, position_embeddings=turns) for hidden in now]
+            now = [new(hidden, position_embeddings=rotations) for hidden in now]
 
 
 def removal(place: Place, keep_ratio: float) -> Iterator[Record]:
@@ -208,8 +209,8 @@ def removal(place: Place, keep_ratio: float) -> Iterator[Record]:
         factors = factorize(weight_matrices(layer), stats, "kronecker", LosslessLowRankConfig.damping)
         for share in SHARES:
             rank = max(1, int(share * factors.factors.left.shape[-1]))
-            smaller: Any = layout_of(layer).factorized(layer, rank, "two-factor")
-            smaller.load_factors(*factors.truncate(rank, "two-factor"), layer.bias)
+            balanced = factors.truncate(rank, "two-factor")
+            smaller = two_factors(layer, balanced.down, balanced.up)
             with in_place(place.model, {name: smaller}):
                 found.append((mean_loss(place.model, lines, accelerator) - dense, name, share, smaller))
     compressor.release()
@@ -246,7 +247,7 @@ def main() -> None:
     parser.add_argument("--variations", nargs="+", choices=list(VARIATIONS), default=list(VARIATIONS))
     parser.add_argument("--models", nargs="+", help="default all that a variation has")
     arguments = parser.parse_args()
-    records = read_records(arguments.records) if arguments.records.exists() else []
+    records = known_records(arguments.records)
     for name in arguments.variations if arguments.testbed else ():
         run, models, keep_ratios = VARIATIONS[name]
         for model in models:

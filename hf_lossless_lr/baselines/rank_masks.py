@@ -9,7 +9,7 @@ $$m_i = σ((ℓ_i − b + g) / τ).$$
 Source: Sundrani, Tudisco & Minervini 2025, "Low-rank compression of language models via differentiable rank
 selection", arXiv 2512.13733, without its text at hand. Its penalty on the size, whose weight rises and falls, is a
 budget here: `b` is solved for, so that what is expected to be kept sinks from everything to the wanted share. There is
-no term for smooth masks, and the factors are those of SVD-LLM rather than ASVD, with which four times as much is lost.
+no term for smooth masks, and the factors are those of SVD-LLM rather than ASVD: minilm-sst2 loses less with them.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from ..checkpoint import LosslessLowRankConfig
 from ..errors import ConfigurationError
 from ..factors import Factorization, MetricFactors, factorize
-from ..layers import layout_of, random_state_kept, replace_modules, weight_matrices
+from ..layers import replace_modules, weight_matrices
 from ..statistics import CalibrationStatistics
 from .fine_tuning import Recipe, train, trainable_copy
+from .truncation import two_factors
 
 LOGITS = (6.0, 3.0)  # of the first component of a layer, and of its last, before the training
 TEMPERATURE = 1.0
@@ -123,12 +124,9 @@ def _chosen(factors: MetricFactors, kept: torch.Tensor) -> MetricFactors:
     return MetricFactors(left[..., kept], right[..., kept, :], values[..., kept])
 
 
-def _layer(dense: Any, factors: MetricFactors) -> Any:
-    rank = factors.left.shape[-1]
-    with random_state_kept(dense.weight.device):  # a new layer draws its first weights
-        layer: Any = layout_of(dense).factorized(dense, rank, "two-factor")
-    layer.load_factors(*Factorization(factors).truncate(rank, "two-factor"), dense.bias)
-    return layer
+def _layer(dense: nn.Module, factors: MetricFactors) -> Any:
+    balanced = Factorization(factors).truncate(factors.left.shape[-1], "two-factor")
+    return two_factors(dense, balanced.down, balanced.up)
 
 
 class Budget(TrainerCallback):

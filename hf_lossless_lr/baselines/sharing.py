@@ -20,9 +20,9 @@ from torch import nn
 from ..checkpoint import LosslessLowRankConfig
 from ..errors import ConfigurationError
 from ..factors import damped, metric_svd
-from ..layers import layout_of, random_state_kept, weight_matrices
+from ..layers import weight_matrices
 from ..statistics import CalibrationStatistics
-from .truncation import at_least_one
+from .truncation import at_least_one, two_factors
 
 TOGETHER = 2  # blocks that share, as the source has it for most of its results
 
@@ -61,9 +61,7 @@ def shared_bases(
         factors = metric_svd(matrix, damped(moments, LosslessLowRankConfig.damping))
         ups = factors.left[..., :rank].split([weight_matrices(layer).shape[-2] for layer in layers], dim=-2)
         for name, layer, up in zip(names, layers, ups, strict=True):
-            with random_state_kept(layer.weight.device):  # a new layer draws its first weights
-                shared: Any = layout_of(layer).factorized(layer, rank, "two-factor")
-            shared.load_factors(factors.right[..., :rank, :], up, None, layer.bias)
+            shared = two_factors(layer, factors.right[..., :rank, :], up)
             shared.down.weight = found.get(names[0], shared).down.weight
             found[name] = shared
     return found

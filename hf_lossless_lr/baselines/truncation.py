@@ -44,9 +44,22 @@ def truncated(module: Any, rank: int, row_weights: torch.Tensor | None = None) -
     Returns:
         The layer.
     """
-    down, up = truncated_svd(weight_matrices(module).double(), rank, row_weights)
+    return two_factors(module, *truncated_svd(weight_matrices(module).double(), rank, row_weights))
+
+
+def two_factors(module: Any, down: torch.Tensor, up: torch.Tensor) -> Any:
+    """Return a layer of two given factors in the place of a dense one, with its bias.
+
+    Args:
+        module: the dense layer; unchanged.
+        down: the first factor.  # shape: (groups, rank, in)
+        up: the second one.  # shape: (groups, out, rank)
+
+    Returns:
+        The layer.
+    """
     with random_state_kept(module.weight.device):  # a new layer draws its first weights
-        layer: Any = layout_of(module).factorized(module, rank, "two-factor")
+        layer: Any = layout_of(module).factorized(module, down.shape[-2], "two-factor")
     layer.load_factors(down, up, None, module.bias)
     return layer
 

@@ -36,7 +36,8 @@ def quick_products(model: nn.Module) -> AbstractContextManager[Any]:
     Args:
         model: the model.
     """
-    slow = {p.dtype for p in model.parameters() if p.device.type == "cpu" and not _is_quick(p.dtype)}
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.device.type == "cpu"}
+    slow = {dtype for dtype in dtypes if not _is_quick(dtype)}
     return _InFloat32(slow) if slow else nullcontext()
 
 

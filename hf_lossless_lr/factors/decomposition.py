@@ -31,6 +31,10 @@ class MetricFactors(NamedTuple):
     right: torch.Tensor  # shape: (..., m, in)
     singular_values: torch.Tensor  # shape: (..., m), descending, in the metric
 
+    def contiguous(self) -> MetricFactors:
+        """Return them as they come back from a file: last bits of a product depend on how numbers lie in memory."""
+        return MetricFactors(*(tensor.contiguous() for tensor in self))
+
 
 def _times(metric: torch.Tensor | None, matrix: torch.Tensor) -> torch.Tensor:
     """Return `metric @ matrix` for a full, diagonal or identity metric."""

@@ -38,8 +38,8 @@ class Factorization:
     factors: MetricFactors
 
     def contiguous(self) -> Factorization:
-        """Return it as it comes back from a file: last bits of a product depend on how its factors lie in memory."""
-        return Factorization(MetricFactors(*(tensor.contiguous() for tensor in self.factors)))
+        """Return it as it comes back from a file."""
+        return Factorization(self.factors.contiguous())
 
     def weight(self, rank: int) -> torch.Tensor:
         """Return the approximation of the given rank.  # shape: (..., out, in)."""

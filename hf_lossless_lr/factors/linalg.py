@@ -170,10 +170,10 @@ def shifted_weight(
     seen = ~(diagonal <= 0)  # what is not a number stays it
     scale = torch.where(seen, diagonal, 1.0).sqrt()  # of the channels; the system is solved for channels of size 1
     columns = scale[..., None, :]
-    correlation = torch.where(seen[..., None], input_gram / (scale[..., :, None] * columns), 0.0)
+    system = torch.where(seen[..., None], input_gram / (scale[..., :, None] * columns), 0.0)
     known = torch.where(seen[..., None, :], output_cross / columns, 0.0) + ridge * weight * columns
-    correlation.diagonal(dim1=-2, dim2=-1).add_(ridge)
-    lower, failed = torch.linalg.cholesky_ex(correlation)
+    system.diagonal(dim1=-2, dim2=-1).add_(ridge)
+    lower, failed = torch.linalg.cholesky_ex(system)
     if failed.any():  # by rounding; what is not a number stays it
-        return torch.linalg.solve(correlation.double(), known.double(), left=False) / columns
+        return torch.linalg.solve(system.double(), known.double(), left=False) / columns
     return (torch.cholesky_solve(known.mT, lower).mT / columns).double()

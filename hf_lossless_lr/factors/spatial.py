@@ -49,8 +49,8 @@ class SpatialFactorization:
     width: int
 
     def contiguous(self) -> SpatialFactorization:
-        """Return it as it comes back from a file, see `Factorization.contiguous`."""
-        factors = MetricFactors(*(tensor.contiguous() for tensor in self.factors))
+        """Return it as it comes back from a file."""
+        factors = self.factors.contiguous()
         return SpatialFactorization(factors, self.lower.contiguous(), self.solved.contiguous(), self.width)
 
     def truncate(self, rank: int, storage: str = "two-factor", pivot_inputs: bool = False) -> FactorTensors:

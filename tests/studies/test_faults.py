@@ -29,7 +29,7 @@ def test_every_kind_runs_and_loses_nothing(study, monkeypatch, tmp_path, capsys)
     file = tmp_path / "faults.jsonl"
     monkeypatch.setattr("sys.argv", ["faults.py", "--seed", "1", "--share", "0.02", "--records", str(file)])
     study.main()
-    records = study.read_records(file)
+    records = study.known_records(file)
     assert [record["fault"] for record in records] == list(study.CAMPAIGN)
     assert capsys.readouterr().out.endswith("\n".join(study.table(records)) + "\n")
 

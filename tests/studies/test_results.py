@@ -72,7 +72,11 @@ def test_the_figures_of_training_are_those_of_the_records(study):
 
 def test_the_terms_of_single_layers_are_those_of_the_records(study):
     claims = study("paper_claims")
-    shown = [line for line in claims.tables(claims.read_records(RESULTS / "paper_claims.jsonl")).splitlines() if line]
+    shown = [
+        line
+        for line in claims.tables(study("records").read_records(RESULTS / "paper_claims.jsonl")).splitlines()
+        if line
+    ]
     documented = (ROOT / "docs" / "reproducing_the_paper.md").read_text(encoding="utf-8").splitlines()
     assert len(shown) == 2 * 2 + 2 * 3 + 2 * 2
     assert [line for line in shown if line not in documented] == []
@@ -95,7 +99,7 @@ def test_methods_are_compared_and_continued(study, monkeypatch, tmp_path, capsys
         options = ["--testbed", str(tmp_path), "--records", str(file), "--models", "tiny"]
         monkeypatch.setattr(sys, "argv", ["compare_methods.py", *options])
         compared.main()
-    found = [(record["method"], record["keep_ratio"]) for record in compared.read_records(file)]
+    found = [(record["method"], record["keep_ratio"]) for record in study("records").read_records(file)]
     assert found == [(method, keep) for method in ("no-refit", "svd") for keep in (0.7, 0.5)]
     assert capsys.readouterr().out.count("| no-refit |") == 4
 
@@ -106,7 +110,7 @@ def test_terms_and_changes_of_single_layers_are_measured(study, monkeypatch, tmp
     file = tmp_path / "records.jsonl"
     monkeypatch.setattr(sys, "argv", ["paper_claims.py", "--testbed", str(tmp_path), "--records", str(file)])
     claims.main()
-    records = claims.read_records(file)
+    records = study("records").read_records(file)
     assert len(records) == 4 * len(claims.SHARES)
     for one, other in pairwise(records):  # a lower rank is more noise, and a higher cost
         if one["layer"] == other["layer"]:
@@ -208,7 +212,9 @@ def test_methods_that_fine_tune_are_compared_with_the_default(study, monkeypatch
 
 def test_the_figures_of_fine_tuning_are_those_of_the_records(study):
     tuned = study("fine_tuned")
-    shown = [line for line in tuned.tables(tuned.read_records(RESULTS / "fine_tuned.jsonl")).splitlines() if line]
+    shown = [
+        line for line in tuned.tables(study("records").read_records(RESULTS / "fine_tuned.jsonl")).splitlines() if line
+    ]
     documented = (ROOT / "docs" / "reproducing_the_paper.md").read_text(encoding="utf-8").splitlines()
     assert len(shown) > 2 * 2 + sum(map(len, tuned.RATES.values())) + 3 * len(tuned.METHODS) + 1
     assert [line for line in shown if line not in documented] == []

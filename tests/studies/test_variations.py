@@ -28,22 +28,23 @@ def forms(study):
 @pytest.mark.parametrize("budget", [100, 250, 400, 700])
 def test_the_least_cost_is_that_of_the_hull(forms, budget):
     """Against all pairs of ranks: no pair below it, and pairs above and below it within a step of the hull."""
-    parts = [forms.points(layer(*SIZES[name], seed), "two-factor") for seed, name in enumerate("ov")]
-    found = forms.least_cost(parts, budget)
+    curves = [forms.curve(layer(*SIZES[name], seed), "two-factor") for seed, name in enumerate("ov")]
+    found = forms.least_cost(curves, budget)
+    ranks = [[*range(1, curve.break_even_rank + 1), None] for curve in curves]
+    parts = [
+        ([curve.parameters(rank) for rank in each], [curve.predicted_loss(rank) for rank in each])
+        for curve, each in zip(curves, ranks, strict=True)
+    ]
     pairs = [(a + b, x + y) for a, x in zip(*parts[0], strict=True) for b, y in zip(*parts[1], strict=True)]
     assert found <= min((cost for size, cost in pairs if size <= budget), default=float("inf")) + 1e-9
     _, costs = zip(*pairs, strict=True)
     lower = max(
-        (
-            min(cost + multiplier * (size - budget) for size, cost in pairs)
-            for multiplier in torch.logspace(-5, 1, 400)
-        ),
-        default=0.0,
+        min(cost + multiplier * (size - budget) for size, cost in pairs) for multiplier in torch.logspace(-5, 1, 400)
     )
     assert found == pytest.approx(float(lower), rel=0.05, abs=1e-3 * max(costs))
 
 
-def test_layers_that_share_cost_what_they_cost_alone_at_full_rank_and_more_below(forms):
+def test_layers_that_share_are_one_whose_changes_cost_what_those_of_each_cost(forms):
     read = [layer(*SIZES[name], 5) for name in "qkv"]
     read = [(weight, read[0][1], B) for weight, _, B in read]
     weight, A, B = forms.shared(read)
@@ -65,6 +66,17 @@ def test_fewer_dimensions_are_fewer_and_cost_what_the_quadratic_form_says(forms,
     *_, fewer = forms.narrowed(v, o, HEADS, share - 0.25)
     assert fewer > cost
     assert forms.narrowed(v, o, HEADS, 1.0) == (v, o, 0.0)
+
+
+def test_a_change_of_the_values_in_other_dimensions_costs_what_it_costs_in_their_own(forms):
+    """With all dimensions kept: what is wrong with `P W_V` is heard through the inverse of P."""
+    v, o = layer(*SIZES["v"], 10), layer(*SIZES["o"], 11)
+    (weight, A, B), *_ = forms.narrowed(v, o, HEADS, 0.99)
+    assert weight.shape == v[0].shape
+    P = weight @ torch.linalg.pinv(v[0])
+    change = torch.randn(v[0].shape, generator=torch.Generator().manual_seed(12)).double()
+    turned = P @ change
+    torch.testing.assert_close((B * (turned @ A @ turned.T)).sum(), (v[2] * (change @ v[1] @ change.T)).sum())
 
 
 def test_what_a_head_does_not_hear_costs_nothing_to_leave_out(forms):
