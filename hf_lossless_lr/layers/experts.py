@@ -122,14 +122,13 @@ class UnfusedExperts(nn.Module):
         Returns:
             The sums, or what each expert returns for its block.  # shape: (rows, hidden)
         """
-        result = torch.zeros_like(hidden_states)
         if top_k_index is None or top_k_weights is None:
-            blocks = hidden_states.reshape(self.num_experts, -1, hidden_states.shape[-1])
-            for number, block in enumerate(blocks):
-                rows = block.any(-1).nonzero().squeeze(1)
-                if len(rows):
-                    y = self._run(number, block[rows], Routed(rows, len(block)))
-                    result.index_add_(0, rows + number * len(block), y.to(result.dtype))
+            return self._of_blocks(hidden_states.reshape(self.num_experts, -1, hidden_states.shape[-1]))
+        result = torch.zeros_like(hidden_states)
+        if _exporting():  # a graph has no branches: each expert takes all rows, and counts for its own
+            for number in range(self.num_experts):
+                share = torch.where(top_k_index == number, top_k_weights, 0).sum(-1, keepdim=True)
+                result = result + (self._run(number, hidden_states) * share).to(result.dtype)
             return result
         for number in top_k_index.unique().tolist():
             if 0 <= number < self.num_experts:
@@ -139,14 +138,31 @@ class UnfusedExperts(nn.Module):
                 result.index_add_(0, rows, y.to(result.dtype))
         return result
 
-    def _run(self, number: int, x: torch.Tensor, routed: Routed) -> torch.Tensor:
-        """Return what an expert makes of the rows that it is sent."""
+    def _of_blocks(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Return what each expert makes of the rows of its block that are not 0, block below block."""
+        results = []
+        for number, block in enumerate(blocks):
+            sent = block.any(-1)
+            if _exporting():
+                results.append(torch.where(sent[:, None], self._run(number, block), 0).to(block.dtype))
+                continue
+            rows, result = sent.nonzero().squeeze(1), torch.zeros_like(block)
+            if len(rows):
+                result.index_add_(0, rows, self._run(number, block[rows], Routed(rows, len(block))).to(block.dtype))
+            results.append(result)
+        return torch.cat(results)
+
+    def _run(self, number: int, x: torch.Tensor, routed: Routed | None = None) -> torch.Tensor:
+        """Return what an expert makes of the rows that it is sent; without `routed`, of all rows."""
         expert: Any = self._modules[str(number)]
-        before = _ROUTED.set(routed)
-        try:
+        if routed is None:
             y = expert.out_proj(self._joined(expert.in_proj(x)))
-        finally:
-            _ROUTED.reset(before)
+        else:
+            before = _ROUTED.set(routed)
+            try:
+                y = expert.out_proj(self._joined(expert.in_proj(x)))
+            finally:
+                _ROUTED.reset(before)
         normed = getattr(self.template, "has_post_expert_norm", False)
         return self.get_submodule("post_expert_norm")(y) if normed else y
 
@@ -182,6 +198,11 @@ class UnfusedExperts(nn.Module):
         if self.config is not None:
             module.config = self.config
         return module.train(self.training)
+
+
+def _exporting() -> bool:
+    """Return whether a graph is made for `torch.export`; PyTorch 2.6 cannot tell that from one to compile."""
+    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
 
 
 def unfuse(model: nn.Module) -> dict[str, UnfusedExperts]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -135,11 +135,12 @@ def run_trial(calibration: Calibration, choices: Choices, config: LosslessLowRan
         enough = _enough_to_judge(calibration, measured)
         if enough or _helps_unseen_examples(calibration, choices, fitted, plain, config, clock):
             kept = _kept(calibration, choices, config)
-            _refit(calibration, choices, fitted, calibration.parts.calibration, config, clock, kept)
+            left = _refit(calibration, choices, fitted, calibration.parts.calibration, config, clock, kept)
             after = _outcomes(calibration, fitted, clock)
             refitted = not enough or _distance(after) < _distance(measured)
             if refitted:
                 layers, measured = fitted, after
+                _say_which_are_left(left)
             else:
                 _load(layers, plain)
         if enough and not refitted and batch_norms(calibration.dense.model):
@@ -217,7 +218,8 @@ def _refit(
     config: LosslessLowRankConfig,
     clock: Clock,
     kept: RefittedLayers | None = None,
-) -> None:
+) -> list[str]:
+    """Refit the layers, and return which were left as they are."""
     statistics, dense = calibration.statistics, calibration.factors.targets.chosen
     targets = {
         name: RefitTarget(dense[name], layer, partial(_moments, statistics, name, config), choices[name].format)
@@ -231,7 +233,7 @@ def _refit(
     loaders, accelerator = _fitted_to(calibration, data), calibration.accelerator
     most, _ = calibration.memory.refit_batches or (None, None)
     with clock.timed("refit"):
-        left = refit(
+        return refit(
             calibration.dense.model,
             targets,
             groups,
@@ -244,10 +246,14 @@ def _refit(
             most=most,
             residuals=calibration.residuals,
         )
+
+
+def _say_which_are_left(left: Sequence[str]) -> None:
     if left:
         logger.warning_once(
-            f"{len(left)} layers keep their closed-form factors, because they are called several times in a forward "
-            f"pass or do not get the same rows in the compressed model: {', '.join(left[:5])}{', …' * (len(left) > 5)}"
+            f"{len(left)} of the layers keep their closed-form factors, because they are called several times in a "
+            "forward pass or do not get the same rows in the compressed model (an expert: enough of them): "
+            f"{', '.join(left[:5])}{', …' * (len(left) > 5)}"
         )
 
 

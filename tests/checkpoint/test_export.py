@@ -6,8 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.compressions import auto_class, build, compressed, factorized_layers
+from support.mixtures import mixture, words
 from support.tiny_models import rows
 from support.tolerances import FLOAT32
+
+from hf_lossless_lr.layers import in_place, unfuse
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -67,6 +70,34 @@ def test_an_onnx_file_answers_the_same_and_holds_the_factors(case, tmp_path):
     held = sum(math.prod(tensor.dims) for tensor in onnx.load(file).graph.initializer)
     dense = sum(parameter.numel() for parameter in build(case.name)[0].parameters())
     assert held < 0.85 * dense
+
+
+def exported(family):
+    """A mixture with experts of their own as an exported program, a batch of another size, and its answers."""
+    model, batch, others = mixture(family).requires_grad_(False), words(4), words(9, seed=1)
+    batch, others = ({"input_ids": each["input_ids"]} for each in (batch, others))
+    model.config.use_cache = False
+    experts = unfuse(model)
+    if not experts:
+        pytest.skip("this version of Transformers keeps its experts in another form")
+    shapes = any_number_of_examples(batch)
+    with in_place(model, experts):
+        program = torch.export.export(model, (), kwargs=batch, dynamic_shapes=shapes, strict=False)
+    return program, others, model(**others).logits
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss", "Llama4"])
+def test_experts_are_exported_for_any_rows_and_routes(family):
+    """Each of the three hands rows to its experts, or keeps their weights, in a way of its own."""
+    program, others, expected = exported(family)
+    check_same(program.module()(**others).logits, expected)
+
+
+def test_an_onnx_file_of_experts_answers_the_same(tmp_path):
+    program, others, expected = exported("Mixtral")
+    torch.onnx.export(program, f=tmp_path / "model.onnx", external_data=False, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    check_same(session.run(None, {"input_ids": others["input_ids"].numpy()})[0], expected)
 
 
 def test_the_exporter_of_transformers_writes_a_file_that_answers_the_same(tmp_path):
