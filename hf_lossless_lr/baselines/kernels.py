@@ -8,7 +8,6 @@ the best decomposition of a matrix in each of these formats. Convolutions in gro
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -89,7 +88,7 @@ def separable(kernel: torch.Tensor, most: int) -> list[Step]:
 def tucker(kernel: torch.Tensor, most: int) -> list[Step]:
     """Three convolutions: to `r` channels, the core from them to `s`, and from these to all; iterated SVDs (HOOI).
 
-    Both ranks are the same share of their channels.
+    The ranks are those that discard the least in the two unfoldings of the kernel.
 
     Args:
         kernel: the kernel.  # shape: (out, in, kh, kw)
@@ -103,11 +102,10 @@ def tucker(kernel: torch.Tensor, most: int) -> list[Step]:
     """
     out, channels, *area = kernel.shape
 
-    def size(ranks: Sequence[int]) -> int:
-        s, r = ranks
+    def size(r: Any, s: Any) -> Any:
         return channels * r + math.prod(area) * r * s + s * out
 
-    s, r = _same_share((out, channels), size, most)
+    r, s = _best_ranks([kernel.transpose(0, 1).flatten(1), kernel.flatten(1)], size, most)
     right = _unit_vectors(kernel.transpose(0, 1).flatten(1), r)
     for _ in range(SWEEPS):
         core = torch.einsum("oihw,ir->rohw", kernel, right)
@@ -141,7 +139,7 @@ def cp(kernel: torch.Tensor, most: int) -> list[Step]:
 def tensor_train(kernel: torch.Tensor, most: int) -> list[Step]:
     """Four convolutions: to `p` channels, `(kh, 1)` from them to `q`, `(1, kw)` to `r`, and from these to all; SVDs.
 
-    The ranks are the same share of the largest ones that a kernel of these sizes has.
+    The ranks are those that discard the least in the cuts of the kernel.
 
     Args:
         kernel: the kernel.  # shape: (out, in, kh, kw)
@@ -154,15 +152,15 @@ def tensor_train(kernel: torch.Tensor, most: int) -> list[Step]:
     """
     tensor, places = _by_axes(kernel)
     sides = tensor.shape
-    full = [min(math.prod(sides[:cut]), math.prod(sides[cut:])) for cut in range(1, len(sides))]
+    cuts = [tensor.reshape(math.prod(sides[:cut]), -1) for cut in range(1, len(sides))]
 
-    def size(ranks: Sequence[int]) -> int:
+    def size(*ranks: Any) -> Any:
         return sum(
             before * side * behind for before, side, behind in zip((1, *ranks), sides, (*ranks, 1), strict=True)
         )
 
     cores, before, rest = list[torch.Tensor](), 1, tensor
-    for side, rank in zip(sides, _same_share(full, size, most), strict=False):
+    for side, rank in zip(sides, _best_ranks(cuts, size, most), strict=False):
         rest = rest.reshape(before * side, -1)
         left = _unit_vectors(rest, rank)
         cores.append(left.reshape(before, side, -1))
@@ -197,18 +195,21 @@ def _unit_vectors(matrix: torch.Tensor, rank: int) -> torch.Tensor:
     return torch.linalg.svd(matrix, full_matrices=False).U[:, :rank]
 
 
-def _same_share(full: Sequence[int], size: Callable[[Sequence[int]], int], most: int) -> list[int]:
-    """Return the largest ranks with at most so many parameters: the same share of the full ones, or one more."""
+def _best_ranks(matrices: Sequence[torch.Tensor], size: Callable[..., Any], most: int) -> list[int]:
+    """Return ranks of matrices that together discard the least of their energy, with at most so many parameters.
 
-    def ranks(step: int) -> list[int]:
-        return [max(1, rank * step // max(full)) for rank in full]
-
-    steps = range(1, max(full) + 1)
-    found = ranks(at_least_one(bisect_right(steps, most, key=lambda step: size(ranks(step)))))
-    for place, rank in enumerate(found):
-        more = [*found[:place], min(rank + 1, full[place]), *found[place + 1 :]]
-        found = more if size(more) <= most else found
-    return found
+    The size grows with each rank, and is linear in the last one, which gets what the others leave.
+    """
+    energies = [torch.linalg.svdvals(matrix).square() for matrix in matrices]
+    tails = [torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)]) for energy in energies]
+    *others, last = tails
+    ranks = torch.meshgrid(*(torch.arange(1, len(tail), device=tail.device) for tail in others), indexing="ij")
+    least = size(*ranks, 1)
+    at_least_one(int((least <= most).any()))
+    rest = (1 + (most - least) // (size(*ranks, 2) - least)).clamp(0, len(last) - 1)
+    discarded = sum((tail[rank] for tail, rank in zip(others, ranks, strict=True)), last[rest])
+    best = torch.where(rest > 0, discarded, torch.inf).argmin()
+    return [int(rank.flatten()[best]) for rank in (*ranks, rest)]
 
 
 def _by_axes(kernel: torch.Tensor) -> tuple[torch.Tensor, list[_Place]]:

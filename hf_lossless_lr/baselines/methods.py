@@ -48,7 +48,7 @@ BASELINES = {
     "tucker": Baseline(
         partial(decomposed, kernels=tucker),
         "Kim et al. 2016, arXiv 1511.06530",
-        f"{ALL}; both ranks the same share of their channels, not those of variational Bayes",
+        f"{ALL}; in it the ranks that discard the least, not those of variational Bayes",
     ),
     "cp": Baseline(
         partial(decomposed, kernels=cp),
@@ -58,7 +58,7 @@ BASELINES = {
     "tensor-train": Baseline(
         partial(decomposed, kernels=tensor_train),
         "Oseledets 2011, SIAM J. Sci. Comput. 33",
-        f"{ALL}; the ranks the same share of their largest",
+        f"{ALL}; in it the ranks that discard the least",
     ),
     "aciq-int8": Baseline(
         clipped,

@@ -1,5 +1,7 @@
 """Decompositions of kernels: the dense layer at full rank, the best of their kind below it, in their share."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -93,6 +95,39 @@ def test_the_error_is_between_those_of_its_single_cuts_and_their_sum(method):
         tails = [tail(by_axes.flatten(0, cut).flatten(1), step.out_channels) for cut, step in enumerate([*chain][:-1])]
     error = (kernel - layer.weight).square().sum()
     assert max(tails) * (1 - 1e-9) <= error <= sum(tails) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("method", "sides"), [(tucker, 2), (tensor_train, 3)])
+def test_no_other_ranks_of_its_share_discard_less(method, sides, seed):
+    torch.manual_seed(seed)
+    kernel, most = torch.randn(6, 3, 4, 2).double(), 70
+    kernel *= torch.tensor([8.0, 5.0, 1.0, 0.1, 0.1, 0.1])[:, None, None, None]
+    found = [tuple(step.weight.shape[:2]) for step in method(kernel, most)]
+    if method is tucker:
+        unfoldings = [kernel.transpose(0, 1).flatten(1), kernel.flatten(1)]
+        ranks = found[0][0], found[1][0]
+        sizes = {(r, s): 3 * r + 8 * r * s + 6 * s for r in range(1, 4) for s in range(1, 7)}
+    else:
+        unfoldings = [kernel.movedim(0, -1).reshape(side, -1) for side in (3, 12, 24)]
+        ranks = tuple(out for out, _ in found[:3])
+        every = itertools.product(range(1, 4), range(1, 13), range(1, 7))
+        sizes = {(p, q, r): 3 * p + 4 * p * q + 2 * q * r + 6 * r for p, q, r in every}
+    discarded = {
+        each: sum(tail(matrix, rank).item() for matrix, rank in zip(unfoldings, each, strict=True))
+        for each, size in sizes.items()
+        if size <= most
+    }
+    assert len(ranks) == sides
+    assert discarded[ranks] == pytest.approx(min(discarded.values()), rel=1e-9)
+
+
+def test_colours_of_a_picture_are_not_made_one():
+    """Three channels are few already: no budget is gained by fewer."""
+    torch.manual_seed(0)
+    stem = nn.Conv2d(3, 32, 7)
+    for method in (tucker, tensor_train):
+        assert decomposed({"stem": stem}, 0.5, method)["stem"][0].out_channels == 3
 
 
 def test_each_term_of_a_sum_is_at_its_optimum():
