@@ -5,7 +5,6 @@ It is a Transformers quantization config, so it travels in `config.json` and sel
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -15,7 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import CheckpointError, ConfigurationError
 from ..formats import FLOAT, FORMATS
 from ..layers import CHANNEL, FORMS, METHOD, STORAGES, format_of, grid_of, is_factorized, storage_in
-from ..renamed import refuse_old_names, with_present_names
+from ..renamed import with_present_names
 from .options import CompressionOptions
 from .presets import preset
 
@@ -118,13 +117,7 @@ class LosslessLowRankConfig(CompressionOptions, QuantizationConfigMixin):
         """
         if config_dict.get("format_version") == 1:
             config_dict = {**with_present_names(config_dict), "format_version": FORMAT_VERSION}
-        refuse_old_names(config_dict)
         known = {f.name for f in fields(cls)}
-        for name in config_dict:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else f" Known are: {', '.join(sorted(known))}."
-                raise ConfigurationError(f"LosslessLowRankConfig has no field {name!r}.{hint}")
         used = {name: value for name, value in kwargs.items() if name in known}
         config = cls(**{**config_dict, **used})
         unused = {name: value for name, value in kwargs.items() if name not in known}

@@ -158,14 +158,17 @@ def check_loaded(model: nn.Module, files: Sequence[str] | None) -> None:
         files: the checkpoint's files, for the message.
 
     Raises:
-        CheckpointError: if a parameter is not finite, or a permutation is none.
+        CheckpointError: if a parameter or a scale is not finite, or a permutation is none.
     """
+    numbers = dict(model.named_parameters())
     for name, module in model.named_modules():
         if is_factorized(module):
             for key, buffer in module.named_buffers(recurse=False):
                 if key == "permutation" and not buffer.is_meta:
                     _check_permutation(buffer, f"{name}.{key}", _file_of(f"{name}.{key}", files))
-    for name, parameter in model.named_parameters():
+        if isinstance(module, Stored):
+            numbers[f"{name}.scale"] = module.scale.view(torch.bfloat16)
+    for name, parameter in numbers.items():
         values: Any = parameter.detach()
         values = values.to_local() if hasattr(values, "to_local") else values
         if not values.is_meta and values.dtype.itemsize > 1 and not _is_finite(values):

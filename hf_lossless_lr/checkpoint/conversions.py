@@ -1,12 +1,13 @@
 """Architectures whose checkpoints have other tensors than the model: what of that must not touch compressed layers.
 
 Transformers renames tensors when it saves and loads, and for some architectures also cuts or joins them, as a fused
-projection of queries, keys and values. Factors cannot be joined: a compressed model keeps its own layers in its files.
+projection of queries, keys and values. Factors cannot be joined, and the tensors of a layer are to stay together: a
+compressed model keeps its own layers in its files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -38,7 +39,7 @@ def harmless_conversions(model: Any) -> list[Any] | None:
 
 
 def apart_from_layers(conversions: Iterable[Any], model: nn.Module) -> list[Any]:
-    """Leave out the conversions that cut or join tensors of factorized or rounded layers.
+    """Leave out the conversions that cut or join tensors of factorized or rounded layers, or rename some of them.
 
     Args:
         conversions: those of the model.
@@ -49,8 +50,12 @@ def apart_from_layers(conversions: Iterable[Any], model: nn.Module) -> list[Any]
     """
     names = {name for name, module in model.named_modules() if is_factorized(module)}
     names |= {name for name, *_ in rounded_modules(model)} | set(stored_in(model))
-    keys = [key for key in model.state_dict() if layer_of(key, names) is not None]
-    return [c for c in conversions if not isinstance(c, WeightConverter) or not _changes(c, keys)]
+    tensors: dict[str, list[str]] = {}
+    for key in model.state_dict():
+        layer = layer_of(key, names)
+        if layer is not None:
+            tensors.setdefault(layer, []).append(key.removeprefix(layer))
+    return [conversion for conversion in conversions if not _tears(conversion, tensors)]
 
 
 def renaming_of(model: Any) -> Callable[[str], str]:
@@ -71,6 +76,19 @@ def renaming_of(model: Any) -> Callable[[str], str]:
     return rename
 
 
-def _changes(converter: Any, keys: Iterable[str]) -> bool:
-    backwards = converter.reverse_transform()
-    return any(backwards.rename_source_key(key)[1] is not None for key in keys)
+def _tears(conversion: Any, tensors: Mapping[str, Iterable[str]]) -> bool:
+    """Return whether a conversion, done backwards, leaves a layer otherwise than whole, under one name.
+
+    Args:
+        conversion: what Transformers does when it loads.
+        tensors: name of a layer to the rests of the names of its tensors.
+    """
+    backwards = conversion.reverse_transform()
+    for layer, rests in tensors.items():
+        renamed = {rest: backwards.rename_source_key(f"{layer}{rest}") for rest in rests}
+        if isinstance(conversion, WeightConverter):
+            if any(pattern is not None for _, pattern in renamed.values()):
+                return True
+        elif len({key.removesuffix(rest) for rest, (key, _) in renamed.items()}) > 1:
+            return True
+    return False

@@ -79,11 +79,20 @@ def _is_among(tensor: Any, addresses: set[int]) -> bool:
 
 def _encode(matrix: torch.Tensor, grid: Grid) -> tuple[dict[str, torch.Tensor], bool]:
     """Return the tensors that hold a matrix, and whether they do so exactly; if not, its grids are chosen anew."""
-    grid = grid.to(matrix.device)
+    grid = _for_rows(grid.to(matrix.device), matrix)
     tensors = encode(matrix, grid)
     if torch.equal(decode(tensors, matrix.shape[1], grid.kind).to(matrix.dtype), matrix):
         return tensors, True
     return encode(matrix, search_grid(matrix, torch.ones(matrix.shape[1], device=matrix.device), grid.kind)), False
+
+
+def _for_rows(grid: Grid, matrix: torch.Tensor) -> Grid:
+    """Return the grids of a matrix that may have other rows behind its first ones by now, as a resized embedding."""
+    old = min(len(grid.scale), len(matrix))
+    if old == len(matrix):
+        return Grid(grid.kind, grid.scale[:old], grid.zero[:old])
+    new = search_grid(matrix[old:], torch.ones(matrix.shape[1], device=matrix.device), grid.kind)
+    return Grid(grid.kind, torch.cat([grid.scale, new.scale]), torch.cat([grid.zero, new.zero]))
 
 
 def load_encoded(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -123,6 +132,7 @@ def dequantize_stored(model: PreTrainedModel, keep: Container[str] = ()) -> None
             plain[name] = module.to_float(guard.dtype)
         else:
             module.align()
+            guard.requires_grad_(False)
     if plain:
         replace_modules(model, plain)
         model.tie_weights()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,8 @@ from ..factors import METRICS
 from ..formats import FLOAT, FORMATS
 from ..layers import CHANNEL, FORMS, STORAGE_CHOICES
 from ..ranks import OBJECTIVES
-from ..renamed import Renamed, refuse_old_names
+from ..renamed import Renamed
+from .values import check_choice, check_number, checked_patterns, refuse_unknown_names
 
 SIZES = ("parameters", "bytes", "flops", "latency")
 AUTO = "auto"
@@ -133,28 +134,28 @@ class CompressionOptions(Renamed):
     epsilon_tolerance: float = _option(1e-4, "gap in nats that eq. 8 of the paper accepts")
 
     def __new__(cls, *values: Any, **options: Any) -> CompressionOptions:
-        """Refuse the old names of options before the constructor sees them."""
-        refuse_old_names(options)
+        """Refuse old and unknown names of options before the constructor sees them."""
+        refuse_unknown_names(cls, options)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         """Validate every value and resolve the defaults that depend on the objective."""
-        _choice("objective", self.objective, OBJECTIVES)
+        check_choice("objective", self.objective, OBJECTIVES)
         self._resolve_ranks()
         objective = OBJECTIVES[self.objective]
         paper = objective.needs_noise
         if self.metric is None:
             self.metric = objective.default_metric
-        _choice("metric", self.metric, METRICS)
+        check_choice("metric", self.metric, METRICS)
         self._resolve_formats(paper)
         self._resolve_forms(paper)
-        _choice("size", self.size, SIZES)
-        _choice("scope", self.scope, SCOPES)
-        _choice("labels", self.labels, LABELS)
-        _choice("storage", self.storage, STORAGE_CHOICES)
+        check_choice("size", self.size, SIZES)
+        check_choice("scope", self.scope, SCOPES)
+        check_choice("labels", self.labels, LABELS)
+        check_choice("storage", self.storage, STORAGE_CHOICES)
         if objective.sized:
             self.keep_ratio = DEFAULT_KEEP_RATIO if self.keep_ratio is None else self.keep_ratio
-            _number("keep_ratio", self.keep_ratio, 0, 1, "(0, 1]", exclude_low=True)
+            check_number("keep_ratio", self.keep_ratio, 0, 1, "(0, 1]", exclude_low=True)
         elif self.keep_ratio is not None:
             raise ConfigurationError(
                 f"keep_ratio={self.keep_ratio!r} contradicts objective={self.objective!r}, which chooses the size by "
@@ -166,7 +167,7 @@ class CompressionOptions(Renamed):
                 "metric='identity'."
             )
         if self.epsilon is not None:
-            _number("epsilon", self.epsilon, 0, math.inf, "(0, inf)", exclude_low=True)
+            check_number("epsilon", self.epsilon, 0, math.inf, "(0, inf)", exclude_low=True)
             if not paper:
                 raise ConfigurationError(
                     f"epsilon={self.epsilon!r} contradicts objective={self.objective!r}: it is used by "
@@ -174,8 +175,8 @@ class CompressionOptions(Renamed):
                 )
         self._resolve_refit(paper)
         self._check_numbers()
-        self.target_modules = _patterns("target_modules", self.target_modules)
-        self.ignore = _patterns("ignore", self.ignore)
+        self.target_modules = checked_patterns("target_modules", self.target_modules)
+        self.ignore = checked_patterns("ignore", self.ignore)
 
     @property
     def fewest_selected(self) -> int:
@@ -200,6 +201,9 @@ class CompressionOptions(Renamed):
             raise ConfigurationError(
                 f"ranks: must map patterns of layers to whole numbers above 0, as {{'query': 64}}, got {self.ranks!r}."
             )
+        twice = [p for p, n in Counter(str(entry).rpartition("=")[0] for entry in entries).items() if n > 1]
+        if twice:
+            raise ConfigurationError(f"ranks: {twice[0]!r} is given twice, got {self.ranks!r}.")
         if self.objective not in (DEFAULT_OBJECTIVE, GIVEN):
             raise ConfigurationError(
                 f"ranks contradicts objective={self.objective!r}, which chooses them; leave one of them out."
@@ -207,12 +211,14 @@ class CompressionOptions(Renamed):
         self.ranks, self.objective = list(map(str, entries)), GIVEN
 
     def _resolve_formats(self, paper: bool) -> None:
-        names = [FLOAT] if self.formats is None else _patterns("formats", self.formats) or []
+        names = [FLOAT] if self.formats is None else checked_patterns("formats", self.formats, "format") or []
         names = list(NUMBER_FORMATS) if names == [AUTO] else names
+        if AUTO in names:
+            raise ConfigurationError(f"formats: {AUTO!r} means all of them, and stands alone; got {names!r}.")
         for name in names:
-            _choice("formats", name, NUMBER_FORMATS)
+            check_choice("formats", name, NUMBER_FORMATS)
         self.formats = [name for name in NUMBER_FORMATS if name in names]  # finest first
-        _choice("embeddings", self.embeddings, NUMBER_FORMATS)
+        check_choice("embeddings", self.embeddings, NUMBER_FORMATS)
         rounds = self.formats != [FLOAT]
         self.size = ("bytes" if rounds else "parameters") if self.size is None else self.size
         if not rounds:
@@ -236,11 +242,9 @@ class CompressionOptions(Renamed):
 
     def _resolve_forms(self, paper: bool) -> None:
         possible = self.metric == "kronecker" and not paper
-        names = (
-            (list(FORMS) if possible else [CHANNEL]) if self.forms is None else _patterns("forms", self.forms) or []
-        )
+        names = checked_patterns("forms", self.forms, "form") or (list(FORMS) if possible else [CHANNEL])
         for name in names:
-            _choice("forms", name, FORMS)
+            check_choice("forms", name, FORMS)
         self.forms = [name for name in FORMS if name in names]
         if CHANNEL not in self.forms:
             raise ConfigurationError("forms: 'channel' must be among them; it is the only form of a pointwise kernel.")
@@ -263,45 +267,21 @@ class CompressionOptions(Renamed):
         measured = self.objective in MEASURED_OBJECTIVES
         if self.selection_fraction is None:
             self.selection_fraction = 0.5 if measured else DEFAULT_SELECTION if self.refit else 0.0
-        _number("selection_fraction", self.selection_fraction, 0, 1, "[0, 1)", exclude_high=True)
+        check_number("selection_fraction", self.selection_fraction, 0, 1, "[0, 1)", exclude_high=True)
         if measured and not self.selection_fraction:
             raise ConfigurationError(
                 f"selection_fraction=0 contradicts objective={self.objective!r}, which chooses by measurement."
             )
 
     def _check_numbers(self) -> None:
-        _number("damping", self.damping, 0, math.inf, "[0, inf)")
-        _number("loss_margin", self.loss_margin, 0, math.inf, "[0, inf)")
-        _number("accuracy_margin", self.accuracy_margin, 0, 1, "[0, 1]")
-        _number("confidence", self.confidence, 0.5, 1, "(0.5, 1)", exclude_low=True, exclude_high=True)
-        _number("epsilon_tolerance", self.epsilon_tolerance, 0, math.inf, "(0, inf)", exclude_low=True)
+        check_number("damping", self.damping, 0, math.inf, "[0, inf)")
+        check_number("loss_margin", self.loss_margin, 0, math.inf, "[0, inf)")
+        check_number("accuracy_margin", self.accuracy_margin, 0, 1, "[0, 1]")
+        check_number("confidence", self.confidence, 0.5, 1, "(0.5, 1)", exclude_low=True, exclude_high=True)
+        check_number("epsilon_tolerance", self.epsilon_tolerance, 0, math.inf, "(0, inf)", exclude_low=True)
         for name in ("rank_multiple", "batch_size", "seed", "max_examples"):
             value, low = getattr(self, name), 0 if name == "seed" else 1
             if name in ("rank_multiple", "max_examples") and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ConfigurationError(f"{name}: must be an integer of at least {low}, got {value!r}.")
-
-
-def _choice(name: str, value: Any, allowed: Collection[str]) -> None:
-    if value not in tuple(allowed):  # it may not be hashable
-        near = difflib.get_close_matches(str(value), allowed, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigurationError(f"{name}: {value!r} is unknown; choose one of {', '.join(allowed)}.{hint}")
-
-
-def _number(
-    name: str, value: Any, low: float, high: float, text: str, exclude_low: bool = False, exclude_high: bool = False
-) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not low <= value <= high or (exclude_low and value == low) or (exclude_high and value == high):
-        raise ConfigurationError(f"{name}: must be a number in {text}, got {value!r}.")
-
-
-def _patterns(name: str, value: Any) -> list[str] | None:
-    if value is None:
-        return None
-    patterns = [value] if isinstance(value, str) else list(value) if isinstance(value, (list, tuple, set)) else None
-    if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
-        raise ConfigurationError(f"{name}: must be None, a pattern or a non-empty list of patterns, got {value!r}.")
-    return sorted(patterns) if isinstance(value, set) else patterns

@@ -123,14 +123,14 @@ def preset(name: str) -> Preset:
     Raises:
         ConfigurationError: if there is none of that name.
     """
+    known = (*PRESETS, *COMPARED_ONLY)
+    if name not in known:  # it may be no string
+        near = difflib.get_close_matches(str(name), known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigurationError(f"there is no method {name!r}; choose one of {', '.join(known)}.{hint}")
     if name in COMPARED_ONLY:
         raise ConfigurationError(
             f"no options make up the method {name!r}, so it is no configuration. It can be compared with others: by "
             "`hf-lossless-lr compare`, or hf_lossless_lr.baselines.compare."
         )
-    if name not in PRESETS:
-        known = (*PRESETS, *COMPARED_ONLY)
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigurationError(f"there is no method {name!r}; choose one of {', '.join(known)}.{hint}")
     return PRESETS[name]

@@ -27,8 +27,8 @@ class BenchmarkArguments(PrecisionArguments):
     sizes: list[int] | None = field(
         default=None,
         metadata={
-            "help": "tokens of a text, pixels of a side of a picture, samples of a sound; default 128, what the model "
-            "was made for, 16,000"
+            "help": "tokens of a text, pixels of a side of a picture, samples of a sound; default 128 or what the "
+            "model takes, what it was made for (224 where its configuration does not say), 16,000"
         },
     )
     threads: list[int] | None = field(default=None, metadata={"help": "threads of the processor; default as set"})
@@ -72,7 +72,7 @@ def benchmark(arguments: Any) -> int:
         raise ConfigurationError(f"--turns: must be at least {FEWEST_TURNS}, got {arguments.turns}.")
     check_files(arguments)
     models = [_loaded(name, arguments.dtype, arguments.device) for name in (arguments.model, arguments.other) if name]
-    if len({model.main_input_name for model in models}) > 1:
+    if len({(model.main_input_name, model.config.is_encoder_decoder) for model in models}) > 1:
         raise ConfigurationError("the two models take other kinds of input, so their times cannot be compared.")
     speeds: list[Speed] = []
     settings = [
@@ -106,5 +106,5 @@ def _loaded(name: str, dtype: str, device: str) -> Any:
         )
     try:
         return load_model(config.architectures[0], name, dtype).to(torch.device(device)).eval()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # the latter from a PyTorch without CUDA
         raise ConfigurationError(f"--device: {device!r} cannot be used: {error}") from error

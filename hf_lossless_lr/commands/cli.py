@@ -88,9 +88,11 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         Exit code: 0 on success, 1 on an error that the message explains, 3 if nothing could be compressed within the
-        margins, 4 if the verdict is less than `--require` (2, from argparse, on wrong usage).
+        margins, 4 if the verdict is less than `--require` (2, from argparse, on wrong usage; 128 and the number of a
+        signal that ended it).
 
     Raises:
+        KeyboardInterrupt: with `--debug`, after Ctrl-C.
         LosslessLowRankError: with `--debug`, which raises every error as it is.
     """
     arguments = build_parser().parse_args(argv)
@@ -98,6 +100,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with cleaning_up_when_stopped():
             return run(arguments)
+    except KeyboardInterrupt:
+        if arguments.debug:
+            raise
+        print("hf-lossless-lr: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except LosslessLowRankError as error:
         if arguments.debug:
             raise

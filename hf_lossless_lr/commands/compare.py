@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ..errors import CheckpointError, ConfigurationError
 from ..files import write_atomically
 from ..report import MethodResult, finite, methods_table, write_methods_figure
 from .data_options import (
+    NOTHING_COMPRESSED,
     CalibrationArguments,
     JudgingArguments,
     check_arguments,
@@ -31,7 +33,7 @@ class CompareArguments(CalibrationArguments, JudgingArguments):
     """What to compare, and where to keep it."""
 
     methods: list[str] = field(
-        default_factory=lambda: list(BY_DEFAULT), metadata={"help": "methods to compare", "choices": list(METHODS)}
+        default_factory=lambda: list(BY_DEFAULT), metadata={"help": "methods to compare, of those above"}
     )
     keep_ratios: list[float] = field(
         default_factory=lambda: [0.7, 0.5], metadata={"help": "sizes, for those methods that take one"}
@@ -42,6 +44,7 @@ class CompareArguments(CalibrationArguments, JudgingArguments):
     target_modules: list[str] | None = field(
         default=None, metadata={"help": "layers to factorize, as in compress; default all"}
     )
+    ignore: list[str] | None = field(default=None, metadata={"help": "layers to leave dense, as in compress"})
     records: str | None = field(
         default=None, metadata={"help": "file of the results, one in a line; those that it has are not found again"}
     )
@@ -75,7 +78,7 @@ def compare(arguments: Any) -> int:
         ConfigurationError: if an option has a value that cannot be used, or the records are of something else.
     """
     check_arguments(arguments)
-    shared = ("batch_size", "rank_multiple", "target_modules", "loss_margin", "accuracy_margin")
+    shared = ("batch_size", "rank_multiple", "target_modules", "ignore", "loss_margin", "accuracy_margin")
     task = task_of(arguments)
     changes = {"labels": "data" if task.labelled else "model"} | {name: getattr(arguments, name) for name in shared}
     for name in arguments.methods:
@@ -101,7 +104,11 @@ def compare(arguments: Any) -> int:
         if arguments.records:
             write_atomically(arguments.records, "".join(_line(each) for each in results))
     order = {name: place for place, name in enumerate(arguments.methods)}
-    results = sorted((r for r in results if r.method in order), key=lambda r: (-(r.keep_ratio or 0), order[r.method]))
+    results = [r for r in results if r.method in order and r.keep_ratio in (None, *arguments.keep_ratios)]
+    results.sort(key=lambda r: (-(r.keep_ratio or 0), order[r.method]))
+    if not results:
+        print("hf-lossless-lr: no method reaches any of the sizes", file=sys.stderr)
+        return NOTHING_COMPRESSED
     print(methods_table(results))
     if arguments.json:
         write_atomically(arguments.json, json.dumps([finite(asdict(r)) for r in results], indent=2) + "\n")

@@ -17,6 +17,7 @@ from .data_options import (
     NOT_AS_REQUIRED,
     NOTHING_COMPRESSED,
     CalibrationArguments,
+    RequiringArguments,
     check_arguments,
     complaint,
     load_calibration,
@@ -29,7 +30,7 @@ from .output import Claim, claimed
 
 
 @dataclass(kw_only=True)
-class CompressArguments(CalibrationArguments):
+class CompressArguments(CalibrationArguments, RequiringArguments):
     """Where to write the result, and what more there is to fit to."""
 
     output: str = field(metadata={"help": "folder for the compressed checkpoint; must not exist"})

@@ -15,7 +15,7 @@ from ..errors import CertificateError, ConfigurationError
 from ..evaluation import EVALUATION_TASKS, TASKS, EvaluationTask, Task, is_format, is_single, load_split, mmlu
 from ..files import check_writable
 from ..renamed import RENAMED
-from ..report import Certificate
+from ..report import Certificate, check_figure
 from ..verdict import CERTIFIED
 from .loading import PrecisionArguments
 
@@ -66,6 +66,12 @@ class DataArguments(SourceArguments):
         metadata={"help": "tokens an example is cut to (or blocks are cut into); default: the task's own length"},
     )
     json: str | None = field(default=None, metadata={"help": "also write the result to this file"})
+
+
+@dataclass(kw_only=True)
+class RequiringArguments:
+    """What the verdict has to be."""
+
     require: str | None = field(
         default=None,
         metadata={"help": "exit with code 4 if the verdict is less than this", "choices": list(CERTIFIED)[::-1]},
@@ -179,6 +185,8 @@ def check_files(arguments: Any) -> None:
         path = getattr(arguments, name, None)
         if path is not None:
             _check_file(name, Path(path))
+    if getattr(arguments, "plot", None) is not None:
+        check_figure(arguments.plot)
 
 
 def _check_file(option: str, path: Path) -> None:

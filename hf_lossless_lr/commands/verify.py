@@ -18,6 +18,7 @@ from .data_options import (
     NOT_AS_REQUIRED,
     DataArguments,
     JudgingArguments,
+    RequiringArguments,
     check_arguments,
     complaint,
     load_examples,
@@ -30,7 +31,7 @@ _DEFAULTS = LosslessLowRankConfig()
 
 
 @dataclass(kw_only=True)
-class VerifyArguments(DataArguments, JudgingArguments):
+class VerifyArguments(DataArguments, JudgingArguments, RequiringArguments):
     """What to compare on, and what counts as lossless."""
 
     split: str = field(default="validation", metadata={"help": "split to compare on"})

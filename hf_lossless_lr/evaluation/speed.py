@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,7 +21,7 @@ from ..layers import evaluating
 from ..ranks import TURNS, forward_flops, speed_in_turns
 from ..report import Speed
 
-TEXT_LENGTH, SOUND_LENGTH = 128, 16000  # tokens, samples
+TEXT_LENGTH, PICTURE_SIDE, SOUND_LENGTH = 128, 224, 16000  # tokens, pixels, samples
 FIRST_TOKEN = 5  # lower ids are often special ones
 LAYER_TURNS = 5
 CHOICES = 2  # of each example of a multiple-choice model
@@ -76,8 +77,8 @@ def random_batch(model: PreTrainedModel, examples: int, size: int | None = None)
     Args:
         model: the model.
         examples: number of examples.
-        size: tokens of a text, pixels of a side of a picture, samples of a sound; default 128, what the model was
-            made for, or 16,000.
+        size: tokens of a text, pixels of a side of a picture, samples of a sound; default 128 or what the model
+            takes, what it was made for (224 where its configuration does not say), or 16,000.
 
     Returns:
         Keyword arguments of its forward, without labels.
@@ -86,30 +87,45 @@ def random_batch(model: PreTrainedModel, examples: int, size: int | None = None)
         DataError: if the model takes something else, or the size is longer than it can take.
     """
     config, name, device = model.config.get_text_config(), model.main_input_name, model.device
+    pairs = hasattr(model, "get_text_features") and hasattr(model, "get_image_features")  # as CLIP
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # not those of other devices, which are not put back
         if name == "input_ids":
-            length = size or TEXT_LENGTH
-            most = getattr(config, "max_position_embeddings", None)
-            if isinstance(most, int) and 0 < most < length:
+            most = _most_tokens(model)
+            length = size or min(TEXT_LENGTH, most)
+            if most < length:
                 raise DataError(f"{type(model).__name__} takes at most {most} tokens, not {length}.")
             words = torch.randint(min(FIRST_TOKEN, config.vocab_size - 1), config.vocab_size, (examples, length))
             if type(model).__name__.endswith("ForMultipleChoice"):
                 words = words[:, None].repeat(1, CHOICES, 1)
             words = words.to(device)
             batch = {"input_ids": words, "attention_mask": torch.ones_like(words)}
+            batch |= {"pixel_values": _pictures(model, examples)} if pairs else {}
             return batch | ({"decoder_input_ids": words} if model.config.is_encoder_decoder else {})
         if name == "pixel_values":
-            vision = getattr(model.config, "vision_config", model.config)
-            side = size or getattr(vision, "image_size", None) or 224
-            height, width = (side, side) if isinstance(side, int) else side
-            shape = (examples, getattr(vision, "num_channels", 3), height, width)
-            return {name: torch.randn(shape).to(device, model.dtype)}
+            return {name: _pictures(model, examples, size)}
         if name == "input_values":
             return {name: torch.randn(examples, size or SOUND_LENGTH).to(device, model.dtype)}
     raise DataError(
         f"{type(model).__name__} takes {name!r}, for which there is no random input; give a batch of yours."
     )
+
+
+def _most_tokens(model: PreTrainedModel) -> int:
+    """Return how long a text may be; positions may begin behind the one of the padding, as RoBERTa's do."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(most, int) or most < 1:
+        return sys.maxsize
+    tables = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
+    paddings = [table.padding_idx for table in tables if isinstance(table, nn.Embedding)]
+    return most - max((index + 1 for index in paddings if index is not None), default=0)
+
+
+def _pictures(model: PreTrainedModel, examples: int, size: int | None = None) -> torch.Tensor:
+    vision = getattr(model.config, "vision_config", model.config)
+    side = size or getattr(vision, "image_size", None) or PICTURE_SIDE
+    height, width = (side, side) if isinstance(side, int) else side
+    return torch.randn(examples, getattr(vision, "num_channels", 3), height, width).to(model.device, model.dtype)
 
 
 @contextmanager

@@ -44,6 +44,10 @@ def lora_targets(model: PreTrainedModel, target_modules: Sequence[str] | str | N
     if target_modules == ALL_LINEAR:
         left = default_skips(model)
         chosen = {n: m for n, m in layers.items() if n not in left and _is_linear(m)}
+        if not chosen:
+            raise TargetError(
+                f"target_modules: {type(model).__name__} has no linear layer besides heads; name layers."
+            )
     else:
         patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
         unknown = [p for p in patterns if not any(_matches(p, n, m) for n, m in layers.items())]

@@ -50,6 +50,11 @@ def _reason(name: str, module: nn.Module, parameter: nn.Parameter, size: int) ->
         return "tied"
     if isinstance(module, nn.Embedding) or "embed" in name.rpartition(".")[2]:  # a table of positions, for one
         return "embeddings"
-    if isinstance(module, ParametrizationList):
+    if isinstance(module, ParametrizationList) or _is_original(name.rpartition(".")[2], module):
         return "a weight is computed from it"
     return f"not supported: {why_fused(module) or f'{parameter.ndim}-D weight of {type(module).__name__}'}"
+
+
+def _is_original(name: str, module: nn.Module) -> bool:
+    """Return whether a hook computes the weight of a layer from a parameter, as older weight and spectral norms do."""
+    return name in ("weight_g", "weight_v", "weight_orig") and "weight" not in module._parameters

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -34,6 +35,23 @@ def finish(steps: Iterable[Callable[[], object]]) -> None:
         raise failure
 
 
+class Place(NamedTuple):
+    """Where a module is kept, besides those of which it is a submodule.
+
+    Attributes:
+        kept: the list or dictionary; the attributes of a module are one.
+        key: the place in it.
+        value: what is there.
+    """
+
+    kept: Any
+    key: Any
+    value: Any
+
+
+SUBMODULES = frozenset(vars(nn.Module()))  # and what else PyTorch keeps of a module
+
+
 @dataclass(frozen=True)
 class Replacement:
     """Undo record of `replace_modules`.
@@ -41,10 +59,12 @@ class Replacement:
     Attributes:
         model: the model that was changed.
         originals: every path that was changed, with the module that was there.
+        elsewhere: every other place that was changed, with what was there.
     """
 
     model: nn.Module
     originals: dict[str, nn.Module]
+    elsewhere: list[Place]
 
     def undo(self) -> None:
         """Put the original modules back, on the device and in the dtype of those that were in their place.
@@ -52,7 +72,8 @@ class Replacement:
         One whose weights are offloaded comes back as it was. Finishes whatever interrupts it; what did is raised at
         the end. Twice is the same as once.
         """
-        finish([partial(self._put_back, path, module) for path, module in self.originals.items()])
+        lists = [partial(place.kept.__setitem__, place.key, place.value) for place in self.elsewhere]
+        finish([*(partial(self._put_back, path, module) for path, module in self.originals.items()), *lists])
 
     def _put_back(self, path: str, module: nn.Module) -> None:
         present = next(self.model.get_submodule(path).parameters(), None)
@@ -63,6 +84,8 @@ class Replacement:
 
 def replace_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Replacement:
     """Put new modules in place of old ones, at every path under which an old one is reachable.
+
+    Modules that keep others in lists, too, and call those, get the new ones there (MaskFormer does).
 
     Args:
         model: the model, changed in place.
@@ -79,16 +102,43 @@ def replace_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> 
     if missing:
         raise TargetError(f"{type(model).__name__} has no module {missing[0]!r}.")
     new_of = {id(modules[name]): module for name, module in replacements.items()}
-    replacement = Replacement(model, {path: module for path, module in modules.items() if id(module) in new_of})
+    originals = {path: module for path, module in modules.items() if id(module) in new_of}
+    replacement = Replacement(model, originals, list(_elsewhere(modules.values(), new_of)))
     try:
         for path, module in replacement.originals.items():
             new = new_of[id(module)]
             new.train(module.training)
             model.set_submodule(path, new)
+        for kept, key, value in replacement.elsewhere:
+            kept[key] = _swapped(value, new_of)
         return replacement
     except BaseException:  # an interrupt, too, must not leave a model that is half replaced
         replacement.undo()
         raise
+
+
+def _elsewhere(modules: Iterable[nn.Module], new_of: Mapping[int, nn.Module]) -> Iterator[Place]:
+    """Yield the attributes of modules, and the places in lists and dictionaries of theirs, where replaced ones are."""
+    waiting: list[Any] = [vars(module) for module in modules]
+    seen = set[int]()
+    while waiting:
+        kept = waiting.pop()
+        if id(kept) in seen:
+            continue
+        seen.add(id(kept))
+        for key, value in kept.items() if isinstance(kept, dict) else enumerate(kept):
+            if isinstance(value, (list, dict)) and key not in SUBMODULES:
+                waiting.append(value)
+            elif isinstance(value, (nn.Module, tuple)) and _swapped(value, new_of) is not value:
+                yield Place(kept, key, value)
+
+
+def _swapped(value: Any, new_of: Mapping[int, nn.Module]) -> Any:
+    """Return what takes the place of a value: a replaced module, or a tuple with some; else the value itself."""
+    if type(value) is not tuple:
+        return new_of.get(id(value), value)
+    new = tuple(_swapped(each, new_of) for each in value)
+    return value if all(x is y for x, y in zip(new, value, strict=True)) else new
 
 
 @contextmanager

@@ -110,10 +110,12 @@ class Stored(nn.Module):
 def _has_product(x: torch.Tensor, codes: torch.Tensor) -> bool:
     """Return whether PyTorch multiplies such activations by int8 codes as they are, and faster than by numbers.
 
-    Its product loads whole vectors from where they must begin, and would end the process elsewhere. A compiler fuses
-    the decoding itself.
+    Its product has no gradient. It loads whole vectors from where they must begin, and would end the process
+    elsewhere. A compiler fuses the decoding itself.
     """
     if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.bfloat16:
+        return False
+    if x.requires_grad and torch.is_grad_enabled():
         return False
     return x.numel() > 0 and x.shape[-1] % VECTOR == 0 and codes.data_ptr() % VECTOR == 0
 

@@ -18,7 +18,7 @@ def answers_as_its_base(module: Any) -> bool:
     """Return whether a layer answers a random input as the layout of its base type says.
 
     A layer may keep the type of its base and compute something else: with a weight that it first normalizes, or with
-    an input that it rounds.
+    an input that it rounds. One with parameters of its own, which may be neutral for now, does not answer as its base.
 
     Args:
         module: a layer that has a layout, with its weights.
@@ -28,6 +28,8 @@ def answers_as_its_base(module: Any) -> bool:
     """
     if type(module) in LAYOUTS:
         return True
+    if not {*module._parameters, *module._buffers} <= {"weight", "bias"}:
+        return False
     layout, own = layout_of(module), copied(module).eval()
     with random_state_kept(own.weight.device):
         x = layout.random_input(own, ROWS)

@@ -61,7 +61,7 @@ def choose(
     limits = Limits(float(config.keep_ratio or 1), config.rank_multiple or 1, budget, epsilon or {}, ranks)
     choices = objective.select(curves, limits) if objective.select is not None else {}
     if all(choice == Choice() for choice in choices.values()):
-        logger.warning("no rank meets objective=%r in any layer; the model stays dense.", config.objective)
+        logger.warning("no rank meets objective=%r in any layer; the targeted layers stay dense.", config.objective)
     return visit(choices), visited, epsilon
 
 
@@ -83,11 +83,11 @@ def _search(
         config.loss_margin,
     )
     if not path.steps:
-        logger.warning("no rank meets objective=%r in any layer; the model stays dense.", config.objective)
+        logger.warning("no rank meets objective=%r in any layer; the targeted layers stay dense.", config.objective)
     elif found is None:
         logger.warning(
-            "no compressed model met loss_margin=%s and accuracy_margin=%s on the selection split; the model "
-            "stays dense. Raise the margins, or give more calibration data.",
+            "no compressed model met loss_margin=%s and accuracy_margin=%s on the selection split; the targeted "
+            "layers stay dense. Raise the margins, or give more calibration data.",
             config.loss_margin,
             config.accuracy_margin,
         )

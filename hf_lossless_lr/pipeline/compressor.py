@@ -178,7 +178,7 @@ class LowRankCompressor:
             config, experts = self.config, unfuse(model)
             with in_place(model, experts):
                 targets = find_targets(model, config.target_modules, config.ignore)
-            values_of("ranks", config.given_ranks, targets.chosen)  # a pattern that matches nothing shows now
+            values_of("ranks", config.given_ranks, targets.chosen, targets.skipped)  # refuses what matches nothing
             if config.labels == "model":
                 calib_dataset, eval_dataset = with_drawn_labels(
                     model, config, calib_dataset, eval_dataset, data_collator, processing_class

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..checkpoint import LosslessLowRankConfig
 from ..data import combined_digest, draw_labels, examine, make_dataloader
 from ..errors import CertificateError
 from ..layers import check_whole, on_device
@@ -53,10 +54,18 @@ def verify(
 
     Raises:
         CertificateError: if the data cannot carry a certificate: used, too few examples, one class.
+        ConfigurationError: if an option has a value that cannot be used.
         DataError: if the data has no labels, or the models do not answer the same questions.
         NumericalError: if a loss is not finite.
         TargetError: if a model is wrapped, spread over processes, or another one in each.
     """
+    LosslessLowRankConfig(  # refuses values that cannot be used
+        loss_margin=loss_margin,
+        accuracy_margin=accuracy_margin,
+        confidence=confidence,
+        batch_size=batch_size,
+        labels=labels,
+    )
     options = {"batch_size": batch_size, "data_collator": data_collator, "processing_class": processing_class}
     accelerator = make_accelerator()
     for model in (dense, compressed):

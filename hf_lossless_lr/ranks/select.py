@@ -149,8 +149,8 @@ def select_uniform(
         if point is None:
             raise ConfigurationError(
                 f"keep_ratio={keep_ratio} cannot be reached in {name!r} ({curve.out_features} x {curve.in_features}) "
-                f"with rank_multiple={curve.multiple(rank_multiple)}; use objective='budget', or add the layer to "
-                "`ignore`."
+                f"with rank_multiple={curve.multiple(rank_multiple)}; add the layer to `ignore`, or use "
+                "objective='budget'."
             )
         choices[name] = point.choice
     return choices

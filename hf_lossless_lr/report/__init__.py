@@ -5,6 +5,7 @@ Computes nothing, and imports neither torch nor Transformers.
 
 from .card import CARD_NAME, is_unedited, model_card
 from .comparison import MethodResult, methods_table, write_methods_figure
+from .drawing import check_figure
 from .figures import write_figures
 from .memory import MemoryPlan, gibibytes
 from .reading import CERTIFIED
@@ -38,6 +39,7 @@ __all__ = [
     "Speed",
     "TrialRecord",
     "certificate_sentence",
+    "check_figure",
     "comparison_table",
     "finite",
     "gibibytes",

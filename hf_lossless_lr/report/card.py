@@ -156,11 +156,13 @@ def _loading(report: CompressionReport, package: str) -> list[str]:
 def _kept_dense(report: CompressionReport) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for name, weight in report.skipped.items():
-        reasons.setdefault(weight.reason, []).append(name)
+        written = "" if weight.format == "float" else f", in {weight.format}"
+        reasons.setdefault(f"{weight.reason}{written}", []).append(name)
     shares = {reason: sum(report.skipped[name].share or 0.0 for name in names) for reason, names in reasons.items()}
     unchanged = [name for name, layer in report.layers.items() if (layer.rank, layer.format) == (None, "float")]
     whole = sum(layer.rank is None for layer in report.layers.values())
-    formats = Counter(layer.format for layer in report.layers.values() if layer.format != "float")
+    weights = *report.layers.values(), *report.skipped.values()
+    formats = Counter(weight.format for weight in weights if weight.format != "float")
     lines = [
         f"* {markdown(reason, begins=True)}{f' ({_percent(shares[reason], 1)} of the model)' * bool(shares[reason])}: "
         f"{_patterns(names)}"
@@ -175,7 +177,7 @@ def _kept_dense(report: CompressionReport) -> list[str]:
         f"{_percent(report.model_keep_ratio)}. {f'Weights are rounded: {rounded}. ' * bool(rounded)}"
         f"`{REPORT_NAME}` has the ranks{' and the formats' * bool(rounded)}."
     )
-    return ["## Layers", text, *(["Left dense:", "\n".join(lines)] if lines else [])]
+    return ["## Layers", text, *(["Not factorized:", "\n".join(lines)] if lines else [])]
 
 
 def _percent(share: float, digits: int = 2) -> str:

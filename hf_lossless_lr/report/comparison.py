@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CheckpointError
-from .drawing import DENSE, refuse_links, require_matplotlib, save_figure
+from .drawing import DENSE, check_figure, save_figure
 from .reading import CERTIFIED, typed
 
 COLUMNS = (
@@ -110,8 +110,7 @@ def write_methods_figure(results: Sequence[MethodResult], path: str | os.PathLik
     Raises:
         ConfigurationError: if matplotlib is not installed, or a link is in the place of the file.
     """
-    require_matplotlib()
-    refuse_links([path])
+    check_figure(path)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.4), layout="constrained")

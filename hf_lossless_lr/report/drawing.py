@@ -18,6 +18,19 @@ KEPT, DENSE, BAD, FULL = "#2a6f97", "#b0b0b0", "#c8553d", "#e4e9ed"  # colours
 RESOLUTION = 150  # dots per inch
 
 
+def check_figure(path: str | os.PathLike[str]) -> None:
+    """Refuse a figure that cannot be written, which is best known before the work.
+
+    Args:
+        path: the PNG file.
+
+    Raises:
+        ConfigurationError: if matplotlib is not installed, or a link is in the place of the file.
+    """
+    require_matplotlib()
+    refuse_links([path])
+
+
 def require_matplotlib() -> None:
     """Refuse to draw without the library.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
@@ -145,14 +146,34 @@ def impossible(report: Any) -> str | None:
         sizes = (layer.out_features, layer.in_features, layer.dense_parameters, layer.parameters)
         if min(sizes) < 1 or (layer.rank is not None and not 1 <= layer.rank <= min(sizes[:2])):
             return f"a size or the rank of the layer {name!r} is out of range"
+        if min(layer.dense_bytes or 0, layer.bytes or 0) < 0:
+            return f"the bytes of the layer {name!r} are negative"
+    for name, weight in (*report.layers.items(), *report.skipped.items()):
+        if not re.fullmatch("float|int[2-8]", weight.format):
+            return f"the weight {name!r} has the format {_shown(weight.format)}"
     for name in ("dense", "compressed"):
         found = getattr(report, name)
-        if found.parameters < 1 or not 0 <= (found.accuracy or 0) <= 1 + ROUNDING:
-            return f"the parameters or the accuracy of the {name} model are out of range"
+        if found.parameters < 1 or (found.bytes or 0) < 0 or not 0 <= (found.accuracy or 0) <= 1 + ROUNDING:
+            return f"the parameters, the bytes or the accuracy of the {name} model are out of range"
     for name in ("loss_margin", "accuracy_margin"):
         margin = report.config.get(name, 0)
         if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 0 <= margin <= LARGEST:
             return f"the configuration has the {name} {_shown(margin)}"
+    if report.speed is not None and (problem := _impossible_speed(report.speed)):
+        return problem
     if any(not math.isfinite(trial.keep_ratio) or not 0 < trial.keep_ratio <= 1 + ROUNDING for trial in report.trials):
         return "the size of a trial is out of range"
+    return None
+
+
+def _impossible_speed(speed: Any) -> str | None:
+    """Return what is wrong with the times of a dense and a compressed model."""
+    times = [*speed.seconds, *(each for pair in speed.quartiles for each in pair), speed.ratio or 0]
+    times += speed.ratio_quartiles or ()
+    pairs = speed.seconds, speed.quartiles, speed.flops, speed.peak_bytes, speed.layers
+    if any(pair is not None and len(pair) != 2 for pair in pairs) or not speed.shape:
+        return "the times are not those of a batch in two models"
+    counts = [*speed.shape, *(speed.flops or ()), *(speed.peak_bytes or ())]
+    if min(times) < 0 or min(counts) < 0 or min(speed.threads, speed.turns) < 1:
+        return "a time or a count of the speed is negative"
     return None

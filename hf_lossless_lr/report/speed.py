@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .drawing import DENSE, KEPT, refuse_links, require_matplotlib, save_figure
+from .drawing import DENSE, KEPT, check_figure, save_figure
 from .text import plain
 
 COLOURS = (DENSE, KEPT)
@@ -105,8 +105,7 @@ def write_speed_figure(speeds: Sequence[Speed], path: str | os.PathLike[str]) ->
     Raises:
         ConfigurationError: if matplotlib is not installed, or a link is in the place of the file.
     """
-    require_matplotlib()
-    refuse_links([path])
+    check_figure(path)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 1.2 + 0.6 * len(speeds)), layout="constrained")

@@ -261,7 +261,7 @@ def _distance(dense: _Answer, compressed: _Answer, examples: int) -> _Record:
 
 def _divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """Return `Σ exp(p) (p − q)` of each unit, where classes that `p` rules out add nothing.  # shape: (units,)."""
-    return torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum(-1)
+    return torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum(-1).clamp_min(0.0)  # below it by rounding
 
 
 def _cross_entropy(logs: Sequence[torch.Tensor], labels: Sequence[torch.Tensor], temperature: float) -> torch.Tensor:

@@ -156,7 +156,7 @@ class TestCard:
     def test_of_a_model_without_a_dense_layer_lists_none(self):
         card = card_of(replace(REPORT, skipped={}, layers={"a.0.b": layer(2)}))
         assert "1 of 1 targeted layers are factorized" in card
-        assert "Left dense" not in card
+        assert "Not factorized" not in card
 
     def test_names_the_data_and_the_versions(self):
         card = card_of(REPORT)

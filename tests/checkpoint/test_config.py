@@ -289,6 +289,7 @@ def test_given_ranks_make_an_objective_of_their_own(cls, given, found):
         ({"ranks": {"query": 2.5}}, "ranks: must map patterns of layers to whole numbers above 0"),
         ({"ranks": ["query"]}, "ranks: must map patterns of layers to whole numbers above 0"),
         ({"ranks": 64}, "ranks: must map patterns of layers to whole numbers above 0"),
+        ({"ranks": ["query=3", "query=4"]}, "ranks: 'query' is given twice"),
         ({"objective": "ranks"}, "objective='ranks' takes the ranks of layers"),
         ({"objective": "uniform", "ranks": {"query": 3}}, "ranks contradicts objective='uniform'"),
         ({"keep_ratio": 0.5, "ranks": {"query": 3}}, "keep_ratio=0.5 contradicts objective='ranks'"),
@@ -467,6 +468,13 @@ def test_an_unknown_field_is_an_error_with_a_suggestion():
     text = "LosslessLowRankConfig has no field 'keep_ration'. Did you mean 'keep_ratio'?"
     with pytest.raises(ConfigurationError, match=re.escape(text)):
         LosslessLowRankConfig.from_dict({"keep_ration": 0.5})
+    with pytest.raises(ConfigurationError, match=re.escape(text)):
+        LosslessLowRankConfig(keep_ration=0.5)
+
+
+def test_all_formats_stand_alone():
+    with pytest.raises(ConfigurationError, match="formats: 'auto' means all of them, and stands alone"):
+        LosslessLowRankConfig(formats=["auto", "int8"])
 
 
 def test_an_unknown_field_like_no_other_is_an_error_that_lists_the_known_ones():

@@ -241,6 +241,49 @@ def test_int8_may_stay_as_it_is_stored(name, dtype, checkpoint, tmp_path):
     check_same_answers(plain, kept, batch, tolerance=PRODUCT if dtype == torch.float32 else 10 * BFLOAT16)
 
 
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
+def test_what_is_beside_stored_weights_trains(checkpoint):
+    """Codes do not; in bfloat16 they have a product without a gradient, which is for inference alone."""
+    model, batch, folder = checkpoint("bert-sequence-classification", "int8")
+    config = LosslessLowRankConfig(compute="stored")
+    kept = load(model, folder, dtype=torch.bfloat16, quantization_config=config)
+    kept(**batch).loss.backward()
+    trainable = {name for name, parameter in kept.named_parameters() if parameter.requires_grad}
+    assert {name for name, parameter in kept.named_parameters() if parameter.grad is not None} == trainable
+    assert "classifier.bias" in trainable
+    assert not any(kept.get_parameter(f"{name}.weight").requires_grad for name in stored_in(kept) if "." not in name)
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
+@pytest.mark.parametrize("compute", ["dequantized", "stored"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_scale_that_is_not_finite_is_refused(compute, value, checkpoint, tmp_path):
+    model, _, folder = checkpoint("bert-sequence-classification", "int8")
+    other = copied(folder, tmp_path / "other")
+    tensors = load_file(other / WEIGHTS)
+    tensors[f"{DENSE}.scale"][3] = torch.tensor(value, dtype=torch.bfloat16).view(torch.int16)
+    save_file(tensors, other / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{DENSE}.* NaN or infinite"):
+        load(model, other, quantization_config=LosslessLowRankConfig(compute=compute))
+
+
+@pytest.mark.parametrize("name", ["bert-sequence-classification", "llama", "gpt2"])
+@pytest.mark.parametrize("words", [-8, 8])
+def test_resized_embeddings_are_saved_with_the_rows_that_they_had(name, words, checkpoint, tmp_path):
+    model, _, folder = checkpoint(name, "int4")
+    model = load(model, folder)
+    table = model.get_input_embeddings().weight
+    old, count = table.detach().clone(), len(table) + words
+    model.resize_token_embeddings(count)
+    model.save_pretrained(tmp_path)
+    found = load(model, tmp_path).get_input_embeddings().weight
+    assert len(found) == count
+    rows = min(count, len(old))
+    assert torch.equal(found[:rows], old[:rows])
+    new = model.get_input_embeddings().weight[rows:]
+    assert torch.allclose(found[rows:], new, atol=0.2 * float(old.abs().max()))
+
+
 @on_formats
 @pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules:UserWarning")
 def test_a_dense_weight_that_is_offloaded_stays_as_it_is_stored(number_format, checkpoint, tmp_path):

@@ -75,6 +75,8 @@ class TestNames:
         assert not [name for name in names if "classifier" in name or "pooler" in name]
         with pytest.raises(TargetError, match="PEFT has no default for models of the type 'resnet'"):
             lora_targets(compressed("resnet")[0])
+        with pytest.raises(TargetError, match="ResNetForImageClassification has no linear layer besides heads"):
+            lora_targets(compressed("resnet")[0], "all-linear")
 
     def test_that_do_not_exist_name_what_comes_near(self):
         with pytest.raises(TargetError, match=r"'q_proj' matches no layer; (nearest|layers here): "):

@@ -497,9 +497,10 @@ class TestErrors:
             raise error
 
         monkeypatch.setattr(target, fail)
-        with pytest.raises(KeyboardInterrupt) if isinstance(error, KeyboardInterrupt) else contextlib.nullcontext():
-            assert main(command) == 1
-            assert capsys.readouterr().err.startswith("hf-lossless-lr: error: ")
+        interrupted = isinstance(error, KeyboardInterrupt)
+        assert main(command) == (130 if interrupted else 1)
+        message = "hf-lossless-lr: interrupted\n" if interrupted else "hf-lossless-lr: error: "
+        assert message in capsys.readouterr().err
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """`hf-lossless-lr compare`: methods on the same data, found once, and no results of something else."""
 
 import json
+import re
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -144,10 +146,7 @@ def test_answers_to_an_old_option_with_the_new_one(place, capsys):
     assert "accuracy_margin" in capsys.readouterr().err
 
 
-def test_refuses_a_method_that_there_is_not(place, capsys):
-    with pytest.raises(SystemExit):
-        main(arguments(place, methods=["sdv"]))
-    assert "invalid choice: 'sdv'" in capsys.readouterr().err
+def test_refuses_a_method_that_there_is_not():
     with pytest.raises(ConfigurationError, match="no method 'sdv'"):
         next(compare(None, None, methods=["sdv"], keep_ratios=[0.5]))
 
@@ -155,3 +154,49 @@ def test_refuses_a_method_that_there_is_not(place, capsys):
 def test_the_table_has_a_dash_where_nothing_is_known():
     result = MethodResult("svd", None, 0.5, 0.6, 0.1, None, None, "none", None, 1.0, "x")
     assert methods_table([result]).splitlines()[-1] == "| svd | - | 0.500 | 0.600 | +0.1000 | - | - | none | - | 1.0 |"
+
+
+def test_of_which_no_method_reaches_a_size_says_so(place, capsys):
+    command = arguments(place, methods=("svd",))
+    command[command.index("0.5")], command[command.index("0.7")] = "0.001", "0.002"
+    assert main(command) == 3
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.endswith("hf-lossless-lr: no method reaches any of the sizes\n")
+
+
+def test_shows_the_sizes_that_are_asked_for_alone(place, tmp_path, capsys):
+    records = tmp_path / "records.jsonl"
+    assert main(arguments(place, "--records", str(records), methods=("svd",))) == 0
+    command = arguments(place, "--records", str(records), methods=("svd",))
+    capsys.readouterr()
+    assert main([each for each in command if each != "0.7"]) == 0
+    assert [line.split("|")[2].strip() for line in capsys.readouterr().out.splitlines()[2:]] == ["0.5"]
+    assert len(records.read_text().splitlines()) == 2
+
+
+def test_leaves_layers_dense(place, capsys):
+    assert main(arguments(place, "--ignore", "query", "Conv2d", methods=("svd",))) == 1
+    assert "ignore: 'Conv2d' matches no layer" in capsys.readouterr().err
+    assert main(arguments(place, "--ignore", "query", methods=("svd",))) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--plot", "plot.png"], "figures need matplotlib"),
+        (["--methods", "svd-lm"], "there is no method 'svd-lm'.* Did you mean 'svd-llm'"),
+    ],
+)
+def test_refuses_what_cannot_be_before_it_loads_anything(place, options, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr("hf_lossless_lr.commands.compare.load_model", None)
+    assert main(arguments(place, *options, methods=("svd",))) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_has_no_verdict_to_require(place, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments(place, "--require", "lossless"))
+    assert "unrecognized arguments: --require" in capsys.readouterr().err

@@ -4,9 +4,11 @@ import time
 
 import pytest
 import torch
+from support.architectures import small
 from support.tiny_models import TINY_MODELS, llama, t5, vit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPConfig, CLIPModel, RobertaConfig, RobertaModel
 
 from hf_lossless_lr import DataError
 from hf_lossless_lr.evaluation import measure_speed, random_batch
@@ -38,6 +40,22 @@ def test_random_batches_are_what_the_model_takes(name):
 def test_a_text_that_is_too_long_is_refused():
     with pytest.raises(DataError, match="takes at most 40 tokens, not 41"):
         random_batch(llama()[0], 1, 41)
+    roberta = RobertaModel(small(RobertaConfig))  # positions begin behind that of the padding
+    with pytest.raises(DataError, match="takes at most 39 tokens, not 40"):
+        random_batch(roberta, 1, 40)
+
+
+def test_a_text_is_as_long_as_the_model_takes_where_that_is_less_than_the_default():
+    for model, longest in ((llama()[0], 40), (RobertaModel(small(RobertaConfig)), 39)):
+        batch = random_batch(model, 2)
+        assert batch["input_ids"].shape == (2, longest)
+        model(**batch)
+
+
+def test_models_of_text_and_pictures_get_both():
+    parts = {"text_config": {}, "vision_config": {}}
+    model = CLIPModel(small(CLIPConfig, **parts))
+    assert model(**random_batch(model, 3)).logits_per_image.shape == (3, 3)
 
 
 def test_the_second_model_is_compared_to_the_first():

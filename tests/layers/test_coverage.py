@@ -1,5 +1,7 @@
 """Every weight of a model is a target or is listed, with the reason and its size."""
 
+import warnings
+
 import pytest
 import torch
 from support.tiny_models import TINY_MODELS, VOCABULARY, build
@@ -52,6 +54,23 @@ def check_accounts_for_everything(model):
     return others
 
 
+class Adapted(nn.Linear):
+    """Computes what its base does for now."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.gain = nn.Parameter(torch.zeros(sizes[1], sizes[0]))
+
+    def forward(self, input):
+        return super().forward(input) + input @ self.gain
+
+
+def test_a_layer_with_parameters_of_its_own_stays_dense():
+    model = Mixed(BertConfig())
+    model.adapted = Adapted(8, 6)
+    assert "adapted" in find_targets(model).skipped
+
+
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_targets_and_others_are_all_there_is(name):
     check_accounts_for_everything(TINY_MODELS[name]()[0])
@@ -62,6 +81,21 @@ def test_what_a_weight_is_computed_from_is_listed_as_that():
     nn.utils.parametrizations.weight_norm(model.plain)
     others = check_accounts_for_everything(model)
     assert others["plain.parametrizations.weight.original1"] == ("a weight is computed from it", 64)
+
+
+@pytest.mark.parametrize(
+    ("norm", "originals"),
+    [(nn.utils.weight_norm, ("weight_g", "weight_v")), (nn.utils.spectral_norm, ("weight_orig",))],
+)
+def test_what_a_hook_computes_a_weight_from_is_listed_as_that(norm, originals):
+    model = Mixed(BertConfig())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer norms are parametrizations
+        norm(model.plain)
+    others = check_accounts_for_everything(model)
+    assert {others[f"plain.{name}"][0] for name in originals if f"plain.{name}" in others} == {
+        "a weight is computed from it"
+    }
 
 
 def test_weights_of_other_kinds_are_listed_with_their_kind():
@@ -96,14 +130,6 @@ def test_weights_of_known_architectures_are_listed(model, config, options, name)
     sizes = {} if "XLNet" in model else _SIZES
     others = check_accounts_for_everything(build(model, config, **(sizes | options)))
     assert others[name][0].startswith("not supported: ")
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
-def test_what_a_weight_is_computed_from_is_listed():
-    model = TINY_MODELS["bert-sequence-classification"]()[0]
-    nn.utils.weight_norm(model.bert.encoder.layer[0].output.dense)
-    others = check_accounts_for_everything(model)
-    assert others["bert.encoder.layer.0.output.dense.weight_v"] == ("not supported: 2-D weight of Linear", 32 * 48)
 
 
 def test_a_shared_weight_counts_once():

@@ -75,6 +75,32 @@ class TestReplacing:
         assert all(module.training is training for module in new.modules())
         assert model.training is not training
 
+    def test_reaches_what_modules_keep_besides_their_submodules(self):
+        """In lists, tuples and dictionaries, which their forward may call (MaskFormer's does)."""
+
+        class Keeper(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.steps = [nn.Linear(4, 4), [nn.Linear(4, 4)], nn.ReLU()]
+                self.pair = (nn.Linear(4, 4), "text")
+                self.named = {"last": nn.Linear(4, 4)}
+                self.layers = nn.ModuleList([self.steps[0], self.steps[1][0], self.pair[0], self.named["last"]])
+
+            def called(self):
+                return [self.steps[0], self.steps[1][0], self.pair[0], self.named["last"]]
+
+        model = Keeper()
+        old = model.called()
+        new = {f"layers.{place}": nn.Linear(4, 4) for place in range(4)}
+        record = replace_modules(model, new)
+        assert all(one is other for one, other in zip(model.called(), new.values(), strict=True))
+        assert model.pair[1] == "text"
+        record.undo()
+        assert all(one is other for one, other in zip(model.called(), old, strict=True))
+        with in_place(model, new):
+            assert model.called() == [*model.layers] == [*new.values()]
+        assert model.called() == [*model.layers] == old
+
     def test_of_nothing_changes_nothing(self, bert):
         model, _ = bert
         before = identities(model)

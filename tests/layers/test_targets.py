@@ -132,7 +132,7 @@ class TestSpecificity:
         [
             (QUERY, EXACT),
             ("query", SUFFIX),
-            ("self.query", SUFFIX),
+            ("self.query", SUFFIX + 1 / 6),
             ("uery", NO_MATCH),  # the end of a name, but not of whole components
             ("bert.encoder", NO_MATCH),  # the beginning of a name
             (r"re:.*\.query", REGEX),
@@ -161,6 +161,12 @@ class TestSpecificity:
         wanted = [self.PATTERNS[stronger], "key"]  # `key` keeps the choice from being empty
         for other, unwanted in enumerate(self.PATTERNS):
             assert (self.QUERY in find_targets(model, wanted, [unwanted]).chosen) == (stronger < other)
+
+    def test_of_a_longer_end_of_a_name_is_higher(self):
+        model, _ = bert_sequence_classification()
+        wanted, unwanted = ["layer.0.attention.self.query", "key"], ["query"]
+        assert self.QUERY in find_targets(model, wanted, unwanted).chosen
+        assert self.QUERY not in find_targets(model, ["query", "key"], ["self.query"]).chosen
 
     def test_of_the_best_pattern_counts_whatever_the_order(self):
         model, _ = bert_sequence_classification()

@@ -408,7 +408,7 @@ class TestWhenNothingQualifies:
             "no compressed model met loss_margin=0.0 and accuracy_margin=0.01 on the selection split; the model stays "
             "dense. Raise the margins, or give more calibration data."
             if case == "compact"
-            else f"no rank meets objective={case!r} in any layer; the model stays dense."
+            else f"no rank meets objective={case!r} in any layer; the targeted layers stay dense."
         ]
         assert report.keep_ratio == report.model_keep_ratio == 1.0
         assert report.predicted_loss_increase == 0.0

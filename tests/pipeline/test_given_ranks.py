@@ -16,7 +16,7 @@ def compressed(ranks, **options):
 
 
 def test_are_those_of_the_layers_and_the_most_specific_pattern_counts():
-    ranks = {"query": 3, "re:.*attention.output.dense": 5, "bert.encoder.layer.1.attention.self.query": 4}
+    ranks = {"query": 3, "re:.*attention.output.dense": 5, "layer.1.attention.self.query": 4}
     model, report = compressed(ranks)
     found = {name: layer.rank for name, layer in factorized_layers(model).items()}
     layers = "bert.encoder.layer"
@@ -41,6 +41,11 @@ def test_that_compress_nothing_or_match_nothing_are_an_error():
         compressed({"query": 32})
     with pytest.raises(TargetError, match="ranks: 'quary' matches no layer; nearest: 'query'"):
         compressed({"quary": 3})
+    reasons = {"in `ignore`": {"ranks": {"key": 3, "query": 3}, "ignore": ["query"]}}
+    reasons["task head"] = {"ranks": {"key": 3, "classifier": 1}}
+    for reason, options in reasons.items():
+        with pytest.raises(TargetError, match=rf"(query|classifier)' matches '.*', which stays dense: {reason}"):
+            compressed(**options)
 
 
 def test_another_size_is_chosen_by_the_budget():

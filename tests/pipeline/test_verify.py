@@ -7,7 +7,7 @@ import torch
 from support.compressions import certifiable
 from support.tiny_models import split_batch
 
-from hf_lossless_lr import CertificateError, DataError, verify
+from hf_lossless_lr import CertificateError, ConfigurationError, DataError, verify
 from hf_lossless_lr.data.loaders import make_dataloader
 from hf_lossless_lr.data.splits import combined_digest, item_digests, split_data
 
@@ -50,6 +50,15 @@ class TestVerify:
         model, batches = pair
         other = disturbed(model, 0.5)
         assert verify(model, other, batches, loss_margin=100.0, accuracy_margin=1.0).status == "lossless"
+
+    @pytest.mark.parametrize(
+        ("option", "value"),
+        [("loss_margin", -1), ("accuracy_margin", 5), ("confidence", 0.2), ("batch_size", 0), ("labels", "modell")],
+    )
+    def test_refuses_values_that_cannot_be_used(self, pair, option, value):
+        model, batches = pair
+        with pytest.raises(ConfigurationError, match=f"{option}: "):
+            verify(model, model, batches, **{option: value})
 
     def test_leaves_both_models_in_their_modes(self, pair):
         model, batches = pair

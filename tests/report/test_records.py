@@ -223,6 +223,9 @@ def bounds(mean, lower, upper):
     return {"mean": mean, "lower": lower, "upper": upper}
 
 
+SPEED = {"shape": [8, 16], "device": "cpu", "threads": 1, "turns": 9, "seconds": [2.0, 1.0]}
+SPEED |= {"quartiles": [[1.0, 3.0], [1.0, 1.0]], "ratio": 0.5, "ratio_quartiles": [0.4, 0.6]}
+
 CONTRADICTIONS = {
     "a better status": (
         in_certificate(loss_increase=bounds(0.02, 0.005, 0.03)),
@@ -251,7 +254,12 @@ CONTRADICTIONS = {
     "no examples": (in_certificate(examples=0), "a number of examples or units"),
     "no layers": (lambda data: data.update(layers={}), "there are no layers"),
     "a rank above the full one": (lambda data: data["layers"]["one"].update(rank=99), "the rank of the layer 'one'"),
-    "no parameters": (lambda data: data["dense"].update(parameters=0), "parameters or the accuracy of the dense mod"),
+    "no parameters": (lambda data: data["dense"].update(parameters=0), "the bytes or the accuracy of the dense mod"),
+    "bytes below 0": (lambda data: data["dense"].update(bytes=-5), "bytes or the accuracy of the dense model"),
+    "an unknown format": (lambda data: data["layers"]["one"].update(format="int9"), "'one' has the format 'int9'"),
+    "the time of one model": (lambda data: data.update(speed=SPEED | {"seconds": [1.0]}), "in two models"),
+    "no batch": (lambda data: data.update(speed=SPEED | {"shape": []}), "not those of a batch in two models"),
+    "a time below 0": (lambda data: data.update(speed=SPEED | {"ratio": -1.0}), "a time or a count of the speed"),
     "a margin of text": (lambda data: data["config"].update(loss_margin="x"), "the configuration has the loss_margin"),
 }
 
@@ -263,6 +271,11 @@ def test_what_contradicts_itself_is_refused(case, report):
     change(data)
     with pytest.raises(CheckpointError, match=f"this compression report contradicts itself: .*{message}"):
         CompressionReport.from_json(json.dumps(data))
+
+
+def test_times_of_two_models_are_read(report):
+    data = json.loads(report.to_json()) | {"speed": SPEED}
+    assert CompressionReport.from_json(json.dumps(data)).speed.seconds == (2.0, 1.0)
 
 
 @pytest.mark.parametrize("value", ["3", True, math.nan, 1e31, 10**400, [0.1], {}, None])

@@ -102,6 +102,22 @@ def picture_and_class(model: PreTrainedModel, count: int, seed: int) -> Batch:
     return picture(model, count, seed) | class_labels(count, model.config.num_labels, seed)
 
 
+def video_and_class(model: PreTrainedModel, count: int, seed: int) -> Batch:
+    config = model.config
+    shape = (count, config.num_frames, config.num_channels, config.image_size, config.image_size)
+    return {"pixel_values": torch.randn(shape, generator=generator(seed))} | class_labels(
+        count, config.num_labels, seed
+    )
+
+
+def picture_and_masks(model: PreTrainedModel, count: int, seed: int) -> Batch:
+    """Two masks for each picture."""
+    pictures = pixels(count, 3, 32, seed)
+    masks = (torch.rand(count, 2, 32, 32, generator=generator(seed)) > 0.5).float()
+    classes = [torch.tensor([0, 1]) for _ in range(count)]
+    return pictures | {"mask_labels": list(masks), "class_labels": classes}
+
+
 def picture_and_segments(model: PreTrainedModel, count: int, seed: int) -> Batch:
     batch = picture(model, count, seed)
     shape = (count, *batch["pixel_values"].shape[-2:])

@@ -267,6 +267,21 @@ _PYRAMID = {**_STAGES, "num_encoder_blocks": 2, "num_attention_heads": [2, 2], "
 _SEGFORMER = {**_PYRAMID, "sr_ratios": [2, 1], "patch_sizes": [3, 3], "strides": [2, 2], "decoder_hidden_size": 16}
 _FOUR = {"depths": [1, 1, 1, 1], "image_size": 32}
 _BACKBONE = {"model_type": "resnet", "embedding_size": 8, **_STAGES, "out_features": ["stage2"]}
+_MASKS = {
+    "backbone_config": {
+        "model_type": "resnet",
+        "embedding_size": 8,
+        "depths": [1, 1, 1, 1],
+        "hidden_sizes": [8, 16, 16, 24],
+        "out_features": ["stage1", "stage2", "stage3", "stage4"],
+    },
+    "decoder_config": {
+        **{"model_type": "detr", "d_model": 32, "num_queries": 4},
+        **dict.fromkeys(("encoder_layers", "decoder_layers"), 1),
+        **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 32),
+        **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+    },
+}
 _DETR = {"backbone_config": _BACKBONE, "num_queries": 5, "image_size": 32}
 _VISION = _rows(
     "vision",
@@ -305,6 +320,14 @@ _VISION = _rows(
     (
         *("GLPNForDepthEstimation", inputs.picture_and_depth, _FOUR, {"hidden_sizes": [8, 16, 16, 24]}),
         {"num_attention_heads": [1, 2, 2, 2], "mlp_ratios": [2, 2, 2, 2], "decoder_hidden_size": 8},
+    ),
+    (
+        *("VideoMAEForVideoClassification", inputs.video_and_class, {"image_size": 16, "patch_size": 8}),
+        {"num_frames": 4, "num_channels": 3},
+    ),
+    (
+        *("MaskFormerForInstanceSegmentation", inputs.picture_and_masks, _MASKS),
+        {"fpn_feature_size": 32, "mask_feature_size": 32},
     ),
     ("YolosForObjectDetection", inputs.picture_and_boxes, {"image_size": [16, 16], "num_detection_tokens": 4}),
     (
