@@ -28,6 +28,33 @@ def tensors_fingerprint(tensors: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
+NOT_COMPUTED = {
+    *("architectures", "transformers_version", "quantization_config", "dtype", "torch_dtype", "id2label", "label2id"),
+    *("problem_type", "use_cache", "return_dict", "output_attentions", "output_hidden_states"),
+}
+"""Entries of a configuration, besides private ones, of which the answers of a model do not depend."""
+
+
+def architecture_fingerprint(model: Any) -> str:
+    """Return the SHA-256 of what the answers of a model depend on besides its weights: its class and configuration.
+
+    Args:
+        model: a model of Transformers.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    return content_digest([type(model).__name__, _computed(model.config.to_dict())])
+
+
+def _computed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _computed(value) if isinstance(value, Mapping) else value
+        for name, value in ((str(name), value) for name, value in settings.items())
+        if name not in NOT_COMPUTED and not name.startswith("_")
+    }
+
+
 def as_array(value: Any) -> np.ndarray | None:
     """Return numbers as an array in float32 or int64, whatever holds them.
 

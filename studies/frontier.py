@@ -33,9 +33,9 @@ from hf_lossless_lr.factors import damped, round_dense
 from hf_lossless_lr.formats import FORMATS, NumberFormat, search_grid
 from hf_lossless_lr.layers import as_matrix, find_targets, in_place, weight_matrices
 from hf_lossless_lr.pipeline.budget import budget_of
+from hf_lossless_lr.pipeline.building import build_layers
 from hf_lossless_lr.pipeline.calibration import Calibration, calibrate
 from hf_lossless_lr.pipeline.choosing import choose
-from hf_lossless_lr.pipeline.trial import build_layers
 from hf_lossless_lr.ranks import Choice, select_budget
 from hf_lossless_lr.timing import Clock
 from hf_lossless_lr.verdict import certify, paired_outcomes

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.tiny_models import llama
+from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 
-from hf_lossless_lr.fingerprint import as_array, content_digest
+from hf_lossless_lr.fingerprint import architecture_fingerprint, as_array, content_digest
 
 NUMBERS = [[1, 2, 3], [4, 5, 6]]
 FRACTIONS = [[0.5, -1.25], [3.0, 1e-3]]
@@ -114,3 +116,29 @@ class TestAsArray:
     @pytest.mark.parametrize("value", [*SAME["rows of several lengths"], "text", ["text"], None, [1, None], {"a": 1}])
     def test_is_none_of_what_is_no_regular_array_of_numbers(self, value):
         assert as_array(value) is None
+
+
+class TestAnArchitecture:
+    def test_is_what_answers_depend_on_besides_weights(self):
+        first, second = (architecture_fingerprint(llama(seed=seed)[0]) for seed in range(2))
+        assert first == second
+        for name, value in (("hidden_act", "gelu"), ("rms_norm_eps", 0.1), ("num_attention_heads", 2)):
+            model = llama()[0]
+            setattr(model.config, name, value)
+            assert architecture_fingerprint(model) != first, name
+
+    def test_is_not_what_only_names_or_remembers(self):
+        model = llama()[0]
+        before = architecture_fingerprint(model)
+        model.config.id2label = {0: "no", 1: "yes"}
+        model.config.problem_type, model.config.use_cache = "regression", False
+        model.config._name_or_path = "elsewhere"
+        assert architecture_fingerprint(model) == before
+
+    def test_has_the_parts_of_a_configuration(self):
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+        acts = [sizes | {"hidden_act": act} for act in ("gelu", "relu")]
+        configs = [CLIPConfig(text_config=sizes, vision_config=vision) for vision in acts]
+        one, other = (architecture_fingerprint(CLIPModel(config)) for config in configs)
+        assert one != other
+        assert architecture_fingerprint(CLIPVisionModel(configs[0].vision_config)) != one

@@ -160,7 +160,7 @@ def check_loaded(model: nn.Module, files: Sequence[str] | None) -> None:
     Raises:
         CheckpointError: if a parameter or a scale is not finite, or a permutation is none.
     """
-    numbers = dict(model.named_parameters())
+    numbers: dict[str, torch.Tensor] = dict(model.named_parameters())
     for name, module in model.named_modules():
         if is_factorized(module):
             for key, buffer in module.named_buffers(recurse=False):

@@ -61,13 +61,18 @@ def draw_labels(
     """
     loader = make_dataloader(data, model, max_examples=max_examples, **options)
     loader = loader if max_examples is None else first_examples(loader, max_examples)
-    if keep and any(next(iter(loader)).get(each) is not None for each in label_names(model)):
+    names = label_names(model) if keep and find_labels(type(model)) else ()
+    if any(next(iter(loader)).get(each) is not None for each in names):
         return list(loader) if ready_batches(loader) else loader
     generator, drawn = torch.Generator().manual_seed(seed), list[Labels]()
     with on_device(model, device), evaluating(model):
         for index, batch in enumerate(logging.tqdm(loader, desc="Drawing labels")):
             moved = send_to_device(_without_labels(batch, model), device)
-            outputs = run_batch(model, moved, index)
+            try:
+                outputs = run_batch(model, moved, index)
+            except (RuntimeError, ValueError, TypeError) as error:
+                reason = str(error).strip().partition("\n")[0]
+                raise DataError(_unknown(model, f"does not run without labels ({reason})")) from error
             found = _draw(outputs, model, moved, generator)
             if index == 0:
                 _check(model, moved, found)

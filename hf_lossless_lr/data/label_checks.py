@@ -73,6 +73,7 @@ class LabelChecks:
         self.vocabulary = None if output is None or self.head else getattr(output, "weight", None)
         self.positions = position_limit(model)
         self.encoder_decoder = bool(model.config.is_encoder_decoder)
+        self.seen: set[str] = set()  # names of labels that examples had
 
     def check(self, example: Any, where: str) -> bool:
         """Check an example, and return whether anything of it is labelled.
@@ -98,7 +99,10 @@ class LabelChecks:
         labelled = []
         for name in self.names:
             if name not in example:
+                if name in self.seen:
+                    raise DataError(f"{self.name}: {where} has no label ({name}), and others have. Label it, too.")
                 continue
+            self.seen.add(name)
             array = self._numbers(name, example[name], where)
             if array is None:
                 continue

@@ -166,7 +166,7 @@ class _Columns(Dataset):
 
     def __init__(self, data: Any, model: PreTrainedModel, name: str, plain: bool) -> None:
         self.data, self.model, self.name, self.plain = data, model, name, plain
-        if len(data) and isinstance(data[0], Mapping) and not _used_columns(data[0], model):
+        if len(data) and isinstance(data[0], Mapping) and not {*_used_columns(data[0], model)} - _label_names(model):
             raise DataError(
                 f"{name}: has the columns {', '.join(map(str, data[0]))}, none of which {type(model).__name__} takes. "
                 "Tokenize the text (or process the images) first, for instance with `dataset.map(tokenize)`."
@@ -190,8 +190,12 @@ def _used_columns(example: Any, model: PreTrainedModel) -> Any:
     if not isinstance(example, Mapping):
         return example
     parameters = inspect.signature(model.forward).parameters
-    used = {*parameters, *label_names(model), *ALIASES}
+    used = {*parameters, *_label_names(model)}
     return {column: value for column, value in example.items() if column in used and value is not None}
+
+
+def _label_names(model: PreTrainedModel) -> set[str]:
+    return {*label_names(model), *ALIASES}
 
 
 def _is_plain(collate: Any) -> bool:

@@ -27,7 +27,10 @@ class ShelvedFactorizations(Shelved[Forms]):
 
     def has(self, name: str) -> bool:
         """Return whether the factors and the curve of a layer are on the shelf."""
-        return f"curve of {name}" in self.shelf
+        curve = f"curve of {name}"
+        if curve not in self.shelf:
+            return False
+        return all(f"{form} factors of {name}" in self.shelf for form in self.shelf.get(curve)[1])
 
     def put(self, name: str, forms: Forms, curve: LossCurve) -> None:
         """Write the factors and the curve of a layer."""

@@ -22,7 +22,7 @@ from ..checkpoint import LosslessLowRankConfig
 from ..data import DataSplits, forward_loss, model_inputs, subset
 from ..errors import CheckpointError, ConfigurationError, TargetError
 from ..factors import Forms, LossCurve
-from ..fingerprint import tensors_fingerprint
+from ..fingerprint import architecture_fingerprint, content_digest, tensors_fingerprint
 from ..layers import (
     Targets,
     UnfusedExperts,
@@ -239,6 +239,7 @@ def _inputs(
     return {
         "package": __version__,
         "model": dense.fingerprint,
+        "configuration of the model": architecture_fingerprint(dense.model),
         "data": data_fingerprint(parts.calibration, accelerator),
         "layers": sorted(targets.chosen),
         **{name: getattr(config, name) for name in options},
@@ -283,8 +284,9 @@ def _statistics(
     path: str | os.PathLike[str] | None,
     weight_grads: bool,
 ) -> CalibrationStatistics:
+    whole = content_digest([dense.fingerprint, architecture_fingerprint(dense.model)])
     if path is not None and Path(path).exists():
-        statistics = load_statistics(path, dense.fingerprint, accelerator.device)
+        statistics = load_statistics(path, whole, accelerator.device)
         if statistics.data_fingerprint != data_fingerprint(parts.calibration, accelerator):
             raise CheckpointError(f"{path}: these statistics belong to other calibration data. Calibrate again.")
         missing = [name for name in targets.chosen if name not in (*statistics.layers, *statistics.uncalled)]
@@ -298,5 +300,5 @@ def _statistics(
         return statistics
     statistics = collect_statistics(dense.model, targets.chosen, parts.calibration, accelerator, weight_grads)
     if path is not None and accelerator.is_main_process:
-        save_statistics(statistics, path, dense.fingerprint)
+        save_statistics(statistics, path, whole)
     return statistics

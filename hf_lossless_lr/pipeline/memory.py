@@ -64,7 +64,7 @@ def needs_of(module: nn.Module) -> Needs:
     return Needs(groups * sum(moments), groups * factors, groups * work)
 
 
-def memory_limit(max_memory: int | str | None, device: torch.device) -> int:
+def memory_limit(max_memory: float | str | None, device: torch.device) -> int:
     """Return the bytes that this process may have on a device: those it has, and what is free, less a margin.
 
     Args:
@@ -82,8 +82,9 @@ def memory_limit(max_memory: int | str | None, device: torch.device) -> int:
             return int((1 - MARGIN) * torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_allocated(device)
         return int((1 - MARGIN) * psutil.virtual_memory().available) + psutil.Process().memory_info().rss
     try:
-        limit = convert_file_size_to_int(max_memory)
-    except ValueError:
+        text = isinstance(max_memory, str) and not max_memory.strip().isdecimal()
+        limit = convert_file_size_to_int(max_memory) if text else int(max_memory)
+    except (ValueError, TypeError, OverflowError):
         limit = 0
     if isinstance(max_memory, bool) or limit <= 0:
         raise ConfigurationError(f"max_memory: {max_memory!r} is no number of bytes, nor a text such as '10GiB'.")
@@ -208,7 +209,8 @@ def windows_of(statistics: Mapping[str, int], room: int) -> list[Key]:
         if size > room:
             raise ConfigurationError(
                 f"max_memory: the statistics of {piece[0]!r} take {gibibytes(size)}, and beside the model and the "
-                f"activations of a batch there are {gibibytes(max(room, 0))}. Give more, or a smaller batch_size."
+                f"activations of a batch there are {gibibytes(max(room, 0))}. "
+                f"Give {gibibytes(size - room)} more, or a smaller batch_size."
             )
         if size > left:
             windows.append([])

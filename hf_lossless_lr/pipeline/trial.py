@@ -20,16 +20,13 @@ from ..factors import (
     RefitTarget,
     RefittedLayers,
     batch_norms,
-    damped,
-    fill,
     refit,
     refit_groups,
     shifted_batch_norms,
 )
 from ..fingerprint import content_digest
-from ..formats import FLOAT
-from ..layers import choose_storage, copied, grids_in, layout_of, restore_grids, storage_in, weight_matrices
-from ..ranks import Choice, Choices
+from ..layers import copied, grids_in, restore_grids
+from ..ranks import Choices
 from ..report import Difference
 from ..statistics import CalibrationStatistics
 from ..timing import Clock
@@ -41,8 +38,8 @@ from ..verdict import (
     mean_upper_bound,
     paired_outcomes,
 )
+from .building import build_layers
 from .calibration import Calibration
-from .embeddings import rounded_embeddings
 
 logger = logging.get_logger(__name__)
 
@@ -78,35 +75,6 @@ class Trial:
         if self.loss is None or self.loss.upper > loss_margin:
             return False
         return self.accuracy_drop is None or self.accuracy_drop.upper <= accuracy_margin
-
-
-def build_layers(
-    calibration: Calibration, choices: Mapping[str, Choice], config: LosslessLowRankConfig
-) -> dict[str, Any]:
-    """Return what takes the place of dense layers, and of embeddings; what stays as it is is left out."""
-    layers: dict[str, Any] = dict(rounded_embeddings(calibration.dense.model, config.embeddings))
-    factors = calibration.factors
-    for name, choice in choices.items():
-        rank, number_format, form = choice
-        module: Any = factors.targets.chosen[name]
-        if choice == Choice():
-            continue
-        hessian = None
-        if number_format != FLOAT:
-            hessian = damped(calibration.statistics.layers[name].input_covariance, config.damping)
-        if rank is None:
-            layers[name] = copied(module)
-            fill(layers[name], weight_matrices(module), None, hessian, number_format)
-            continue
-        curve = factors.curves[name].in_form(form)
-        storage = storage_in(number_format, curve.storage)
-        stored = choose_storage(curve.out_features, curve.in_features, rank, storage)
-        layers[name] = layout_of(module).factorized(module, rank, stored, form)
-        fill(layers[name], weight_matrices(module), factors.factorizations[name][form], hessian, number_format)
-        if module.bias is not None:
-            with torch.no_grad():
-                layers[name].bias.copy_(module.bias)
-    return layers
 
 
 def run_trial(calibration: Calibration, choices: Choices, config: LosslessLowRankConfig, clock: Clock) -> Trial:

@@ -161,8 +161,9 @@ def _kept_dense(report: CompressionReport) -> list[str]:
     shares = {reason: sum(report.skipped[name].share or 0.0 for name in names) for reason, names in reasons.items()}
     unchanged = [name for name, layer in report.layers.items() if (layer.rank, layer.format) == (None, "float")]
     whole = sum(layer.rank is None for layer in report.layers.values())
-    weights = *report.layers.values(), *report.skipped.values()
-    formats = Counter(weight.format for weight in weights if weight.format != "float")
+    formats = Counter(layer.format for layer in report.layers.values())
+    formats += Counter(weight.format for weight in report.skipped.values())
+    del formats["float"]
     lines = [
         f"* {markdown(reason, begins=True)}{f' ({_percent(shares[reason], 1)} of the model)' * bool(shares[reason])}: "
         f"{_patterns(names)}"

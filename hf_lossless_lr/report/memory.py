@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -42,12 +44,14 @@ class MemoryPlan:
         refit = ""
         if self.refit_batches is not None:
             refit = "; the refit takes the first {} of {} batches".format(*self.refit_batches)
+        more = " (which is less: give more, or a smaller batch_size)" if self.expected > self.limit else ""
         return (
             f"calibration in {passes}, {where}; "
-            f"{gibibytes(self.expected)} of memory expected, {gibibytes(self.limit)} allowed{time}{refit}"
+            f"{gibibytes(self.expected)} of memory expected, {gibibytes(self.limit)} allowed{more}{time}{refit}"
         )
 
 
 def gibibytes(size: float) -> str:
     """Return a number of bytes as text."""
-    return f"{size / 2**30:.2f} GiB"
+    unit = next((unit for unit, count in UNITS.items() if abs(size) >= count / 16), "GiB")
+    return f"{size / UNITS[unit]:.2f} {unit}"

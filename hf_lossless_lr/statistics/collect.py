@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from accelerate import Accelerator
@@ -51,6 +52,7 @@ def collect_statistics(
     weight_grads: bool = False,
     any_called: bool = True,
     recompute: bool = False,
+    beside: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> CalibrationStatistics:
     """Collect `A` and `B` of every target, and `G` if asked for, in one forward and backward pass over the data.
 
@@ -64,6 +66,7 @@ def collect_statistics(
         weight_grads: whether to collect `G`.
         any_called: whether a pass that calls no target is an error.
         recompute: whether blocks run again in the backward pass, rather than keep what they computed.
+        beside: other layers, which only take part in the groups: of their order and their inputs.
 
     Returns:
         The statistics, the same on each process.
@@ -73,10 +76,11 @@ def collect_statistics(
         NumericalError: if a loss or a gradient is not finite.
         TargetError: if no target takes part in the forward pass.
     """
-    collector = Collector(model, targets, weight_grads)
+    collector = Collector(model, targets, weight_grads, beside)
     totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # units * loss, units, examples
     digests: list[str] = []
-    hooks = [module.register_forward_hook(collector.hook(name), with_kwargs=True) for name, module in targets.items()]
+    watched = collector.known.items()
+    hooks = [module.register_forward_hook(collector.hook(name), with_kwargs=True) for name, module in watched]
     try:
         prepared = accelerator.prepare(loader)
         progress = logging.tqdm(prepared, desc="Calibrating", disable=not accelerator.is_local_main_process)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -28,25 +30,46 @@ logger = logging.get_logger(__name__)
 RowMask = Callable[[], torch.Tensor | None]  # known once the batch went through the whole model
 
 
-class _Input(NamedTuple):
-    """One input tensor of the current forward pass and the layers that received it."""
+@dataclass
+class _Input:
+    """One input tensor of the current forward pass and the layers that received it.
 
-    tensor: torch.Tensor
+    It is kept where a target received it; of what only layers beside them got, nothing is summed.
+    """
+
+    reference: weakref.ref[torch.Tensor]
+    shape: torch.Size
     module: nn.Module
     layout: Layout
     mask: RowMask
     names: list[str]
+    tensor: torch.Tensor | None = None
 
 
 class Collector:
-    """Sums of one process over its batches."""
+    """Sums of one process over its batches.
 
-    def __init__(self, model: PreTrainedModel, targets: Mapping[str, nn.Module], weight_grads: bool) -> None:
+    Args:
+        model: the model.
+        targets: layers whose statistics are summed.
+        weight_grads: whether gradients of their weights are.
+        beside: other layers, of which only the order and shared inputs are noted.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        targets: Mapping[str, nn.Module],
+        weight_grads: bool,
+        beside: Mapping[str, nn.Module],
+    ) -> None:
         self.model = model
         self.targets = targets
-        self.layouts = {name: layout_of(module) for name, module in targets.items()}
+        self.known = {**beside, **targets}
+        self.layouts = {name: layout_of(module) for name, module in self.known.items()}
         self.masks = PaddingMasks(model)
-        self.inputs: dict[Hashable, _Input] = {}
+        self.inputs: list[_Input] = []
+        self.received: dict[Hashable, _Input] = {}  # the last one of each key: a tensor may be gone, and its id used
         self.recording = False
         self.index = 0  # of the batch
         self.one_by_one = False  # whether examples go through the model alone
@@ -65,14 +88,14 @@ class Collector:
 
     def hook(self, name: str) -> Any:
         """Return a forward hook that notes the layer's input and waits for the gradient of its output."""
-        layout = self.layouts[name]
 
         def forward_hook(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: torch.Tensor) -> Any:
             x = called_with(args, kwargs)
             mask = self.masks.of(module, x)
             if self.recording:  # false while gradient checkpointing repeats the forward pass
-                key = layout.input_key(module, x)
-                self.inputs.setdefault(key, _Input(x, module, layout, mask, [])).names.append(name)
+                self._receive(name, module, x, mask)
+            if name not in self.targets:
+                return None
             # The gradient of an output needs none of a weight: it begins here, unless a layer before it has one.
             source = output if output.requires_grad else output.detach().requires_grad_()
             own = source.clone()  # a model that writes into a view of a result would take the hook off
@@ -82,6 +105,21 @@ class Collector:
             return own
 
         return forward_hook
+
+    def _receive(self, name: str, module: nn.Module, x: torch.Tensor, mask: RowMask) -> None:
+        layout = self.layouts[name]
+        key = layout.input_key(module, x)
+        entry = self.received.get(key)
+        if entry is None or entry.reference() is None:
+            entry = self.received[key] = _Input(weakref.ref(x), x.shape, module, layout, mask, [])
+            self.inputs.append(entry)
+        entry.names.append(name)
+        if name in self.targets:
+            entry.tensor = x
+
+    def _forget_inputs(self) -> None:
+        self.inputs.clear()
+        self.received.clear()
 
     @torch.no_grad()
     def _add_output_grad(self, name: str, grad: torch.Tensor, mask: RowMask) -> None:
@@ -96,15 +134,18 @@ class Collector:
     @torch.no_grad()
     def add_inputs(self) -> None:
         """Add the inputs of a finished forward pass, each once for all the layers that share it."""
-        calls = Counter(name for entry in self.inputs.values() for name in entry.names)
+        calls = Counter(name for entry in self.inputs for name in entry.names)
         self.repeated |= {name for name, count in calls.items() if count > 1}
         keys: list[Key] = []
-        for entry in self.inputs.values():
+        for entry in self.inputs:
+            key = tuple(dict.fromkeys(entry.names))
             layout, module, x = entry.layout, entry.module, entry.tensor
+            if x is None:
+                keys.append(key)
+                continue
             rows = real_rows(layout.input_rows(module, x), entry.mask(), layout.positions(module, x))
             if not rows.shape[-2]:  # of an expert that got padding alone
                 continue
-            key = tuple(dict.fromkeys(entry.names))
             keys.append(key)
             product = gram(rows)
             if key in self.input_sums:
@@ -113,7 +154,7 @@ class Collector:
                 self.input_sums[key] = product.to(precision_of(product.shape[-1]))
             self.input_counts[key] = self.input_counts.get(key, 0) + rows.shape[-2]
         _insert(self.order, keys)
-        self.inputs.clear()
+        self._forget_inputs()
 
     def add_batch(self, batch: Mapping[str, Any], index: int) -> torch.Tensor:
         """Run a batch forward and backward and add what the layers saw.
@@ -135,7 +176,7 @@ class Collector:
         self.recording = False
         if not self.one_by_one and (self._hides_padding(batch) or (index == 0 and self._shares_rows(batch))):
             self.one_by_one = True
-            self.inputs.clear()
+            self._forget_inputs()
             return None
         self.add_inputs()
         if units:
@@ -153,7 +194,7 @@ class Collector:
         names = self._unmatched()
         if names or self.masks.mixed:
             with self._aside(batch):
-                steady = learn_steady_rows(self.masks, self.model, self.targets.values(), batch)
+                steady = learn_steady_rows(self.masks, self.model, self.known.values(), batch)
             self.masks.take(steady)
             names = self._unmatched()
         if names and self.masks.separable:
@@ -163,17 +204,17 @@ class Collector:
     def _unmatched(self) -> list[str]:
         """Return the layers of the finished forward pass whose rows belong to no mask."""
         before, self.masks.unmatched = self.masks.unmatched, set()
-        for entry in self.inputs.values():
+        for entry in self.inputs:
             entry.mask()
         found, self.masks.unmatched = self.masks.unmatched, before
-        return [name for name, module in self.targets.items() if id(module) in found]
+        return [name for name, module in self.known.items() if id(module) in found]
 
     def _shares_rows(self, batch: Mapping[str, Any]) -> bool:
         """Return whether a layer works once for the whole batch; inputs that begin with its sequences are its own."""
-        doubtful = (e for e in self.inputs.values() if e.tensor.shape[:1] != (self.masks.sequences,))
+        doubtful = (entry for entry in self.inputs if entry.shape[:1] != (self.masks.sequences,))
         names = {name for entry in doubtful for name in entry.names}
         with self._aside(batch):
-            shared = layers_with_shared_rows(self.model, {name: self.targets[name] for name in names}, batch)
+            shared = layers_with_shared_rows(self.model, {name: self.known[name] for name in names}, batch)
         if shared:
             logger.info("examples go one by one, for %s works once for a whole batch", shared[0])
         return bool(shared)
@@ -210,7 +251,7 @@ class Collector:
             )
 
     def groups(self) -> tuple[Key, ...]:
-        """Return the groups of targets with the same input, in forward order, without targets called repeatedly."""
+        """Return the groups of layers with the same input, in forward order, without those called repeatedly."""
         seen: list[Key] = []
         for order in gather_object([self.order]):  # an expert may have been called in one process alone
             _insert(seen, order)
@@ -225,8 +266,9 @@ class Collector:
             return
         for key in sorted(set(gather_object(list(self.input_sums)))):
             if key not in self.input_sums:
-                groups, _, size = weight_matrices(self.targets[key[0]]).shape
-                self.input_sums[key] = self.grad_sums[key[0]].new_zeros((groups, size, size), dtype=precision_of(size))
+                weight = weight_matrices(self.known[key[0]])
+                groups, _, size = weight.shape
+                self.input_sums[key] = weight.new_zeros((groups, size, size), dtype=precision_of(size))
             count = torch.tensor(self.input_counts.get(key, 0), device=accelerator.device)
             self.input_sums[key] = accelerator.reduce(self.input_sums[key], "sum")
             self.input_counts[key] = int(accelerator.reduce(count, "sum"))

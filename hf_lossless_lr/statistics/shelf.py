@@ -51,12 +51,15 @@ class Shelf:
             about: what JSON can hold.
 
         Raises:
-            OSError: if the disk has no room for it.
+            OSError: if the disk has no room for it, or the folder cannot be written.
         """
         text = json.dumps({"key": key, **about})
         with replacing(self.path(key)) as temporary:
             held = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-            save_file(held, temporary, metadata={"about": text, "checksum": _checksum(text, held)})
+            try:
+                save_file(held, temporary, metadata={"about": text, "checksum": _checksum(text, held)})
+            except SafetensorError as error:
+                raise OSError(f"{self.folder} cannot be written: {error}") from error
         self._checked.add(key)
 
     def get(self, key: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -69,12 +72,11 @@ class Shelf:
             The tensors, on the CPU, and what was written about them.
 
         Raises:
-            KeyError: if there is none.
-            CheckpointError: if it is damaged.
+            CheckpointError: if there is none, or it is damaged.
         """
         path = self.path(key)
         if not path.exists():
-            raise KeyError(key)
+            raise CheckpointError(f"{path}, with {key}, is missing. Remove {self.folder}, and run again.")
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata()
@@ -130,21 +132,25 @@ class ShelvedStatistics(Shelved[LayerStatistics]):
         super().__init__(shelf, device)
         self._last: tuple[str, torch.Tensor] | None = None  # inputs that the next layer may share
 
-    def put(self, statistics: CalibrationStatistics, writes: bool) -> None:
+    def put(self, statistics: CalibrationStatistics, writes: bool) -> dict[str, str]:
         """Write the layers of a pass.
 
         Args:
             statistics: what the pass collected.
             writes: whether this process writes.
+
+        Returns:
+            Name of each layer to the one with whose name its inputs are written.
         """
-        owner: dict[int, str] = {}
+        owner, owners = dict[int, str](), dict[str, str]()
         for name, layer in statistics.layers.items():
-            shared = owner.setdefault(id(layer.input_covariance), name)
+            shared = owners[name] = owner.setdefault(id(layer.input_covariance), name)
             about = {"tokens": layer.tokens, "units": layer.units, "inputs": shared}
             if writes:
                 if shared == name:
                     self.shelf.put(f"inputs of {name}", pack(layer.input_covariance), {})
                 self.shelf.put(name, pack(layer.grad_covariance), about)
+        return owners
 
     def __getitem__(self, name: str) -> LayerStatistics:
         """Read the statistics of a layer."""

@@ -28,7 +28,7 @@ def save_statistics(statistics: CalibrationStatistics, path: str | os.PathLike[s
     Args:
         statistics: what to save; an input covariance shared by several layers is stored once.
         path: the file; its directory exists.
-        model_fingerprint: fingerprint of the dense model.
+        model_fingerprint: fingerprint of the dense model, of its weights and what else it computes by.
 
     Returns:
         The path.
@@ -85,7 +85,8 @@ def load_statistics(
                 )
             if description["model_fingerprint"] != model_fingerprint:
                 raise CheckpointError(
-                    f"{path}: these statistics belong to another model (or to other weights of it). Calibrate again."
+                    f"{path}: these statistics belong to another model (or to other weights or settings of it). "
+                    "Calibrate again."
                 )
 
             # Copies are aligned as statistics that were just collected are, so that kernels sum in the same order.

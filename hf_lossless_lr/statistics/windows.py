@@ -31,7 +31,7 @@ def collect_in_windows(
         targets: layers to observe, by name.
         loader: batches with labels.
         accelerator: made with `even_batches=False`; its main process writes, into a folder that all of them see.
-        windows: names of the layers of each pass. Layers that share an input belong into the same window.
+        windows: names of the layers of each pass.
         shelf: where statistics are kept.
         recompute: as in `collect_statistics`.
 
@@ -46,13 +46,16 @@ def collect_in_windows(
     layers = ShelvedStatistics(shelf, accelerator.device)
     parts = []
     for names in windows:
-        key = f"window {' '.join(names)}"  # other limits of memory have other windows
-        if key not in shelf:
+        key = f"pass for {' '.join(names)}"  # other limits of memory have other windows
+        if not _is_complete(shelf, key):
             window = {name: targets[name] for name in names}
-            found = collect_statistics(model, window, loader, accelerator, any_called=False, recompute=recompute)
-            layers.put(found, accelerator.is_main_process)
+            beside = {name: layer for name, layer in targets.items() if name not in window}
+            found = collect_statistics(
+                model, window, loader, accelerator, any_called=False, recompute=recompute, beside=beside
+            )
+            owners = layers.put(found, accelerator.is_main_process)
             if accelerator.is_main_process:
-                shelf.put(key, {}, {**_about(found), "layers": list(found.layers)})
+                shelf.put(key, {}, {**_about(found), "layers": owners})
             del found
             accelerator.wait_for_everyone()
         about = shelf.get(key)[1]
@@ -61,11 +64,19 @@ def collect_in_windows(
     whole = CalibrationStatistics(
         layers,
         **{name: parts[0][name] for name in ("loss", "examples", "units", "data_fingerprint")},
-        groups=tuple(tuple(group) for part in parts for group in part["groups"]),
+        groups=tuple(map(tuple, parts[0]["groups"])),  # each pass notes all of them
         uncalled=tuple(name for part in parts for name in part["uncalled"]),
     )
     check_called(whole)
     return whole
+
+
+def _is_complete(shelf: Shelf, key: str) -> bool:
+    """Return whether a pass is on a shelf, with all that it found: a damaged file may have been removed."""
+    if key not in shelf:
+        return False
+    owners = shelf.get(key)[1]["layers"]
+    return all(name in shelf and f"inputs of {owner}" in shelf for name, owner in owners.items())
 
 
 def _about(statistics: CalibrationStatistics) -> dict[str, Any]:

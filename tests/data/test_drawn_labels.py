@@ -12,6 +12,7 @@ from support.tiny_models import (
     build,
     llama,
     split_batch,
+    t5,
     text_inputs,
     vit,
 )
@@ -71,6 +72,21 @@ def test_that_are_there_can_be_kept():
     model, batch = bert_sequence_classification(16)
     for data in (split_batch(batch, 4), as_examples(batch)):
         assert labels_of(draw_labels(data, model, CPU, 0, keep=True, batch_size=4)) == batch["labels"].tolist()
+
+
+def test_that_a_model_does_not_take_are_none_to_keep():
+    """Data of embeddings with classes, to evaluate them by."""
+    model = build("BertModel", "BertConfig", num_hidden_layers=1, hidden_size=24, vocab_size=99)
+    examples = as_examples(text_inputs(16) | {"labels": torch.arange(16)})
+    batch = next(iter(draw_labels(examples, model, CPU, 0, keep=True, batch_size=4)))
+    assert "labels" not in batch
+    assert len(batch) == 3
+
+
+def test_of_a_model_that_does_not_run_without_its_own_are_an_error():
+    model, batch = t5(16)
+    with pytest.raises(DataError, match=r"T5ForConditionalGeneration does not run without labels \("):
+        draw_labels(split_batch(batch, 4), model, CPU, 0, batch_size=4)
 
 
 def test_of_a_language_model_are_an_error_that_says_what_to_do():

@@ -294,3 +294,9 @@ class TestPadding:
         theirs = DataCollatorWithPadding(tokenizer)(examples[:5])
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_an_example_without_labels_that_others_have_is_named():
+    model, examples = examples_of(CLASSIFIER)
+    del examples[12]["labels"]
+    assert "example 12 has no label (labels), and others have" in refused(model, examples)

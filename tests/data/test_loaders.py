@@ -268,6 +268,11 @@ class TestRefusal:
         ):
             make_dataloader(data, model, batch_size=BATCH_SIZE)
 
+    def test_of_text_beside_labels(self, model):
+        data = [{"sentence": "some words", "label": i % 2} for i in range(COUNT)]
+        with pytest.raises(DataError, match="has the columns sentence, label, none of which BertForSequenceClassific"):
+            make_dataloader(data, model, batch_size=BATCH_SIZE)
+
     @pytest.mark.parametrize("kind", KINDS)
     def test_of_too_few_examples(self, kind, model, examples):
         count = MIN_EXAMPLES - 1

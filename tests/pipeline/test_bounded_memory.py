@@ -1,5 +1,7 @@
 """Statistics in windows and on disk, and runs that go on after an interruption: the same model, to the last bit."""
 
+import json
+import math
 import signal
 import subprocess
 import sys
@@ -7,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from support.mixtures import mixture, words
 from support.processes import accelerator, loader_of
 from support.tiny_models import TINY_MODELS, as_examples, llama, split_batch
 
@@ -17,11 +21,11 @@ import hf_lossless_lr.statistics.windows as windows_module
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
 from hf_lossless_lr.data import dataset_size, split_data
 from hf_lossless_lr.errors import CheckpointError, ConfigurationError
-from hf_lossless_lr.layers import find_targets
+from hf_lossless_lr.layers import find_targets, replace_modules, unfuse
 from hf_lossless_lr.pipeline.activations import Results, bytes_waiting, refit_memory
 from hf_lossless_lr.pipeline.memory import memory_limit, needs_of, windows_of
-from hf_lossless_lr.report import CompressionReport
-from hf_lossless_lr.statistics import collect_in_windows
+from hf_lossless_lr.report import CompressionReport, MemoryPlan, gibibytes
+from hf_lossless_lr.statistics import collect_in_windows, collect_statistics
 from hf_lossless_lr.statistics.shelf import SLABS, Shelf, ShelvedStatistics, pack, unpack
 
 GIBIBYTE = 2**30
@@ -39,6 +43,12 @@ def compressed(make=llama, *, config=None, examples=EXAMPLES, **settings):
     data = split_batch(batch, 1)
     compressor.compress(model, data[: len(data) * 3 // 4], eval_dataset=data[len(data) * 3 // 4 :])
     return model, compressor.report
+
+
+def with_setting(made, name, value):
+    model, batch = made
+    setattr(model.config, name, value)
+    return model, batch
 
 
 def small(monkeypatch, model, share=0.4):
@@ -119,14 +129,28 @@ class TestWindows:
 
 
 class TestLimit:
-    @pytest.mark.parametrize(("text", "expected"), [("10GiB", 10 * GIBIBYTE), ("1MB", 10**6), (12345, 12345)])
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [("10GiB", 10 * GIBIBYTE), ("1MB", 10**6), (12345, 12345), (1e9, 10**9), ("20000", 20000)],
+    )
     def test_is_bytes_or_a_text(self, text, expected):
         assert memory_limit(text, torch.device("cpu")) == expected
 
-    @pytest.mark.parametrize("wrong", ["ten", "", 0, -1, True, "10 elephants"])
+    @pytest.mark.parametrize("wrong", ["ten", "", 0, -1, True, "10 elephants", math.nan, math.inf, [1]])
     def test_of_another_kind_is_refused(self, wrong):
         with pytest.raises(ConfigurationError, match="max_memory"):
             memory_limit(wrong, torch.device("cpu"))
+
+    def test_that_is_broken_is_said(self):
+        plan = MemoryPlan(limit=2**20, expected=2**21, passes=1, disk=0)
+        assert "2.00 MiB of memory expected, 1.00 MiB allowed (which is less" in plan.sentence
+        assert "which is less" not in MemoryPlan(limit=2**21, expected=2**20, passes=1, disk=0).sentence
+
+    @pytest.mark.parametrize(
+        ("size", "text"), [(3 * 2**30, "3.00 GiB"), (2**26, "0.06 GiB"), (2**20, "1.00 MiB"), (100, "0.10 KiB")]
+    )
+    def test_is_told_in_a_unit_that_shows_it(self, size, text):
+        assert gibibytes(size) == text
 
     def test_is_what_is_free_by_default(self):
         assert memory_limit(None, torch.device("cpu")) > 0
@@ -145,6 +169,26 @@ def test_in_windows_and_on_disk_the_result_is_the_same(name, monkeypatch):
     same(expected, found)
     assert report.layers == plain.layers
     assert report.calibration == plain.calibration
+
+
+@pytest.mark.parametrize("name", ["bert-sequence-classification", "gpt2", "t5", "swin", "resnet", "mixture"])
+def test_each_window_knows_the_order_and_the_shared_inputs_of_the_whole_model(name, tmp_path):
+    """A window for each layer, the last one first, as where modules are in another order than they are called."""
+    if name == "mixture":
+        model, batch = mixture("Qwen2Moe"), words()
+        replace_modules(model, unfuse(model))
+    else:
+        model, batch = TINY_MODELS[name](8)
+    targets, loader = find_targets(model).chosen, loader_of(split_batch(batch, 2))
+    whole = collect_statistics(model, targets, loader, accelerator())
+    windows = [(layer,) for layer in reversed(targets)]
+    found = collect_in_windows(model, targets, loader, accelerator(), windows, Shelf(tmp_path))
+    assert found.groups == whole.groups
+    assert any(len(group) > 1 for group in found.groups) == (name != "gpt2")
+    assert set(found.layers) == set(whole.layers)
+    for layer, statistics in whole.layers.items():
+        assert torch.equal(found.layers[layer].input_covariance, statistics.input_covariance)
+        assert torch.equal(found.layers[layer].grad_covariance, statistics.grad_covariance)
 
 
 def steps(factorization):
@@ -301,13 +345,38 @@ class TestAWorkFolder:
             ({"config": options(damping=0.1)}, "damping"),
             ({"config": options(formats=["int8"], keep_ratio=0.2)}, "size, formats"),
             ({"make": lambda count: llama(count, seed=1)}, "data"),
+            ({"make": lambda count: with_setting(llama(count), "rms_norm_eps", 0.1)}, "configuration of the model"),
         ],
-        ids=["option", "formats", "data"],
+        ids=["option", "formats", "data", "setting"],
     )
     def test_of_other_inputs_is_refused_with_what_changed(self, tmp_path, changed, named):
         compressed(work_dir=tmp_path / "work")
         with pytest.raises(ConfigurationError, match=f"what changed: {named}"):
             compressed(work_dir=tmp_path / "work", **changed)
+
+    @pytest.mark.parametrize("kind", ["inputs of", "model.layers", "channel factors of", "curve of", "pass for"])
+    def test_of_which_a_file_was_removed_is_completed(self, tmp_path, kind):
+        """As a damaged one is, for it says so."""
+        first, _ = compressed(work_dir=tmp_path / "work")
+        for file in (tmp_path / "work").rglob("*.safetensors"):
+            with safe_open(file, framework="pt") as opened:
+                if json.loads(opened.metadata()["about"])["key"].startswith(kind):
+                    break
+        content = file.read_bytes()
+        file.write_bytes(content[:-1])
+        with pytest.raises(CheckpointError, match=f"{file}.*damaged.*Remove it"):
+            compressed(work_dir=tmp_path / "work")
+        file.unlink()
+        same(first, compressed(work_dir=tmp_path / "work")[0])
+        assert file.exists()
+
+    def test_on_a_full_disk_is_an_error_with_its_name(self, tmp_path, monkeypatch):
+        def full(*_, **__):
+            raise SafetensorError("File too large")
+
+        monkeypatch.setattr("hf_lossless_lr.statistics.shelf.save_file", full)
+        with pytest.raises(OSError, match=r"work.* cannot be written: File too large"):
+            compressed(work_dir=tmp_path / "work")
 
     def test_belongs_to_one_run_at_a_time(self, tmp_path):
         model, batch = llama(EXAMPLES)
@@ -383,7 +452,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(tmp_path):
     factors, refitted = ([key for key in later if key.startswith(kind)] for kind in ("curve of", "refit"))
     assert len(factors) == len(set(factors)) == 14
     assert any(key.startswith("curve of") for key in written[1])
-    assert not any(key.startswith("window") for key in written[2])
+    assert not any(key.startswith("pass for") for key in written[2])
     assert sum(key.startswith("refit") for key in written[2]) == 6
     fitted = sum(layer.rank is not None for layer in report.layers.values())
     assert len(set(refitted)) == fitted

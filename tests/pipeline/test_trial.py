@@ -17,8 +17,9 @@ from hf_lossless_lr.data.forward import forward_loss
 from hf_lossless_lr.data.splits import split_data
 from hf_lossless_lr.layers.targets import find_targets
 from hf_lossless_lr.pipeline import trial as trials_module
+from hf_lossless_lr.pipeline.building import build_layers
 from hf_lossless_lr.pipeline.calibration import calibrate
-from hf_lossless_lr.pipeline.trial import Trial, build_layers, run_trial
+from hf_lossless_lr.pipeline.trial import Trial, run_trial
 from hf_lossless_lr.ranks.select import select_budget
 from hf_lossless_lr.ranks.sizes import Choice
 from hf_lossless_lr.report.records import Difference
@@ -311,3 +312,9 @@ class TestTheDenseModel:
         second = run_trial(calibration, choices, config, Clock())
         assert (second.loss, second.accuracy_drop) == (first.loss, first.accuracy_drop)
         assert len(calls) == 2 * batches  # the compressed model, before and after the refit
+
+
+def test_building_layers_draws_no_random_numbers(case):
+    state = torch.get_rng_state()
+    assert build_layers(*case)
+    assert torch.equal(torch.get_rng_state(), state)

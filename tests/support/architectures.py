@@ -327,7 +327,7 @@ _VISION = _rows(
     ),
     (
         *("MaskFormerForInstanceSegmentation", inputs.picture_and_masks, _MASKS),
-        {"fpn_feature_size": 32, "mask_feature_size": 32},
+        {"fpn_feature_size": 32, "mask_feature_size": 32, **_READ_ON_DISK},
     ),
     ("YolosForObjectDetection", inputs.picture_and_boxes, {"image_size": [16, 16], "num_detection_tokens": 4}),
     (
