@@ -9,12 +9,13 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
-from .config import LosslessLowRankConfig
+from ..layers import METHOD
+from .config import WRITTEN_METHOD, LosslessLowRankConfig
 
 
 def parts_of(model: PreTrainedModel) -> dict[str, PreTrainedModel]:
@@ -50,6 +51,28 @@ def config_of_part(config: LosslessLowRankConfig, path: str) -> LosslessLowRankC
     modules = {n.removeprefix(prefix): record for n, record in config.modules.items() if n.startswith(prefix)}
     unfused = [name.removeprefix(prefix) for name in config.unfused if name.startswith(prefix)]
     return replace(config, modules=modules, unfused=unfused, part=path)
+
+
+def take_from_parts(model: PreTrainedModel, config: LosslessLowRankConfig) -> None:
+    """Put what the parts of a model say into one configuration, where each was compressed as a model of its own.
+
+    So it is in a checkpoint of a model that was made of such, as `EncoderDecoderModel.from_encoder_decoder_pretrained`
+    makes one: the configuration of the whole says nothing, and Transformers takes that of one part.
+
+    Args:
+        model: the model.
+        config: the configuration as it was read; changed in place.
+    """
+    found: dict[str, LosslessLowRankConfig] = {}
+    for path, part in parts_of(model).items():
+        own: Any = getattr(part.config, "quantization_config", None)
+        own = own.to_dict() if isinstance(own, LosslessLowRankConfig) else own
+        if own is not None and own.get("part") is None and own.get("quant_method") in (METHOD, WRITTEN_METHOD):
+            found[path] = cast(LosslessLowRankConfig, LosslessLowRankConfig.from_dict(own))
+    if found:
+        config.modules = {f"{path}.{name}": r for path, own in found.items() for name, r in own.modules.items()}
+        config.unfused = [f"{path}.{name}" for path, own in found.items() for name in own.unfused]
+        config.part = None
 
 
 def records_beside(config: LosslessLowRankConfig, files: Sequence[str] | None) -> dict[str, dict[str, Any]]:

@@ -26,7 +26,7 @@ from .contents import LOAD_THE_WHOLE, check_files, check_loaded, check_read
 from .conversions import apart_from_layers, renaming_of
 from .encoding import dequantize_stored
 from .parallel import adapt_plan, split_layers, waiting_layers
-from .parts import records_beside
+from .parts import records_beside, take_from_parts
 
 KEPT = ("int8",)  # stay as they are stored with `compute="stored"`; unpacking fewer bits in every call does not pay
 
@@ -120,6 +120,7 @@ def put_layers(model: PreTrainedModel, config: LosslessLowRankConfig, files: lis
     Raises:
         CheckpointError: if the manifest does not fit the model or the files.
     """
+    take_from_parts(model, config)
     config.unfused = _unfuse(model, config.unfused, config.part)
     path_of = paths_in(model, config.modules, config.part)
     names = {name for name, _ in model.named_modules()} - set(path_of.values())

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from ..errors import TargetError
 from .factorized import METHOD, is_factorized
@@ -182,10 +183,16 @@ def _outside_of_bases(model: PreTrainedModel) -> set[int]:
     """Return the ids of what lies beside a base model, also in the models inside (a decoder with a head)."""
     outside: set[int] = set()
     for whole in model.modules():
-        if isinstance(whole, PreTrainedModel) and whole.base_model is not whole:
+        if isinstance(whole, PreTrainedModel) and whole.base_model is not whole and not _is_without_head(whole):
             base = set(map(id, whole.base_model.modules()))
             outside |= {id(module) for module in whole.modules() if module is not whole} - base
     return outside
+
+
+def _is_without_head(model: PreTrainedModel) -> bool:
+    """Return whether a class has no head: of what it calls its base, it may be more (DINOv3, with its embeddings)."""
+    names = MODEL_MAPPING_NAMES.get(getattr(model.config, "model_type", ""), ())
+    return type(model).__name__ in ((names,) if isinstance(names, str) else names)
 
 
 def _nothing_left(model: PreTrainedModel, skipped: dict[str, str]) -> str:

@@ -12,7 +12,7 @@ from support.architectures import ARCHITECTURES
 from support.compressions import check_same_state, factorized_layers
 from support.tolerances import FLOAT32
 from torch import nn
-from transformers import AutoModel, CLIPVisionModel
+from transformers import AutoModel, CLIPVisionModel, EncoderDecoderModel
 
 from hf_lossless_lr import LosslessLowRankConfig
 from hf_lossless_lr.checkpoint import mark_compressed, record_of
@@ -147,3 +147,21 @@ def test_lists_nothing_once_the_whole_model_is_dense(saved):
     whole = saved("LlavaForConditionalGeneration")
     assert "quantization_config" in json.loads((whole.compressed / "config.json").read_text())["vision_config"]
     assert "quantization_config" not in (whole.dense / "config.json").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_a_model_that_is_made_of_compressed_ones_loads(saved, tmp_path):
+    """Its configuration says nothing of them, only those of its parts do."""
+    folder = saved("BertForSequenceClassification").compressed
+    model = EncoderDecoderModel.from_encoder_decoder_pretrained(folder, folder).eval()
+    layers = factorized_layers(model)
+    assert {name.partition(".")[0] for name in layers} == {"encoder", "decoder"}
+    for again in ("once", "twice"):
+        model.save_pretrained(tmp_path / again)
+        other, info = EncoderDecoderModel.from_pretrained(tmp_path / again, output_loading_info=True)
+        assert not any(info.values())
+        assert factorized_layers(other).keys() == layers.keys()
+        check_same_state(other.state_dict(), model.state_dict())
+        model = other
+    written = json.loads((tmp_path / "twice" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    assert set(written["modules"]) == set(layers)

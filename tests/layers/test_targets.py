@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from support.tiny_models import TINY_MODELS, bert_sequence_classification, build, llama
 from torch import nn
 from transformers import BertConfig, PreTrainedModel
@@ -122,6 +123,13 @@ def test_a_model_without_a_head_gets_the_same_targets():
     selection = find_targets(model)
     assert list(selection.chosen) == [name.removeprefix("bert.") for name in BERT_TARGETS]
     assert selection.skipped == {"pooler.dense": "pooler"}
+
+
+@pytest.mark.skipif(not hasattr(transformers, "DINOv3ViTModel"), reason="this version of Transformers has no DINOv3")
+def test_what_lies_before_the_encoder_of_a_model_without_a_head_is_no_head():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**sizes, image_size=32))
+    assert "embeddings.patch_embeddings" in find_targets(model).chosen
 
 
 class TestSpecificity:
