@@ -202,8 +202,8 @@ def _to_dense(model: PreTrainedModel) -> None:
 
 
 CHANGED_WEIGHTS = (
-    "the weights were changed after they were measured (by training or a cast, for example), so no figure here is "
-    "about this checkpoint"
+    "the weights were changed after they were measured (by training, a cast or another head, for example), so no "
+    "figure here is about this checkpoint"
 )
 
 

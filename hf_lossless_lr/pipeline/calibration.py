@@ -49,6 +49,7 @@ from ..statistics import (
 from ..timing import Clock
 from ..verdict import KeptAnswers
 from ..versions import __version__
+from .agreeing import check_same_inputs
 from .factoring import factorize_targets
 from .heads import layers_behind
 from .memory import memory_limit, plan_memory
@@ -165,10 +166,11 @@ def calibrate(
 
     Raises:
         CheckpointError: if the statistics file belongs to another model or to other data.
-        ConfigurationError: if a layer does not fit into the memory, or the folder cannot be used.
+        ConfigurationError: if a layer does not fit into the memory, the folder cannot be used, or processes differ.
         NumericalError: if a loss, a gradient or a decomposition is not finite.
     """
     accelerator = make_accelerator()
+    check_same_inputs({"data": parts.fingerprints, "configuration": config.to_dict()})
     limit, clock = memory_limit(max_memory, accelerator.device), Clock()
     fingerprint = tensors_fingerprint(model.state_dict())
     dense = Dense(model, fingerprint, model.num_parameters(), checkpoint_bytes(model), KeptAnswers(), experts)

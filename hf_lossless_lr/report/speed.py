@@ -141,5 +141,9 @@ def _extra(speed: Speed) -> str:
     parts = []
     for found, unit in ((speed.flops, 1e9), (speed.peak_bytes, 1e6)):
         if found is not None:
-            parts.append(f"{' → '.join(f'{value / unit:.2f}' for value in found):>22}")
+            parts.append(f"{' → '.join(_short(value / unit) for value in found):>22}")
     return "".join(parts)
+
+
+def _short(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"

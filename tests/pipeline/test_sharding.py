@@ -21,7 +21,7 @@ from support.tolerances import BFLOAT16, FLOAT32
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_lossless_lr import TargetError, change_storage, verify
+from hf_lossless_lr import ConfigurationError, TargetError, change_storage, verify
 from hf_lossless_lr.report import REPORT_NAME
 
 try:
@@ -108,9 +108,9 @@ REFUSED = {
 }
 
 
-def message(call, *arguments):
-    with pytest.raises(TargetError) as caught:
-        call(*arguments)
+def message(call, *arguments, **options):
+    with pytest.raises((TargetError, ConfigurationError)) as caught:
+        call(*arguments, **options)
     return str(caught.value)
 
 
@@ -125,6 +125,12 @@ def check_refusals():
         now = list(model.parameters())
         assert all(parameter is other for parameter, (other, _) in zip(now, before, strict=True))
         assert all(parameter.is_meta or torch.equal(parameter, values) for parameter, values in before)
+    model, batch = build(BERT)
+    rank = torch.distributed.get_rank()
+    others = rows(batch, range(len(batch["labels"]) - rank))
+    assert "data: not the same in each of the 2 processes" in message(compress, model, others)
+    refusal = message(compress, model, batch, keep_ratio=0.5 + 0.1 * rank)
+    assert "configuration: not the same in each of the 2 processes" in refusal
     model = share_out(compress(*build(BERT))[0])
     for refusal in (message(change_storage, model, "two-factor"), message(model.dequantize)):
         assert "are spread over processes" in refusal

@@ -354,8 +354,8 @@ def test_uniform_takes_the_largest_rank_within_the_share_of_each_layer(storage, 
 
 def test_a_layer_that_cannot_reach_its_share_is_an_error_that_says_what_to_do():
     text = (
-        "keep_ratio=0.3 cannot be reached in 'small' (4 x 4) with rank_multiple=1; use objective='budget', "
-        "or add the layer to `ignore`."
+        "keep_ratio=0.3 cannot be reached in 'small' (4 x 4) with rank_multiple=1; add the layer to "
+        "`ignore`, or use objective='budget'."
     )
     with pytest.raises(ConfigurationError, match=re.escape(text)):
         select_uniform({"large": make_curve(20, 20), "small": make_curve(4, 4)}, 0.3)

@@ -1,5 +1,7 @@
 """Times as a table, a list of layers and a figure."""
 
+from dataclasses import replace
+
 import pytest
 
 from hf_lossless_lr import ConfigurationError
@@ -26,6 +28,7 @@ def test_a_table_has_a_line_for_each_setting():
     assert line.startswith("8 × 128, cpu, 2 threads")
     for text in ("200.00 (190.00 to 220.00)", "100.00 (90.00 to 120.00)", "0.50 (0.45 to 0.60)", "3.00 → 1.50"):
         assert text in line
+    assert "0.003 → 0.0015" in speed_table([replace(PAIR, flops=(3_000_000, 1_500_000))])
     header, line = speed_table([ALONE]).splitlines()
     assert (header.split(), line.split()[:4]) == (["time", "(ms)"], ["1", "×", "16,", "cuda"])
     assert "4.00 (3.00 to 5.00)" in line
