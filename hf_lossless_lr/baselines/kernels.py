@@ -160,7 +160,7 @@ def tensor_train(kernel: torch.Tensor, most: int) -> list[Step]:
         )
 
     cores, before, rest = list[torch.Tensor](), 1, tensor
-    for side, rank in zip(sides, _best_ranks(cuts, size, most), strict=False):
+    for side, rank in zip(sides, _best_ranks(cuts, size, most, sides[1:-1]), strict=False):
         rest = rest.reshape(before * side, -1)
         left = _unit_vectors(rest, rank)
         cores.append(left.reshape(before, side, -1))
@@ -195,10 +195,13 @@ def _unit_vectors(matrix: torch.Tensor, rank: int) -> torch.Tensor:
     return torch.linalg.svd(matrix, full_matrices=False).U[:, :rank]
 
 
-def _best_ranks(matrices: Sequence[torch.Tensor], size: Callable[..., Any], most: int) -> list[int]:
+def _best_ranks(
+    matrices: Sequence[torch.Tensor], size: Callable[..., Any], most: int, growth: Sequence[int] = ()
+) -> list[int]:
     """Return ranks of matrices that together discard the least of their energy, with at most so many parameters.
 
-    The size grows with each rank, and is linear in the last one, which gets what the others leave.
+    The size grows with each rank, and is linear in the last one, which gets what the others leave. With `growth`, a
+    rank is at most so many times the one before.
     """
     energies = [torch.linalg.svdvals(matrix).square() for matrix in matrices]
     tails = [torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)]) for energy in energies]
@@ -207,8 +210,13 @@ def _best_ranks(matrices: Sequence[torch.Tensor], size: Callable[..., Any], most
     least = size(*ranks, 1)
     at_least_one(int((least <= most).any()))
     rest = (1 + (most - least) // (size(*ranks, 2) - least)).clamp(0, len(last) - 1)
+    possible = rest > 0
+    for before, rank, times in zip(ranks, ranks[1:], growth, strict=False):
+        possible &= rank <= before * times
+    if growth:
+        rest = torch.minimum(rest, ranks[-1] * growth[-1])
     discarded = sum((tail[rank] for tail, rank in zip(others, ranks, strict=True)), last[rest])
-    best = torch.where(rest > 0, discarded, torch.inf).argmin()
+    best = torch.where(possible, discarded, torch.inf).argmin()
     return [int(rank.flatten()[best]) for rank in (*ranks, rest)]
 
 

@@ -405,8 +405,8 @@ class TestWhenNothingQualifies:
         _, report = compress(model, batch, **NOTHING_QUALIFIES[case])
         before.check(model)
         assert said == [
-            "no compressed model met loss_margin=0.0 and accuracy_margin=0.01 on the selection split; the targeted layers "
-            "stay dense. Raise the margins, or give more calibration data."
+            "no compressed model met loss_margin=0.0 and accuracy_margin=0.01 on the selection split; the targeted "
+            "layers stay dense. Raise the margins, or give more calibration data."
             if case == "compact"
             else f"no rank meets objective={case!r} in any layer; the targeted layers stay dense."
         ]
