@@ -208,9 +208,9 @@ def _best_ranks(
     *others, last = tails
     ranks = torch.meshgrid(*(torch.arange(1, len(tail), device=tail.device) for tail in others), indexing="ij")
     least = size(*ranks, 1)
-    at_least_one(int((least <= most).any()))
     rest = (1 + (most - least) // (size(*ranks, 2) - least)).clamp(0, len(last) - 1)
     possible = rest > 0
+    at_least_one(int(possible.any()))
     for before, rank, times in zip(ranks, ranks[1:], growth, strict=False):
         possible &= rank <= before * times
     if growth:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigurationError
-from ..layers import layout_of, random_state_kept, weight_matrices
+from ..layers import layout_of, weight_matrices
 
 
 def rank_of_share(module: nn.Module, most: int) -> int:
@@ -58,8 +58,7 @@ def two_factors(module: Any, down: torch.Tensor, up: torch.Tensor) -> Any:
     Returns:
         The layer.
     """
-    with random_state_kept(module.weight.device):  # a new layer draws its first weights
-        layer: Any = layout_of(module).factorized(module, down.shape[-2], "two-factor")
+    layer: Any = layout_of(module).factorized(module, down.shape[-2], "two-factor")
     layer.load_factors(down, up, None, module.bias)
     return layer
 

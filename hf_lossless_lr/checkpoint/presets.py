@@ -7,10 +7,10 @@ What a method does besides (fine-tuning, above all) is in `differs`.
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, NamedTuple
 
 from ..errors import ConfigurationError
+from .values import suggestion
 
 
 class Preset(NamedTuple):
@@ -125,9 +125,8 @@ def preset(name: str) -> Preset:
     """
     known = (*PRESETS, *COMPARED_ONLY)
     if name not in known:  # it may be no string
-        near = difflib.get_close_matches(str(name), known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigurationError(f"there is no method {name!r}; choose one of {', '.join(known)}.{hint}")
+        listed = ", ".join(known)
+        raise ConfigurationError(f"there is no method {name!r}; choose one of {listed}.{suggestion(name, known)}")
     if name in COMPARED_ONLY:
         raise ConfigurationError(
             f"no options make up the method {name!r}, so it is no configuration. It can be compared with others: by "

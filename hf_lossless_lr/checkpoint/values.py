@@ -12,6 +12,12 @@ from ..errors import ConfigurationError
 from ..renamed import refuse_old_names
 
 
+def suggestion(value: Any, known: Iterable[str]) -> str:
+    """Return a sentence with the known value that comes nearest to another one; nothing where none comes near."""
+    near = difflib.get_close_matches(str(value), [*known], n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
 def refuse_unknown_names(config: type[Any], names: Iterable[str]) -> None:
     """Refuse what is no option of a configuration, with what comes near.
 
@@ -26,17 +32,15 @@ def refuse_unknown_names(config: type[Any], names: Iterable[str]) -> None:
     known = {option.name for option in fields(config)}
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else f" Known are: {', '.join(sorted(known))}."
+            hint = suggestion(name, known) or f" Known are: {', '.join(sorted(known))}."
             raise ConfigurationError(f"{config.__name__} has no field {name!r}.{hint}")
 
 
 def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:
     """Refuse a value that is none of the allowed ones, with what comes near."""
     if value not in tuple(allowed):  # it may not be hashable
-        near = difflib.get_close_matches(str(value), allowed, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigurationError(f"{name}: {value!r} is unknown; choose one of {', '.join(allowed)}.{hint}")
+        known = ", ".join(allowed)
+        raise ConfigurationError(f"{name}: {value!r} is unknown; choose one of {known}.{suggestion(value, allowed)}")
 
 
 def check_number(

@@ -7,6 +7,7 @@ from .cutting import comes_apart, part_of, unpadded
 from .drawn_labels import draw_labels
 from .forward import forward_loss, mean_loss, run_batch, run_watching
 from .heads import answering_layers
+from .label_checks import position_limit
 from .labels import IGNORE_INDEX, Question, Reading, batch_examples, correct_predictions
 from .loaders import dataset_size, first_batch, make_dataloader, ready_batches, subset
 from .padding import PaddingMasks, watching_masks
@@ -38,6 +39,7 @@ __all__ = [
     "mean_loss",
     "model_inputs",
     "part_of",
+    "position_limit",
     "quick_products",
     "ready_batches",
     "run_batch",

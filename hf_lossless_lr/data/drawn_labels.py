@@ -16,12 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 from transformers.utils import find_labels, logging
 
-from ..errors import DataError
+from ..errors import DataError, LosslessLowRankError
 from ..layers import evaluating, on_device
 from .alignment import measured_shift
 from .forward import run_batch
-from .label_checks import ALIASES
-from .labels import IGNORE_INDEX, label_names
+from .labels import ALIASES, IGNORE_INDEX, label_columns, label_names
 from .loaders import first_examples, make_dataloader, ready_batches
 from .representations import NOISE, representations
 
@@ -68,11 +67,7 @@ def draw_labels(
     with on_device(model, device), evaluating(model):
         for index, batch in enumerate(logging.tqdm(loader, desc="Drawing labels")):
             moved = send_to_device(_without_labels(batch, model), device)
-            try:
-                outputs = run_batch(model, moved, index)
-            except (RuntimeError, ValueError, TypeError) as error:
-                reason = str(error).strip().partition("\n")[0]
-                raise DataError(_unknown(model, f"does not run without labels ({reason})")) from error
+            outputs = _first_run(model, moved) if index == 0 else run_batch(model, moved, index)
             found = _draw(outputs, model, moved, generator)
             if index == 0:
                 _check(model, moved, found)
@@ -87,6 +82,17 @@ def draw_labels(
         batches.append({**rest, **_stacked(own, rest)})
         place += len(own)
     return batches
+
+
+def _first_run(model: PreTrainedModel, batch: Mapping[str, Any]) -> Any:
+    """Run a batch without labels; refuse a model that does not run without them, as those that make inputs of them."""
+    try:
+        return run_batch(model, batch)
+    except LosslessLowRankError:
+        raise
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise DataError(_unknown(model, f"does not run without labels ({reason})")) from error
 
 
 def _draw(outputs: Any, model: PreTrainedModel, batch: Mapping[str, Any], generator: torch.Generator) -> list[Labels]:
@@ -160,7 +166,7 @@ def _examples(batch: Mapping[str, Any]) -> torch.Tensor:
 
 
 def _without_labels(example: Any, model: PreTrainedModel) -> dict[str, Any]:
-    return {key: value for key, value in example.items() if key not in (*label_names(model), *ALIASES)}
+    return {key: value for key, value in example.items() if key not in label_columns(model)}
 
 
 def _stacked(drawn: list[Labels], batch: Mapping[str, Any]) -> Labels:

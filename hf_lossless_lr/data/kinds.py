@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..errors import LosslessLowRankError
 from ..layers import evaluating
 from .forward import forward_loss
-from .labels import label_names
+from .labels import label_columns
 from .representations import NOISE
 
 REFUSALS = (
@@ -70,7 +70,7 @@ def _takes(model: PreTrainedModel, make: Callable[[], Any]) -> bool:
 
 
 def _looks_like_example(item: Mapping[str, Any], model: PreTrainedModel) -> bool:
-    labels = next((item[name] for name in (*label_names(model), "label", "label_ids") if name in item), None)
+    labels = next((item[name] for name in label_columns(model) if name in item), None)
     if isinstance(labels, Number) or (isinstance(labels, torch.Tensor) and labels.ndim == 0):
         return True
     main = item.get(model.main_input_name)

@@ -12,9 +12,8 @@ from transformers import PreTrainedModel
 
 from ..errors import DataError
 from ..fingerprint import as_array
-from .labels import IGNORE_INDEX, label_names
+from .labels import ALIASES, IGNORE_INDEX, label_columns
 
-ALIASES = ("label", "label_ids")  # names that the default collators turn into `labels`
 _ONE_EACH = ("SequenceClassification", "ImageClassification", "AudioClassification", "VideoClassification")
 _TABLES = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?|position_embed)$")
 _SHOWN = 8  # names of labels in a message
@@ -37,7 +36,7 @@ def numbered(model: Any, data: str, name: str, value: Any, where: str, must: boo
     Raises:
         DataError: if the label is null, or a name that the model does not know.
     """
-    if name not in (*label_names(model), *ALIASES):
+    if name not in label_columns(model):
         return value
     if value is None and must:
         raise DataError(f"{data}: {where} has no label ({name} is null). Leave it out, or label it.")
@@ -66,7 +65,7 @@ class LabelChecks:
 
     def __init__(self, model: PreTrainedModel, name: str) -> None:
         self.model, self.config, self.name = model, model.config, name
-        self.names = [*dict.fromkeys([*label_names(model), *ALIASES])]
+        self.names = [*dict.fromkeys(label_columns(model))]
         self.head = _head_of(model)
         self.classes = getattr(model.config, "num_labels", None)
         output = model.get_output_embeddings()

@@ -25,7 +25,15 @@ def label_names(model: PreTrainedModel) -> list[str]:
     return [name for name in names if name != "next_sentence_label"] or ["labels"]
 
 
-_LABELS = ("labels", "label", "label_ids", "start_positions")
+ALIASES = ("label", "label_ids")  # names that the default collators turn into `labels`
+
+
+def label_columns(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the columns of an example that are labels of a model, under the names of its forward or of a collator."""
+    return (*label_names(model), *ALIASES)
+
+
+_LABELS = ("labels", *ALIASES, "start_positions")
 
 
 def batch_examples(batch: Mapping[str, Any]) -> int:

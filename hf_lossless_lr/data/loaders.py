@@ -18,8 +18,8 @@ from ..errors import DataError
 from ..fingerprint import content_digest, tensors_fingerprint
 from .collators import default_collator
 from .kinds import are_examples, taken_by
-from .label_checks import ALIASES, LabelChecks, numbered
-from .labels import batch_examples, label_names
+from .label_checks import LabelChecks, numbered
+from .labels import batch_examples, label_columns
 
 MIN_EXAMPLES = 8
 STREAM_LIMIT = 32768
@@ -166,7 +166,8 @@ class _Columns(Dataset):
 
     def __init__(self, data: Any, model: PreTrainedModel, name: str, plain: bool) -> None:
         self.data, self.model, self.name, self.plain = data, model, name, plain
-        if len(data) and isinstance(data[0], Mapping) and not {*_used_columns(data[0], model)} - _label_names(model):
+        labels = label_columns(model)
+        if len(data) and isinstance(data[0], Mapping) and not {*_used_columns(data[0], model)}.difference(labels):
             raise DataError(
                 f"{name}: has the columns {', '.join(map(str, data[0]))}, none of which {type(model).__name__} takes. "
                 "Tokenize the text (or process the images) first, for instance with `dataset.map(tokenize)`."
@@ -190,12 +191,8 @@ def _used_columns(example: Any, model: PreTrainedModel) -> Any:
     if not isinstance(example, Mapping):
         return example
     parameters = inspect.signature(model.forward).parameters
-    used = {*parameters, *_label_names(model)}
+    used = {*parameters, *label_columns(model)}
     return {column: value for column, value in example.items() if column in used and value is not None}
-
-
-def _label_names(model: PreTrainedModel) -> set[str]:
-    return {*label_names(model), *ALIASES}
 
 
 def _is_plain(collate: Any) -> bool:

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..errors import DataError
 from ..fingerprint import as_array, content_digest
 from .label_checks import LabelChecks
-from .labels import batch_examples, label_names
+from .labels import batch_examples, label_columns
 from .loaders import dataset_size, first_examples, make_dataloader, plain_examples, ready_batches, subset
 
 logger = logging.get_logger(__name__)
@@ -69,7 +69,7 @@ def examine(loader: DataLoader, model: PreTrainedModel, name: str) -> tuple[Dige
 def _examined(loader: DataLoader, model: PreTrainedModel, checks: LabelChecks | None) -> tuple[Digests, list[bool]]:
     check = (lambda example, where: True) if checks is None else checks.check
     labelled: list[bool] = []
-    labels = {*label_names(model), "label", "label_ids", *_SHIFTED_LABELS}
+    labels = {*label_columns(model), *_SHIFTED_LABELS}
     taken = {*inspect.signature(model.forward).parameters} - labels
     dataset: Any = loader.dataset
     digests = []

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..errors import DataError, NumericalError
 from ..layers import evaluating
+from .positions import most_tokens
 from .scores import Score, Scores
 from .task import EvaluationTask, ScoringOptions
 
@@ -49,7 +50,7 @@ def log_likelihoods(model: PreTrainedModel, passages: Sequence[Passage], batch_s
         DataError: if a passage is longer than the model's inputs.
         NumericalError: if a probability is 0 or not finite.
     """
-    longest, limit = max(len(p.inputs) for p in passages), _position_limit(model)
+    longest, limit = max(len(p.inputs) for p in passages), most_tokens(model)
     if limit is not None and longest > limit:
         raise DataError(f"an input has {longest} tokens, {type(model).__name__} takes {limit}; pass a max_length.")
     result = [np.empty(0)] * len(passages)
@@ -62,11 +63,6 @@ def log_likelihoods(model: PreTrainedModel, passages: Sequence[Passage], batch_s
     if not all(np.isfinite(values).all() for values in result):
         raise NumericalError(f"{type(model).__name__} gives a token a probability that is 0 or not finite.")
     return result
-
-
-def _position_limit(model: PreTrainedModel) -> int | None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def _batch_likelihoods(model: PreTrainedModel, passages: Sequence[Passage]) -> list[np.ndarray]:

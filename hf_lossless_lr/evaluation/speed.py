@@ -20,6 +20,7 @@ from ..errors import DataError
 from ..layers import evaluating
 from ..ranks import TURNS, forward_flops, speed_in_turns
 from ..report import Speed
+from .positions import most_tokens
 
 TEXT_LENGTH, PICTURE_SIDE, SOUND_LENGTH = 128, 224, 16000  # tokens, pixels, samples
 FIRST_TOKEN = 5  # lower ids are often special ones
@@ -91,7 +92,7 @@ def random_batch(model: PreTrainedModel, examples: int, size: int | None = None)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # not those of other devices, which are not put back
         if name == "input_ids":
-            most = _most_tokens(model)
+            most = most_tokens(model) or sys.maxsize
             length = size or min(TEXT_LENGTH, most)
             if most < length:
                 raise DataError(f"{type(model).__name__} takes at most {most} tokens, not {length}.")
@@ -109,16 +110,6 @@ def random_batch(model: PreTrainedModel, examples: int, size: int | None = None)
     raise DataError(
         f"{type(model).__name__} takes {name!r}, for which there is no random input; give a batch of yours."
     )
-
-
-def _most_tokens(model: PreTrainedModel) -> int:
-    """Return how long a text may be; positions may begin behind the one of the padding, as RoBERTa's do."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(most, int) or most < 1:
-        return sys.maxsize
-    tables = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
-    paddings = [table.padding_idx for table in tables if isinstance(table, nn.Embedding)]
-    return most - max((index + 1 for index in paddings if index is not None), default=0)
 
 
 def _pictures(model: PreTrainedModel, examples: int, size: int | None = None) -> torch.Tensor:

@@ -16,6 +16,7 @@ from torch import nn
 from ..errors import ConfigurationError
 from .factorized import Factorized, is_plain
 from .layout import fill_dense, register
+from .model_state import random_state_kept
 from .patches import output_sizes, padded, padding_of, pads_itself, patches, sampled
 from .storage import CHANNEL, SPATIAL
 
@@ -209,7 +210,8 @@ class _ConvLayout:
         return x if x.ndim == self.axes + 2 else x[None]
 
     def factorized(self, module: Any, rank: int, storage: str, form: str = CHANNEL) -> FactorizedConv:
-        return self.type(module, rank, storage, form)
+        with random_state_kept(module.weight.device):
+            return self.type(module, rank, storage, form)
 
     def dense(self, module: FactorizedConv) -> nn.Module:
         weight = module.down.weight

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from copy import copy
 from typing import Any, NamedTuple
@@ -42,6 +43,15 @@ _ROUTED: ContextVar[Routed | None] = ContextVar("routed", default=None)
 def routed_rows() -> Routed | None:
     """Return what the expert that is running now was sent; None outside of any."""
     return _ROUTED.get()
+
+
+@contextmanager
+def _sent(routed: Routed) -> Iterator[None]:
+    before = _ROUTED.set(routed)
+    try:
+        yield
+    finally:
+        _ROUTED.reset(before)
 
 
 class Expert(nn.Module):
@@ -155,14 +165,8 @@ class UnfusedExperts(nn.Module):
     def _run(self, number: int, x: torch.Tensor, routed: Routed | None = None) -> torch.Tensor:
         """Return what an expert makes of the rows that it is sent; without `routed`, of all rows."""
         expert: Any = self._modules[str(number)]
-        if routed is None:
+        with nullcontext() if routed is None else _sent(routed):  # a strict graph knows no context variables
             y = expert.out_proj(self._joined(expert.in_proj(x)))
-        else:
-            before = _ROUTED.set(routed)
-            try:
-                y = expert.out_proj(self._joined(expert.in_proj(x)))
-            finally:
-                _ROUTED.reset(before)
         normed = getattr(self.template, "has_post_expert_norm", False)
         return self.get_submodule("post_expert_norm")(y) if normed else y
 

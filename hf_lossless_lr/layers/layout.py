@@ -59,7 +59,7 @@ class Layout(Protocol):
         """Return all rows of a layer output, or of its gradient, by matrix.  # shape: (..., groups, out)."""
 
     def factorized(self, module: nn.Module, rank: int, storage: str, form: str = CHANNEL) -> Factorized:
-        """Return an uninitialized factorized layer on the module's device and in its dtype."""
+        """Return an uninitialized factorized layer on the module's device and in its dtype, without a random draw."""
 
     def dense(self, module: Any) -> nn.Module:
         """Return the dense layer that a factorized one stands for."""

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import ConfigurationError
 from .factorized import Factorized
 from .layout import fill_dense, register
+from .model_state import random_state_kept
 from .storage import CHANNEL
 
 
@@ -90,16 +91,17 @@ class _LinearLayout:
         if form != CHANNEL:
             raise ConfigurationError(f"form: a {type(module).__name__} has no {form} form.")
         _, out_features, in_features = self.matrices(module, module.weight).shape
-        return FactorizedLinear(
-            in_features,
-            out_features,
-            rank,
-            bias=module.bias is not None,
-            storage=storage,
-            layer_type="Conv1D" if isinstance(module, Conv1D) else "Linear",
-            device=module.weight.device,
-            dtype=module.weight.dtype,
-        )
+        with random_state_kept(module.weight.device):
+            return FactorizedLinear(
+                in_features,
+                out_features,
+                rank,
+                bias=module.bias is not None,
+                storage=storage,
+                layer_type="Conv1D" if isinstance(module, Conv1D) else "Linear",
+                device=module.weight.device,
+                dtype=module.weight.dtype,
+            )
 
     def dense(self, module: FactorizedLinear) -> nn.Module:
         weight = module.down.weight

@@ -49,7 +49,7 @@ class Place(NamedTuple):
     value: Any
 
 
-SUBMODULES = frozenset(vars(nn.Module()))  # and what else PyTorch keeps of a module
+OF_PYTORCH = frozenset(vars(nn.Module()))  # attributes of every module: its submodules, parameters, hooks, …
 
 
 @dataclass(frozen=True)
@@ -119,16 +119,17 @@ def replace_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> 
 
 def _elsewhere(modules: Iterable[nn.Module], new_of: Mapping[int, nn.Module]) -> Iterator[Place]:
     """Yield the attributes of modules, and the places in lists and dictionaries of theirs, where replaced ones are."""
-    waiting: list[Any] = [vars(module) for module in modules]
+    waiting: list[tuple[Any, Iterable[Any]]] = [(vars(m), vars(m).keys() - OF_PYTORCH) for m in modules]
     seen = set[int]()
     while waiting:
-        kept = waiting.pop()
+        kept, keys = waiting.pop()
         if id(kept) in seen:
             continue
         seen.add(id(kept))
-        for key, value in kept.items() if isinstance(kept, dict) else enumerate(kept):
-            if isinstance(value, (list, dict)) and key not in SUBMODULES:
-                waiting.append(value)
+        for key in keys:
+            value = kept[key]
+            if isinstance(value, (list, dict)):
+                waiting.append((value, value if isinstance(value, dict) else range(len(value))))
             elif isinstance(value, (nn.Module, tuple)) and _swapped(value, new_of) is not value:
                 yield Place(kept, key, value)
 

@@ -10,7 +10,7 @@ import torch
 from ..checkpoint import LosslessLowRankConfig
 from ..factors import damped, fill
 from ..formats import FLOAT
-from ..layers import choose_storage, copied, layout_of, random_state_kept, storage_in, weight_matrices
+from ..layers import choose_storage, copied, layout_of, storage_in, weight_matrices
 from ..ranks import Choice
 from .calibration import Calibration
 from .embeddings import rounded_embeddings
@@ -27,16 +27,10 @@ def build_layers(
         config: damping, and the format of the embeddings.
 
     Returns:
-        The layers by name, with their numbers; no random ones were drawn for them.
+        The layers by name, with their numbers.
     """
     layers: dict[str, Any] = dict(rounded_embeddings(calibration.dense.model, config.embeddings))
-    with random_state_kept(calibration.accelerator.device):  # PyTorch fills what it makes
-        layers |= _targets(calibration, choices, config)
-    return layers
-
-
-def _targets(calibration: Calibration, choices: Mapping[str, Choice], config: LosslessLowRankConfig) -> dict[str, Any]:
-    layers, factors = dict[str, Any](), calibration.factors
+    factors = calibration.factors
     for name, choice in choices.items():
         rank, number_format, form = choice
         module: Any = factors.targets.chosen[name]

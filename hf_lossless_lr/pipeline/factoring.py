@@ -69,7 +69,7 @@ def factorize_targets(
         return factorizations, curves
     kept = ShelvedFactorizations(shelf, accelerator.device)
     owner = _owners(targets, accelerator.num_processes)
-    missing = [name for name in targets.chosen if not kept.has(name) and owner[name] == accelerator.process_index]
+    missing = [name for name in targets.chosen if owner[name] == accelerator.process_index and not kept.has(name)]
     accelerator.wait_for_everyone()
     for name in logging.tqdm(missing, desc="Factorizing", disable=not is_main):
         kept.put(name, *_factorized(name, targets.chosen[name], statistics.layers[name], config))

@@ -19,7 +19,7 @@ from ..data import DataSplits, first_batch
 from ..errors import ConfigurationError, DataError
 from ..factors import spatial_kernel, spatial_needs
 from ..layers import weight_matrices
-from ..report import MemoryPlan, gibibytes
+from ..report import MemoryPlan, readable_size
 from ..statistics import Key, can_recompute, collect_statistics, precision_of
 from .activations import Results, refit_memory
 
@@ -208,9 +208,9 @@ def windows_of(statistics: Mapping[str, int], room: int) -> list[Key]:
         size = sum(map(statistics.__getitem__, piece))
         if size > room:
             raise ConfigurationError(
-                f"max_memory: the statistics of {piece[0]!r} take {gibibytes(size)}, and beside the model and the "
-                f"activations of a batch there are {gibibytes(max(room, 0))}. "
-                f"Give {gibibytes(size - room)} more, or a smaller batch_size."
+                f"max_memory: the statistics of {piece[0]!r} take {readable_size(size)}, and beside the model and the "
+                f"activations of a batch there are {readable_size(max(room, 0))}. "
+                f"Give {readable_size(size - room)} more, or a smaller batch_size."
             )
         if size > left:
             windows.append([])

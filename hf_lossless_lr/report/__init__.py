@@ -7,7 +7,7 @@ from .card import CARD_NAME, is_unedited, model_card
 from .comparison import MethodResult, methods_table, write_methods_figure
 from .drawing import check_figure
 from .figures import write_figures
-from .memory import MemoryPlan, gibibytes
+from .memory import MemoryPlan, readable_size
 from .reading import CERTIFIED
 from .records import (
     REPORT_NAME,
@@ -42,12 +42,12 @@ __all__ = [
     "check_figure",
     "comparison_table",
     "finite",
-    "gibibytes",
     "is_unedited",
     "layer_table",
     "methods_table",
     "model_card",
     "plain",
+    "readable_size",
     "report_rows",
     "score_table",
     "speed_table",

@@ -37,7 +37,7 @@ class MemoryPlan:
     @property
     def sentence(self) -> str:
         """The plan in words."""
-        where = f"statistics and factors on disk ({gibibytes(self.disk)})" if self.disk else "all of it in memory"
+        where = f"statistics and factors on disk ({readable_size(self.disk)})" if self.disk else "all of it in memory"
         time = "" if self.seconds is None else f", about {self.seconds / 60:.1f} minutes for the passes"
         passes = f"{self.passes} {'pass' if self.passes == 1 else 'passes'} over the data"
         passes += " with gradient checkpointing" if self.recomputes else ""
@@ -45,13 +45,11 @@ class MemoryPlan:
         if self.refit_batches is not None:
             refit = "; the refit takes the first {} of {} batches".format(*self.refit_batches)
         more = " (which is less: give more, or a smaller batch_size)" if self.expected > self.limit else ""
-        return (
-            f"calibration in {passes}, {where}; "
-            f"{gibibytes(self.expected)} of memory expected, {gibibytes(self.limit)} allowed{more}{time}{refit}"
-        )
+        expected, limit = readable_size(self.expected), readable_size(self.limit)
+        return f"calibration in {passes}, {where}; {expected} of memory expected, {limit} allowed{more}{time}{refit}"
 
 
-def gibibytes(size: float) -> str:
+def readable_size(size: float) -> str:
     """Return a number of bytes as text."""
     unit = next((unit for unit, count in UNITS.items() if abs(size) >= count / 16), "GiB")
     return f"{size / UNITS[unit]:.2f} {unit}"

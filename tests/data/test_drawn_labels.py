@@ -1,7 +1,10 @@
 """Labels drawn from the dense model's predictions: the same whatever the batches, and of the right frequencies."""
 
+import itertools
+
 import pytest
 import torch
+from support.processes import loader_of
 from support.tiny_models import (
     as_examples,
     bert_masked_lm,
@@ -87,6 +90,24 @@ def test_of_a_model_that_does_not_run_without_its_own_are_an_error():
     model, batch = t5(16)
     with pytest.raises(DataError, match=r"T5ForConditionalGeneration does not run without labels \("):
         draw_labels(split_batch(batch, 4), model, CPU, 0, batch_size=4)
+
+
+@pytest.mark.parametrize(("batch", "error"), [(0, DataError("my own")), (1, RuntimeError("out of memory"))])
+def test_say_of_no_other_failure_that_labels_are_missing(batch, error, monkeypatch):
+    model, inputs = bert_sequence_classification(16)
+    forward, calls = model.forward, itertools.count()
+
+    def failing(*arguments, **options):
+        if next(calls) == batch:
+            raise error
+        return forward(*arguments, **options)
+
+    data = unlabelled(split_batch(inputs, 4))
+    monkeypatch.setattr("hf_lossless_lr.data.drawn_labels._check", lambda *_: None)
+    monkeypatch.setattr("hf_lossless_lr.data.drawn_labels.make_dataloader", lambda data, *_, **__: loader_of(data))
+    monkeypatch.setattr(model, "forward", failing)
+    with pytest.raises(type(error), match=f"^{error}$"):
+        draw_labels(data, model, CPU, 0, batch_size=4)
 
 
 def test_of_a_language_model_are_an_error_that_says_what_to_do():

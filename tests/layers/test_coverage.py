@@ -59,7 +59,7 @@ class Adapted(nn.Linear):
 
     def __init__(self, *sizes):
         super().__init__(*sizes)
-        self.gain = nn.Parameter(torch.zeros(sizes[1], sizes[0]))
+        self.gain = nn.Parameter(torch.zeros(sizes))
 
     def forward(self, input):
         return super().forward(input) + input @ self.gain

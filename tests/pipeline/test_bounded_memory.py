@@ -24,7 +24,7 @@ from hf_lossless_lr.errors import CheckpointError, ConfigurationError
 from hf_lossless_lr.layers import find_targets, replace_modules, unfuse
 from hf_lossless_lr.pipeline.activations import Results, bytes_waiting, refit_memory
 from hf_lossless_lr.pipeline.memory import memory_limit, needs_of, windows_of
-from hf_lossless_lr.report import CompressionReport, MemoryPlan, gibibytes
+from hf_lossless_lr.report import CompressionReport, MemoryPlan, readable_size
 from hf_lossless_lr.statistics import collect_in_windows, collect_statistics
 from hf_lossless_lr.statistics.shelf import SLABS, Shelf, ShelvedStatistics, pack, unpack
 
@@ -150,7 +150,7 @@ class TestLimit:
         ("size", "text"), [(3 * 2**30, "3.00 GiB"), (2**26, "0.06 GiB"), (2**20, "1.00 MiB"), (100, "0.10 KiB")]
     )
     def test_is_told_in_a_unit_that_shows_it(self, size, text):
-        assert gibibytes(size) == text
+        assert readable_size(size) == text
 
     def test_is_what_is_free_by_default(self):
         assert memory_limit(None, torch.device("cpu")) > 0
