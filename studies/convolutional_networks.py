@@ -51,6 +51,7 @@ OURS = {
     "ours, 0.9 of the time": {"keep_ratio": 0.9, "size": "latency"},
 }
 SVD = {"metric": "identity", "objective": "uniform", "storage": "two-factor"}
+COLUMNS = ("method", "dropped", "top-1", "top-5", "loss", "tempered", "KL", "FLOPs", "time", "verdict")
 SAME_DROP = "the paper's drop"  # in the names of methods that are asked for it
 
 Row = dict[str, Any]  # a picture, as a model takes it
@@ -143,6 +144,7 @@ def compressed(network: str, pictures: Pictures, method: str, options: dict[str,
         **measure(model, pictures.held_out),
     }
     return record | {
+        "tempered": None if found is None else found.tempered_loss_increase.mean,
         "divergence": None if found is None else found.divergence,
         "verdict": report.verdict,
         "flops": flops(model, pictures) / flops(pictures.load(), pictures),
@@ -180,8 +182,7 @@ def run(network: str, pictures: Pictures, done: list[Record], targets: list[str]
 
 def print_tables(records: list[Record]) -> None:
     for network in dict.fromkeys(record["network"] for record in records):
-        print(f"\n{network}\n\n| method | dropped | top-1 | top-5 | loss | KL | FLOPs | time | verdict |")
-        print("|---|---:|---:|---:|---:|---:|---:|---:|---|")
+        print(f"\n{network}\n\n| {' | '.join(COLUMNS)} |\n|---|{'---:|' * (len(COLUMNS) - 2)}---|")
         for record in records:
             if record["network"] == network:
                 print(row(record))
@@ -190,13 +191,12 @@ def print_tables(records: list[Record]) -> None:
 def row(record: Record) -> str:
     """Return a line of a table."""
     if "impossible" in record:
-        return f"| {record['method']} | cannot be reached | | | | | | | |"
-    numbers = [(record.get("divergence"), 4), (record.get("flops"), 2), (record.get("time_ratio"), 2)]
-    divergence, flops_kept, time = ("–" if value is None else f"{value:.{digits}f}" for value, digits in numbers)
+        return f"| {record['method']} | cannot be reached | | | | | | | | |"
+    formats = {"tempered": "+.4f", "divergence": ".4f", "flops": ".2f", "time_ratio": ".2f"}
+    values = ("–" if record.get(name) is None else f"{record[name]:{each}}" for name, each in formats.items())
     return (
         f"| {record['method']} | {100 * (1 - record['keep_ratio']):.0f} % | {100 * record['top1']:.2f} | "
-        f"{100 * record['top5']:.2f} | {record['loss']:.4f} | {divergence} | {flops_kept} | {time} | "
-        f"{record.get('verdict') or '–'} |"
+        f"{100 * record['top5']:.2f} | {record['loss']:.4f} | {' | '.join(values)} | {record.get('verdict') or '–'} |"
     )
 
 

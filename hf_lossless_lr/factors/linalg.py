@@ -18,6 +18,8 @@ from ..errors import NumericalError
 from ..statistics import precision_of
 from .decomposition import MetricFactors
 
+FAINT = 0.01  # of the mean that a channel adds to the outputs: what adds less is not fitted to
+LARGEST_SCALE = 1e30  # of a channel whose column is zero, or so small that its square is
 WELL_CONDITIONED = 1e5  # condition of a system: what float32 loses to it stays below 1 % where inputs hardly vary
 
 
@@ -149,10 +151,13 @@ def shifted_weight(
 
     $$T = (W X X'^\top + WΛ)\,(X' X'^\top + Λ)^{-1},$$
 
-    the minimizer of `‖W X − T X'‖² + ‖(T − W) Λ^½‖²`, with `Λ = ridge · diag(X'X'ᵀ)`: the ridge of each channel is
-    relative to its own size, so that the result follows a rescaling of the channels. Where `X'` says nothing (dead
-    inputs, fewer rows than features), `T` stays at `W`. Channels of size 1 have a system of a condition of at most
-    `1 + in / ridge`; large ones are solved in float32 where that is below `WELL_CONDITIONED`.
+    the minimizer of `‖W X − T X'‖² + ‖(T − W) Λ^½‖²`, with `Λ_j = ridge · (a_j + FAINT · mean(a ‖W‖²) / ‖W_j‖²)` of a
+    channel `j` with the second moment `a_j = (X'X'ᵀ)_jj` and the column `W_j`. The first term makes the ridge of each
+    channel relative to its own size, so that the result follows a rescaling of the channels. The second one keeps
+    the column of a channel that hardly adds to the outputs: a unit that was active in one row of a thousand, by
+    0.0001, would else get a weight of thousands, which some other input multiplies. Where `X'` says nothing (dead
+    inputs, fewer rows than features), `T` stays at `W`, and so do columns that are zero. The system has a condition
+    of at most `1 + in / ridge`; large ones are solved in float32 where that is below `WELL_CONDITIONED`.
 
     Args:
         weight: W.  # shape: (..., out, in)
@@ -166,11 +171,12 @@ def shifted_weight(
     features = weight.shape[-1]
     dtype = precision_of(features) if features < ridge * WELL_CONDITIONED else torch.float64
     weight, input_gram, output_cross = (each.to(dtype) for each in (weight, input_gram, output_cross))
-    diagonal = input_gram.diagonal(dim1=-2, dim2=-1)
-    seen = ~(diagonal <= 0)  # what is not a number stays it
-    scale = torch.where(seen, diagonal, 1.0).sqrt()  # of the channels; the system is solved for channels of size 1
-    columns = scale[..., None, :]
-    system = torch.where(seen[..., None], input_gram / (scale[..., :, None] * columns), 0.0)
+    moments, squares = input_gram.diagonal(dim1=-2, dim2=-1), weight.square().sum(dim=-2)
+    mean = (moments * squares).mean(dim=-1, keepdim=True)
+    scales = moments + torch.where(mean > 0, FAINT * mean / squares, 0.0)
+    scales = torch.where(scales <= 0, 1.0, scales).clamp_max(LARGEST_SCALE).sqrt()  # of the channels; NaN stays NaN
+    columns, seen = scales[..., None, :], ~(moments <= 0)
+    system = input_gram / (scales[..., :, None] * columns)
     known = torch.where(seen[..., None, :], output_cross / columns, 0.0) + ridge * weight * columns
     system.diagonal(dim1=-2, dim2=-1).add_(ridge)
     lower, failed = torch.linalg.cholesky_ex(system)

@@ -12,6 +12,7 @@ from support.tolerances import ALMOST_NO_RIDGE, EXACT, FLOAT32, ITERATIVE, ROOT_
 from hf_lossless_lr.errors import NumericalError
 from hf_lossless_lr.factors.decomposition import MetricFactors, metric_svd
 from hf_lossless_lr.factors.linalg import (
+    FAINT,
     damped,
     damped_diagonal,
     pivoted_form,
@@ -529,13 +530,20 @@ def fitted(weight, before, after, ridge):
     return shifted_weight(weight, weight @ before.T @ after / len(before), after.T @ after / len(before), ridge)
 
 
+def channel_sizes(weight, after):
+    """The moments that the ridge is relative to: of each channel, and a share of what it would take to add as much to
+    the outputs as the others do."""
+    moments, squares = after.square().mean(0), weight.square().sum(0)
+    return moments + FAINT * (moments * squares).mean() / squares
+
+
 @on_rows
 @on_shapes
 @pytest.mark.parametrize("ridge", [1e-3, 0.1])
 def test_shifted_weight_is_the_ridge_regression_of_the_outputs(kind, shape, ridge):
     weight, (before, after) = random(20, *shape), shifted_rows(kind, shape[1], 20)
-    levels = torch.sqrt(ridge * after.square().sum(0))
-    levels = torch.where(levels > 0, levels, 1.0).numpy()  # a dead input has no other weight than the given one
+    levels = torch.sqrt(ridge * len(after) * channel_sizes(weight, after))
+    levels = torch.where(levels > 0, levels, 1.0).numpy()  # without any signal there is no other weight
     design = np.vstack([after.numpy(), np.diag(levels)])
     outputs = np.vstack([(before @ weight.T).numpy(), levels[:, None] * weight.T.numpy()])
     expected = np.linalg.lstsq(design, outputs, rcond=None)[0].T
@@ -570,8 +578,8 @@ def test_shifted_weight_without_any_signal_is_the_weight(shape):
 def test_shifted_weight_is_the_weight_where_the_inputs_say_nothing(kind, shape):
     weight, (before, after) = random(26, *shape), shifted_rows(kind, shape[1], 26)
     null = torch.from_numpy(scipy.linalg.null_space(after.numpy()))  # shape: (in, directions)
-    levels = after.square().sum(0)  # the ridge measures distances by them
-    silent = torch.where(levels > 0, levels, 1.0)[:, None] * null
+    sizes = channel_sizes(weight, after)  # the ridge measures distances by them
+    silent = torch.where(sizes > 0, sizes, 1.0)[:, None] * null
     silent /= silent.norm(dim=0)
     assert silent.shape[1] > 0 or shape[1] == 1
     found = fitted(weight, before, after, 1e-2)
@@ -587,6 +595,31 @@ def test_shifted_weight_is_never_worse_than_the_weight_on_its_inputs(kind, shape
     outputs = before @ weight.T
     errors = [(outputs - after @ W.T).square().sum() for W in (fitted(weight, before, after, ridge), weight)]
     assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (7, 7), (9, 5), (1, 4)], ids=str)
+@on_seeds
+def test_shifted_weight_keeps_the_column_of_a_channel_that_was_hardly_ever_active(shape, seed):
+    """A unit that was active in one row, and faintly, would get a weight that other inputs make an explosion of."""
+    weight, (before, after) = random(35 + seed, *shape), shifted_rows("many", shape[1], 35 + seed)
+    before[:, 0] = after[:, 0] = 0.0
+    quiet = fitted(weight, before, after, 0.2)
+    before[0, 0], after[0, 0] = 1e-3, 1e-4
+    found = fitted(weight, before, after, 0.2)
+    torch.testing.assert_close(found[:, 0], weight[:, 0], rtol=0, atol=0.1)
+    torch.testing.assert_close(found[:, 1:], quiet[:, 1:], rtol=0, atol=1e-3)
+
+
+@on_shapes
+@pytest.mark.parametrize("value", [0.0, 1e-200])  # the square of the latter is zero, too
+@pytest.mark.parametrize("pruned", ["one", "all"])
+def test_shifted_weight_keeps_columns_that_are_zero(shape, pruned, value):
+    weight, (before, after) = random(36, *shape), shifted_rows("many", shape[1], 36)
+    columns = slice(None) if pruned == "all" else slice(1)
+    weight[:, columns] = value
+    found = fitted(weight, before, after, 0.1)
+    torch.testing.assert_close(found[:, columns], weight[:, columns], rtol=0, atol=ROUNDING)
+    assert shape[1] == 1 or pruned == "all" or (found - weight).abs().max() > 1e-3
 
 
 def test_the_ridge_leads_from_the_best_fit_to_the_weight():

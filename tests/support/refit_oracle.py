@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_lossless_lr.factors.linalg import FAINT
 from hf_lossless_lr.factors.refit import LARGEST_RIDGE, RIDGE
 from hf_lossless_lr.statistics.residuals import Residual
 from support.statistics_oracle import input_rows, unpadded_examples
@@ -106,8 +107,8 @@ def fitted(
 
     Errors of what is added to the outputs are made up for.
     """
-    levels = np.sqrt(ridge * (shifted**2).sum(0))  # root of: number of rows * Λ
-    levels = np.where(levels > 0, levels, 1.0)  # a dead input has no other weight than the given one
+    sizes, squares = (shifted**2).sum(0), (weight**2).sum(0)
+    levels = np.sqrt(ridge * (sizes + FAINT * (sizes * squares).mean() / squares))  # root of: number of rows * Λ
     design = np.concatenate([shifted, np.diag(levels)])
     outputs = np.concatenate([dense @ weight.T + errors, levels[:, None] * weight.T])
     return np.linalg.lstsq(design, outputs, rcond=None)[0].T
