@@ -3,11 +3,12 @@ r"""Refit: fit each layer to the inputs that it really receives once everything 
 With `X` the dense model's inputs to a layer and `X'` those of the compressed model, the layer that best
 reproduces the dense outputs from the shifted inputs is
 
-$$T = W\,(X X'^\top + λI)\,(X' X'^\top + λI)^{-1},$$
+$$T = (W X X'^\top + WΛ)\,(X' X'^\top + Λ)^{-1}$$
 
-which is then factorized at the layer's rank in the metric `(X'X'ᵀ, B)`. Layers are taken in the order of the
-forward pass; layers that share their input (q, k, v; gate, up) are one group. A layer whose outputs are added to a
-residual stream `R`, which is `R'` in the compressed model, is fitted to `W X + R − R'` instead of `W X`.
+with a ridge `Λ` of each channel (`shifted_weight`), which is then factorized at the layer's rank in the metric
+`(X'X'ᵀ, B)`. Layers are taken in the order of the forward pass; layers that share their input (q, k, v; gate, up)
+are one group. A layer whose outputs are added to a residual stream `R`, which is `R'` in the compressed model, is
+fitted to `W X + R − R'` instead of `W X`.
 
 Every batch is sent through the dense and through the compressed model once, and *pauses* where a group receives its
 input (in the dense model behind a single layer that is no wider in its outputs: they are `W X` already), until the
