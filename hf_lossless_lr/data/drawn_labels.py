@@ -14,13 +14,13 @@ import torch
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
-from transformers.utils import find_labels, logging
+from transformers.utils import logging
 
 from ..errors import DataError, LosslessLowRankError
 from ..layers import evaluating, on_device
 from .alignment import measured_shift
 from .forward import run_batch
-from .labels import ALIASES, IGNORE_INDEX, label_columns, label_names
+from .labels import ALIASES, IGNORE_INDEX, label_columns, label_names, takes_labels
 from .loaders import first_examples, make_dataloader, ready_batches
 from .representations import NOISE, representations
 
@@ -60,7 +60,7 @@ def draw_labels(
     """
     loader = make_dataloader(data, model, max_examples=max_examples, **options)
     loader = loader if max_examples is None else first_examples(loader, max_examples)
-    names = label_names(model) if keep and find_labels(type(model)) else ()
+    names = label_names(model) if keep and takes_labels(model) else ()
     if any(next(iter(loader)).get(each) is not None for each in names):
         return list(loader) if ready_batches(loader) else loader
     generator, drawn = torch.Generator().manual_seed(seed), list[Labels]()
@@ -103,7 +103,7 @@ def _draw(outputs: Any, model: PreTrainedModel, batch: Mapping[str, Any], genera
         rows = zip(*(scores.double().cpu() for scores in spans), strict=True)  # type: ignore[union-attr]
         return [{n: _class(s, generator) for n, s in zip(names, row, strict=True)} for row in rows]
     name, logits = label_names(model)[0], getattr(outputs, "logits", None)
-    headless = logits is None or not find_labels(type(model))
+    headless = logits is None or not takes_labels(model)
     if headless and representations(outputs, {**batch, NOISE: _examples(batch)}):
         seeds = torch.randint(2**40, (len(_examples(batch)),), generator=generator)
         return [{NOISE: number} for number in seeds]
@@ -154,9 +154,12 @@ def _check(model: PreTrainedModel, batch: Mapping[str, Any], drawn: list[Labels]
 
 
 def _unknown(model: PreTrainedModel, what: str) -> str:
+    remedy = "Give labels; the text of a language model is its own: labels=input_ids."
+    if not takes_labels(model):
+        remedy = "Take the model without its head, whose representations are compared, or a head that takes labels."
     return (
         f"labels='model' draws classes, positions or numbers that a model predicts, and {type(model).__name__} {what}"
-        ". Give labels; the text of a language model is its own: labels=input_ids."
+        f". {remedy}"
     )
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..errors import LosslessLowRankError
 from ..layers import evaluating
-from .forward import forward_loss
+from .forward import forward_loss, run_batch
 from .labels import label_columns
 from .representations import NOISE
 
@@ -55,12 +55,13 @@ def are_examples(
 
 
 def _takes(model: PreTrainedModel, make: Callable[[], Any]) -> bool:
-    """Return whether a model gives a loss to a batch."""
+    """Return whether a model gives a loss to a batch, or runs it if it has no labels."""
     config = dict(vars(model.config))  # a loss may set problem_type
     try:
         with evaluating(model), torch.no_grad():
-            batch = make()
-            forward_loss(model, send_to_device(taken_by(model, batch), model.device), 0)
+            batch = send_to_device(taken_by(model, make()), model.device)
+            labelled = NOISE in batch or any(name in batch for name in label_columns(model))
+            (forward_loss if labelled else run_batch)(model, batch, 0)
     except REFUSALS:
         return False
     finally:

@@ -5,6 +5,7 @@ A *labelled unit* is what the loss averages over: an example of a classifier, a 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,10 +20,24 @@ from .architectures import CTC
 IGNORE_INDEX = -100
 
 
+_TARGETS = ("future_values", "target_values")  # what models of time series call their labels
+
+
+def takes_labels(model: PreTrainedModel) -> bool:
+    """Return whether a model's forward has an argument for labels."""
+    return bool(_label_arguments(model))
+
+
 def label_names(model: PreTrainedModel) -> list[str]:
     """Return the label arguments of a model's forward, such as `labels`, or `start_positions` and `end_positions`."""
-    names: list[str] = find_labels(type(model))
-    return [name for name in names if name != "next_sentence_label"] or ["labels"]
+    return [name for name in _label_arguments(model) if name != "next_sentence_label"] or ["labels"]
+
+
+def _label_arguments(model: PreTrainedModel) -> list[str]:
+    arguments: list[str] = find_labels(type(model))
+    targets = [name for name in inspect.signature(type(model).forward).parameters if name in _TARGETS]
+    headless = bool(targets) and model.base_model is model  # it may take targets as inputs
+    return arguments or ([] if headless else targets)
 
 
 ALIASES = ("label", "label_ids")  # names that the default collators turn into `labels`
@@ -95,7 +110,7 @@ def check_labels(model: PreTrainedModel, batch: Mapping[str, Any]) -> str:
         DataError: if the batch has no labels.
     """
     names = [name for name in label_names(model) if isinstance(batch.get(name), (torch.Tensor, list, tuple))]
-    if not names and not find_labels(type(model)):
+    if not names and not takes_labels(model):
         raise DataError(
             f"{type(model).__name__} takes no labels, and a model is judged by its loss on labelled examples. Compare "
             "its representations with labels='model', take a class with a task head, or write one whose forward takes "

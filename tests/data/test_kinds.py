@@ -10,7 +10,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
 from hf_lossless_lr.data.forward import forward_loss
-from hf_lossless_lr.data.labels import batch_examples
+from hf_lossless_lr.data.labels import batch_examples, label_columns
 from hf_lossless_lr.data.loaders import make_dataloader, ready_batches
 from hf_lossless_lr.errors import DataError
 
@@ -44,6 +44,16 @@ class TestEveryModel:
     def test_takes_a_generator_of_examples_as_examples(self, name):
         model, batch = TINY_MODELS[name](COUNT)
         assert numbers(make_dataloader(iter(as_tensors(batch)), model, batch_size=5)) == [5, 5, 2]
+
+    @pytest.mark.parametrize("as_examples", [False, True])
+    def test_tells_them_apart_without_labels_too(self, name, as_examples):
+        model, batch = TINY_MODELS[name](COUNT)
+        batch = {n: value for n, value in batch.items() if n not in label_columns(model)}
+        if model.config.is_encoder_decoder:  # does not run without its target
+            batch["decoder_input_ids"] = batch["input_ids"]
+        items = as_tensors(batch) if as_examples else split_batch(batch, 4)
+        loader = make_dataloader(items, model, batch_size=5)
+        assert ready_batches(loader) is not as_examples
 
     def test_is_left_as_it_was(self, name):
         model, batch = TINY_MODELS[name](COUNT)
@@ -135,6 +145,17 @@ class TestBatches:
         compressor = LowRankCompressor(LosslessLowRankConfig(refit=False))
         compressor.compress(model, parts[:4], eval_dataset=parts[4:])
         assert compressor.report.held_out["examples"] == 8
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("as_examples", [False, True])
+def test_time_series_of_several_channels_are_no_batches(labelled, as_examples):
+    options = {"num_input_channels": 3, "d_model": 8, "num_attention_heads": 1, "ffn_dim": 8, "prediction_length": 4}
+    model = build("PatchTSTForPrediction", "PatchTSTConfig", num_hidden_layers=1, **options)
+    batch = {"past_values": torch.randn(COUNT, 32, 3)}
+    batch |= {"future_values": torch.randn(COUNT, 4, 3)} if labelled else {}
+    items = as_tensors(batch) if as_examples else split_batch(batch, 4)
+    assert ready_batches(make_dataloader(items, model, batch_size=4)) is not as_examples
 
 
 class TestImageTextModels:

@@ -7,7 +7,14 @@ import torch
 from support.tiny_models import IGNORED, TINY_MODELS, build, generator, rows, split_batch
 from torch import tensor
 
-from hf_lossless_lr.data.labels import batch_examples, check_labels, correct_predictions, label_names, read_labels
+from hf_lossless_lr.data.labels import (
+    batch_examples,
+    check_labels,
+    correct_predictions,
+    label_names,
+    read_labels,
+    takes_labels,
+)
 from hf_lossless_lr.errors import ConfigurationError, DataError
 
 LOSS_RTOL = 1e-5  # float32 forward passes of one example against those of the whole batch
@@ -38,7 +45,17 @@ class TestLabelNames:
         assert label_names(build("BertForPreTraining", "BertConfig", **options)) == ["labels"]
 
     def test_default_to_labels_for_a_model_without_any(self):
-        assert label_names(head("bert-sequence-classification").bert) == ["labels"]
+        model = head("bert-sequence-classification").bert
+        assert label_names(model) == ["labels"]
+        assert not takes_labels(model)
+
+    @pytest.mark.parametrize(("task", "name"), [("Prediction", "future_values"), ("Classification", "target_values")])
+    def test_are_the_targets_of_time_series(self, task, name):
+        options = {"d_model": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "ffn_dim": 8}
+        model = build(f"PatchTSTFor{task}", "PatchTSTConfig", **options)
+        assert label_names(model) == [name]
+        assert takes_labels(model)
+        assert not takes_labels(model.model)  # where they are inputs, if anything
 
 
 # tiny model, its labels, the units in them counted by hand

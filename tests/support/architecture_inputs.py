@@ -211,6 +211,31 @@ def patches_and_text(model: PreTrainedModel, count: int, seed: int) -> Batch:
     return batch | {"labels": labels.masked_fill(labels == IMAGE_WORD, IGNORED)}
 
 
+def series(model: PreTrainedModel, count: int, seed: int) -> Batch:
+    shape = (count, model.config.context_length, model.config.num_input_channels)
+    return {"past_values": torch.randn(shape, generator=generator(seed))}
+
+
+def series_and_future(model: PreTrainedModel, count: int, seed: int) -> Batch:
+    shape = (count, model.config.prediction_length, model.config.num_input_channels)
+    return series(model, count, seed) | {"future_values": torch.randn(shape, generator=generator(seed + 2000))}
+
+
+def series_and_class(model: PreTrainedModel, count: int, seed: int) -> Batch:
+    return series(model, count, seed) | {"target_values": _drawn(model.config.num_targets, (count,), seed)}
+
+
+def dated_series_and_future(model: PreTrainedModel, count: int, seed: int) -> Batch:
+    """Values of the past and of the future, each with the features of its time."""
+    past = model.config.context_length + max(model.config.lags_sequence)
+    batch = {"past_observed_mask": torch.ones(count, past)}
+    for name, length, more in (("past", past, 0), ("future", model.config.prediction_length, 1000)):
+        features = (count, length, model.config.num_time_features)
+        batch[f"{name}_values"] = torch.randn(count, length, generator=generator(seed + more))
+        batch[f"{name}_time_features"] = torch.randn(features, generator=generator(seed + more + 1))
+    return batch
+
+
 def values_and_class(model: PreTrainedModel, count: int, seed: int) -> Batch:
     values = torch.randn(count, model.config.features, generator=generator(seed))
     return {"values": values} | class_labels(count, model.config.num_labels, seed)

@@ -397,10 +397,29 @@ _STATE_SPACE = _rows(
     *((f"{name}ForCausalLM", inputs.text_and_itself) for name in ("FalconMamba", "Jamba", "Rwkv", "RecurrentGemma")),
 )
 
+_PATCHES = {
+    "num_input_channels": 3,
+    "context_length": 32,
+    "patch_length": 8,
+    "patch_stride": 8,
+    "prediction_length": 8,
+}
+_DATED = {"context_length": 12, "prediction_length": 6, "lags_sequence": [1, 2], "num_time_features": 2}
+_DATED |= {"scaling": "std", "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
+_TIME_SERIES = _rows(
+    "time series",
+    ("PatchTSTForPrediction", inputs.series_and_future, _PATCHES, QUICK),
+    ("PatchTSTForClassification", inputs.series_and_class, _PATCHES, {"num_targets": 3}),
+    ("PatchTSTModel", inputs.series, _PATCHES, _HEADLESS),
+    ("PatchTSMixerForPrediction", inputs.series_and_future, _PATCHES),
+    ("TimeSeriesTransformerForPrediction", inputs.dated_series_and_future, _DATED),
+    ("InformerForPrediction", inputs.dated_series_and_future, _DATED),
+)
+
 _OWN = _rows("your own class", ("OwnArchitectureForClassification", inputs.values_and_class, QUICK))
 
 ARCHITECTURES = [
     *(_ENCODERS + _DECODERS + _ENCODER_DECODERS + _SPEECH + _VISION + _IMAGE_TEXT),
-    *(_EXPERTS + _STATE_SPACE + _OWN),
+    *(_EXPERTS + _STATE_SPACE + _TIME_SERIES + _OWN),
 ]
 """All rows, by family; no two have the same name."""
