@@ -16,7 +16,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
-from ..errors import DataError
+from ..errors import ConfigurationError, DataError
 from ..layers import evaluating
 from ..ranks import TURNS, forward_flops, speed_in_turns
 from ..report import Speed
@@ -25,6 +25,7 @@ from .positions import most_tokens
 TEXT_LENGTH, PICTURE_SIDE, SOUND_LENGTH = 128, 224, 16000  # tokens, pixels, samples
 FIRST_TOKEN = 5  # lower ids are often special ones
 LAYER_TURNS = 5
+MOST_THREADS = 1024  # many more end the process
 CHOICES = 2  # of each example of a multiple-choice model
 
 Batch = Mapping[str, torch.Tensor]
@@ -54,6 +55,7 @@ def measure_speed(
         The record; FLOPs are those of matrix products, convolutions and attention.
 
     Raises:
+        ConfigurationError: if there are no or far too many threads.
         DataError: if the batch is empty.
     """
     tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
@@ -121,6 +123,8 @@ def _pictures(model: PreTrainedModel, examples: int, size: int | None = None) ->
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
+    if count is not None and not 1 <= count <= MOST_THREADS:
+        raise ConfigurationError(f"threads: must be from 1 to {MOST_THREADS:,}, got {count:,}.")
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(before if count is None else count)

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel, RobertaConfig, RobertaModel
 
-from hf_lossless_lr import DataError
+from hf_lossless_lr import ConfigurationError, DataError
 from hf_lossless_lr.evaluation import measure_speed, random_batch
 from hf_lossless_lr.layers.factorized import is_factorized
 from hf_lossless_lr.layers.layout import layout_of
@@ -104,6 +104,13 @@ def test_threads_are_set_and_put_back():
     before = torch.get_num_threads()
     assert measure_speed([model], random_batch(model, 1, 4), 3, threads=before + 1).threads == before + 1
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("threads", [0, -1, 2_000_000])
+def test_numbers_of_threads_that_would_end_the_process_are_refused(threads):
+    model, batch = TINY_MODELS["llama"](2)
+    with pytest.raises(ConfigurationError, match="threads: must be from 1 to 1,024, got"):
+        measure_speed([model], batch, 3, threads=threads)
 
 
 def test_layers_are_measured_one_by_one_and_a_factorized_one_as_a_whole():
