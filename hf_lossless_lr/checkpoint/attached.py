@@ -137,8 +137,8 @@ def mark_loaded(model: PreTrainedModel, config: LosslessLowRankConfig) -> None:
     """Record that a model was loaded compressed, and take off what Transformers hangs on quantized models.
 
     Args:
-        model: a model with factorized layers, as `from_pretrained` leaves it.
-        config: the configuration with their manifest.
+        model: a model as `from_pretrained` leaves it.
+        config: the configuration with its manifest; without any module, the model is a dense one.
     """
     config.compute, config.part = "dequantized", None  # they were about one load
     for name in ("is_quantized", "hf_quantizer", "quantization_method"):
@@ -146,7 +146,10 @@ def mark_loaded(model: PreTrainedModel, config: LosslessLowRankConfig) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config.__dict__.pop("_is_quantized", None)
-    mark_compressed(model, config)
+    if config.modules:
+        mark_compressed(model, config)
+    else:
+        unmark_compressed(model)
 
 
 def unmark_compressed(model: PreTrainedModel) -> None:

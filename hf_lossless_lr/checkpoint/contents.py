@@ -14,6 +14,11 @@ from ..errors import CheckpointError
 from ..layers import Factorized, Stored, is_complete, is_factorized, layers_in
 
 LOAD_THE_WHOLE = "Load the class that was saved, which the config.json names, and take this model from it."
+DENSE = (
+    "it has the weight of a dense layer, as if a model that from_config built had been saved. Take "
+    "quantization_config out of its config.json; compressed_architecture(model) gives such a model its "
+    "compressed layers."
+)
 INTEGERS = {torch.int8: "I8", torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32"}  # as safetensors call them
 
 
@@ -60,13 +65,36 @@ def check_files(
         found = namesakes.get(frozenset(shapes.items()))
         if not found:
             raise CheckpointError(
-                f"the checkpoint has no tensors for {name!r} as its manifest describes it ({shapes}); it is "
-                "incomplete, or one of the two was edited."
+                f"the checkpoint has no tensors for {name!r} as its manifest describes it ({shapes}); "
+                + (DENSE if _has(files, f"{name}.weight") else "it is incomplete, or one of the two was edited.")
             )
         del strangers[found.pop()]
     unlisted = [name for name, shapes in strangers.items() if is_complete(shapes)]
     if len(unlisted) > unused:
         raise CheckpointError(f"the checkpoint has factors of {unlisted[0]!r}, which its manifest does not list.")
+
+
+def _has(files: Sequence[str], name: str) -> bool:
+    return any(key == name for _, _, key in _stored(files))
+
+
+def with_formats_of(files: Sequence[str], records: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the records of a manifest without the number formats, and the layers, that files have as plain numbers.
+
+    Args:
+        files: the checkpoint's files.
+        records: of its modules, by name.
+    """
+    if any(not str(file).endswith(".safetensors") for file in files):
+        return dict(records)
+    names = {key for _, _, key in _stored(files)}
+    result = {}
+    for name, record in records.items():
+        if "format" not in record or not names.isdisjoint({f"{name}.codes", f"{name}.down.codes"}):
+            result[name] = record
+        elif record["rank"] is not None:
+            result[name] = {key: value for key, value in record.items() if key != "format"}
+    return result
 
 
 def _stored_layers(files: Sequence[str]) -> dict[str, dict[str, tuple[int, ...]]]:

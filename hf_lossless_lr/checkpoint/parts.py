@@ -16,6 +16,7 @@ from transformers.utils import CONFIG_NAME
 
 from ..layers import METHOD
 from .config import WRITTEN_METHOD, LosslessLowRankConfig
+from .contents import with_formats_of
 
 
 def parts_of(model: PreTrainedModel) -> dict[str, PreTrainedModel]:
@@ -53,15 +54,20 @@ def config_of_part(config: LosslessLowRankConfig, path: str) -> LosslessLowRankC
     return replace(config, modules=modules, unfused=unfused, part=path)
 
 
-def take_from_parts(model: PreTrainedModel, config: LosslessLowRankConfig) -> None:
+def take_from_parts(model: PreTrainedModel, config: LosslessLowRankConfig, files: Sequence[str] | None = None) -> bool:
     """Put what the parts of a model say into one configuration, where each was compressed as a model of its own.
 
     So it is in a checkpoint of a model that was made of such, as `EncoderDecoderModel.from_encoder_decoder_pretrained`
-    makes one: the configuration of the whole says nothing, and Transformers takes that of one part.
+    makes one: the configuration of the whole says nothing, and Transformers takes that of one part. Rounded weights
+    of such a model are saved as plain numbers, whatever its parts say.
 
     Args:
         model: the model.
         config: the configuration as it was read; changed in place.
+        files: the checkpoint's files.
+
+    Returns:
+        Whether it is such a model.
     """
     found: dict[str, LosslessLowRankConfig] = {}
     for path, part in parts_of(model).items():
@@ -70,9 +76,11 @@ def take_from_parts(model: PreTrainedModel, config: LosslessLowRankConfig) -> No
         if own is not None and own.get("part") is None and own.get("quant_method") in (METHOD, WRITTEN_METHOD):
             found[path] = cast(LosslessLowRankConfig, LosslessLowRankConfig.from_dict(own))
     if found:
-        config.modules = {f"{path}.{name}": r for path, own in found.items() for name, r in own.modules.items()}
+        records = {f"{path}.{name}": r for path, own in found.items() for name, r in own.modules.items()}
+        config.modules = records if files is None else with_formats_of(files, records)
         config.unfused = [f"{path}.{name}" for path, own in found.items() for name in own.unfused]
         config.part = None
+    return bool(found)
 
 
 def records_beside(config: LosslessLowRankConfig, files: Sequence[str] | None) -> dict[str, dict[str, Any]]:

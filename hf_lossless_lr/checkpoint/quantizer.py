@@ -120,7 +120,8 @@ def put_layers(model: PreTrainedModel, config: LosslessLowRankConfig, files: lis
     Raises:
         CheckpointError: if the manifest does not fit the model or the files.
     """
-    take_from_parts(model, config)
+    if take_from_parts(model, config, files) and not config.modules:  # it has plain numbers throughout
+        return
     config.unfused = _unfuse(model, config.unfused, config.part)
     path_of = paths_in(model, config.modules, config.part)
     names = {name for name, _ in model.named_modules()} - set(path_of.values())

@@ -1,9 +1,19 @@
 """A model that is built from the configuration of a compressed checkpoint, rather than loaded."""
 
+import json
+
 import pytest
 import torch
 from accelerate import init_empty_weights, load_checkpoint_and_dispatch
-from support.compressions import answers, build, check_same_answers, check_same_model, compressed, factorized_layers
+from support.compressions import (
+    answers,
+    build,
+    check_same_answers,
+    check_same_model,
+    check_same_state,
+    compressed,
+    factorized_layers,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_lossless_lr import compressed_architecture
@@ -51,6 +61,20 @@ def test_is_dense_before_and_has_new_numbers_after(tmp_path):
     other.save_pretrained(tmp_path / "other")
     check_same_model(other, AutoModelForCausalLM.from_pretrained(tmp_path / "other").eval(), batch)
     assert not factorized_layers(other.dequantize())
+
+
+def test_saved_as_it_is_the_checkpoint_is_refused_with_what_to_do(tmp_path):
+    compressed("llama")[0].save_pretrained(tmp_path / "model")
+    other = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "model"))
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"the weight of a dense .*from_config .*Take quantization_config"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "other")
+    file = tmp_path / "other" / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    del config["quantization_config"]
+    file.write_text(json.dumps(config), encoding="utf-8")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "other")
+    check_same_state(again.state_dict(), other.state_dict())
 
 
 def test_of_a_dense_checkpoint_is_refused():

@@ -10,11 +10,12 @@ import torch
 import transformers
 from support.architectures import ARCHITECTURES
 from support.compressions import check_same_state, factorized_layers
+from support.tiny_models import TINY_MODELS, split_batch
 from support.tolerances import FLOAT32
 from torch import nn
 from transformers import AutoModel, CLIPVisionModel, EncoderDecoderModel
 
-from hf_lossless_lr import LosslessLowRankConfig
+from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
 from hf_lossless_lr.checkpoint import mark_compressed, record_of
 from hf_lossless_lr.errors import CheckpointError
 from hf_lossless_lr.layers import find_targets, layout_of, replace_modules, weight_matrices
@@ -165,3 +166,24 @@ def test_a_model_that_is_made_of_compressed_ones_loads(saved, tmp_path):
         model = other
     written = json.loads((tmp_path / "twice" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     assert set(written["modules"]) == set(layers)
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+@pytest.mark.parametrize(("keep_ratio", "factors"), [(0.15, True), (0.6, False)])
+def test_so_does_one_that_is_made_of_rounded_ones(keep_ratio, factors, tmp_path):
+    """Its class saves plain numbers, whatever the configurations of its parts say of their format."""
+    part, batch = TINY_MODELS["bert-masked-lm"](16)
+    options = {"formats": ["int8"], "embeddings": "int8", "keep_ratio": keep_ratio, "size": "bytes", "refit": False}
+    LowRankCompressor(LosslessLowRankConfig(**options)).compress(part, split_batch(batch, 4))
+    part.save_pretrained(tmp_path / "part")
+    model = EncoderDecoderModel.from_encoder_decoder_pretrained(tmp_path / "part", tmp_path / "part").eval()
+    for again in ("once", "twice"):
+        model.save_pretrained(tmp_path / again)
+        other, info = EncoderDecoderModel.from_pretrained(tmp_path / again, output_loading_info=True)
+        assert not any(info.values())
+        assert bool(factorized_layers(other)) is factors
+        check_same_state(other.state_dict(), model.state_dict())
+        model = other
+    written = (tmp_path / "twice" / "config.json").read_text(encoding="utf-8")
+    assert ("quantization_config" in written) is factors
+    assert '"format":' not in written
