@@ -117,9 +117,9 @@ def compress(model, batch, options, done):
 
 
 OPTIONS = {
-    "refit": ({}, 30),
-    "search": ({"objective": "compact", "refit": False, "loss_margin": 10.0, "accuracy_margin": 1.0}, 15),
-    "noise": ({"objective": "paper-compact"}, 15),
+    "refit": ({}, 16),
+    "search": ({"objective": "compact", "refit": False, "loss_margin": 10.0, "accuracy_margin": 1.0}, 10),
+    "noise": ({"objective": "paper-compact"}, 8),
 }
 
 
