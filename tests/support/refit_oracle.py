@@ -144,7 +144,7 @@ def slow_refit(
         grad_covariances: B of each layer.
         groups: layers in the order in which they are fitted.
         examples: without padding.
-        damping: of the metric; a third of it is the ridge.
+        damping: of the metric.
         contributes: whether a layer is fitted to an example, by its number.
         residuals: what the outputs of layers are added to, where they make up for its error.
     """
