@@ -50,6 +50,7 @@ OURS = {
     "ours, half of the FLOPs": {"keep_ratio": 0.5, "size": "flops"},
     "ours, 0.9 of the time": {"keep_ratio": 0.9, "size": "latency"},
 }
+OLD_HEAD = {"ours, keep 0.35, classifier as it was": {"keep_ratio": 0.35, "ignore": ["re:.*classifier.*"]}}
 SVD = {"metric": "identity", "objective": "uniform", "storage": "two-factor"}
 COLUMNS = ("method", "dropped", "top-1", "top-5", "loss", "tempered", "KL", "FLOPs", "time", "verdict")
 SAME_DROP = "the paper's drop"  # in the names of methods that are asked for it
@@ -167,7 +168,8 @@ def run(network: str, pictures: Pictures, done: list[Record], targets: list[str]
             **measure(pictures.load(), pictures.held_out),
         }
     more = {} if targets is None else {"target_modules": targets}
-    for method, options in (*PAPER.items(), *OURS.items()):
+    old_head = OLD_HEAD if network in {**NETWORKS, **TRAINED} else {}
+    for method, options in {**PAPER, **OURS, **old_head}.items():
         if method not in known:
             try:
                 known[method] = compressed(network, pictures, method, {**options, **more})
