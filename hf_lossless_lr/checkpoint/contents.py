@@ -40,7 +40,7 @@ def check_files(
         CheckpointError: if a file cannot be read, a tensor is missing, extra, of another shape or kind of number, or a
             permutation is none.
     """
-    if not files or any(not str(file).endswith(".safetensors") for file in files):
+    if not files or not _readable(files):
         return
     stored = _stored_layers(files)
     if part is not None and not modules.keys() <= stored.keys():  # else it was saved as a model of its own
@@ -66,7 +66,7 @@ def check_files(
         if not found:
             raise CheckpointError(
                 f"the checkpoint has no tensors for {name!r} as its manifest describes it ({shapes}); "
-                + (DENSE if _has(files, f"{name}.weight") else "it is incomplete, or one of the two was edited.")
+                + (DENSE if f"{name}.weight" in _names(files) else "it is incomplete, or one of the two was edited.")
             )
         del strangers[found.pop()]
     unlisted = [name for name, shapes in strangers.items() if is_complete(shapes)]
@@ -74,8 +74,13 @@ def check_files(
         raise CheckpointError(f"the checkpoint has factors of {unlisted[0]!r}, which its manifest does not list.")
 
 
-def _has(files: Sequence[str], name: str) -> bool:
-    return any(key == name for _, _, key in _stored(files))
+def _names(files: Sequence[str]) -> set[str]:
+    return {key for _, _, key in _stored(files)}
+
+
+def _readable(files: Sequence[str]) -> bool:
+    """Return whether all files are of the one format that is read."""
+    return all(str(file).endswith(".safetensors") for file in files)
 
 
 def with_formats_of(files: Sequence[str], records: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -85,9 +90,9 @@ def with_formats_of(files: Sequence[str], records: Mapping[str, dict[str, Any]])
         files: the checkpoint's files.
         records: of its modules, by name.
     """
-    if any(not str(file).endswith(".safetensors") for file in files):
+    if not _readable(files):
         return dict(records)
-    names = {key for _, _, key in _stored(files)}
+    names = _names(files)
     result = {}
     for name, record in records.items():
         if "format" not in record or not names.isdisjoint({f"{name}.codes", f"{name}.down.codes"}):
@@ -215,7 +220,7 @@ def _is_finite(values: torch.Tensor) -> bool:
 def _file_of(name: str, files: Sequence[str] | None) -> str:
     """Return the file that has a tensor, or else their folder."""
     found = [str(file) for file in files or ()]
-    if all(file.endswith(".safetensors") for file in found):
+    if _readable(found):
         for file, _, key in _stored(found):
             if key == name or key.endswith(f".{name}") or name.endswith(f".{key}"):
                 return file

@@ -20,7 +20,7 @@ from ..errors import DataError, LosslessLowRankError
 from ..layers import evaluating, on_device
 from .alignment import measured_shift
 from .forward import run_batch
-from .labels import ALIASES, IGNORE_INDEX, label_columns, label_names, takes_labels
+from .labels import IGNORE_INDEX, label_columns, label_names, takes_labels
 from .loaders import first_examples, make_dataloader, ready_batches
 from .representations import NOISE, representations
 
@@ -73,7 +73,7 @@ def draw_labels(
                 _check(model, moved, found)
             drawn += found
     if not ready_batches(loader):
-        labelled = _Labelled(loader.dataset, drawn, set(label_names(model)))
+        labelled = _Labelled(loader.dataset, drawn, set(label_columns(model)))
         return DataLoader(labelled, batch_size=loader.batch_size, collate_fn=_joined(loader.collate_fn, drawn[0]))
     batches, place = list[dict[str, Any]](), 0
     for batch in loader:
@@ -169,7 +169,8 @@ def _examples(batch: Mapping[str, Any]) -> torch.Tensor:
 
 
 def _without_labels(example: Any, model: PreTrainedModel) -> dict[str, Any]:
-    return {key: value for key, value in example.items() if key not in label_columns(model)}
+    labels = label_columns(model)
+    return {key: value for key, value in example.items() if key not in labels}
 
 
 def _stacked(drawn: list[Labels], batch: Mapping[str, Any]) -> Labels:
@@ -210,8 +211,8 @@ def _joined(collate: Any, names: Any) -> Callable[[list[dict[str, Any]]], dict[s
 class _Labelled(Dataset):
     """Examples with labels of their own."""
 
-    def __init__(self, examples: Any, drawn: list[Labels], names: set[str]) -> None:
-        self.examples, self.drawn, self.dropped = examples, drawn, {*names, *ALIASES}
+    def __init__(self, examples: Any, drawn: list[Labels], dropped: set[str]) -> None:
+        self.examples, self.drawn, self.dropped = examples, drawn, dropped
 
     def __len__(self) -> int:
         return len(self.drawn)

@@ -25,7 +25,7 @@ def numbered(model: Any, data: str, name: str, value: Any, where: str, must: boo
     Args:
         model: the model.
         data: what to call the data in errors.
-        name: name of the column; one that holds no labels is returned as it is.
+        name: name of the column, one of `label_columns`.
         value: its value in an example.
         where: what to call the example.
         must: whether a name that is not in `config.label2id` is an error, rather than left to the collator.
@@ -36,8 +36,6 @@ def numbered(model: Any, data: str, name: str, value: Any, where: str, must: boo
     Raises:
         DataError: if the label is null, or a name that the model does not know.
     """
-    if name not in label_columns(model):
-        return value
     if value is None and must:
         raise DataError(f"{data}: {where} has no label ({name} is null). Leave it out, or label it.")
     if isinstance(value, str):

@@ -166,8 +166,9 @@ class _Columns(Dataset):
 
     def __init__(self, data: Any, model: PreTrainedModel, name: str, plain: bool) -> None:
         self.data, self.model, self.name, self.plain = data, model, name, plain
-        labels = label_columns(model)
-        if len(data) and isinstance(data[0], Mapping) and not {*_used_columns(data[0], model)}.difference(labels):
+        self.labels = label_columns(model)
+        self.used = {*inspect.signature(model.forward).parameters, *self.labels}
+        if len(data) and isinstance(data[0], Mapping) and not {*self._used(data[0])}.difference(self.labels):
             raise DataError(
                 f"{name}: has the columns {', '.join(map(str, data[0]))}, none of which {type(model).__name__} takes. "
                 "Tokenize the text (or process the images) first, for instance with `dataset.map(tokenize)`."
@@ -178,21 +179,18 @@ class _Columns(Dataset):
 
     def __getitem__(self, index: int) -> Any:
         example = self.data[index]
-        if isinstance(example, Mapping):
-            where = f"example {index}"
-            example = {
-                column: numbered(self.model, self.name, column, value, where, self.plain)
-                for column, value in example.items()
-            }
-        return _used_columns(example, self.model)
+        if not isinstance(example, Mapping):
+            return example
+        where = f"example {index}"
+        labels = {
+            column: numbered(self.model, self.name, column, example[column], where, self.plain)
+            for column in example
+            if column in self.labels
+        }
+        return self._used({**example, **labels})
 
-
-def _used_columns(example: Any, model: PreTrainedModel) -> Any:
-    if not isinstance(example, Mapping):
-        return example
-    parameters = inspect.signature(model.forward).parameters
-    used = {*parameters, *label_columns(model)}
-    return {column: value for column, value in example.items() if column in used and value is not None}
+    def _used(self, example: Mapping[str, Any]) -> dict[str, Any]:
+        return {column: value for column, value in example.items() if column in self.used and value is not None}
 
 
 def _is_plain(collate: Any) -> bool:
