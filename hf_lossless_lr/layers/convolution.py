@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigurationError
-from .factorized import Factorized, is_plain
+from .factorized import Factorized, is_plain, parameter_of
 from .layout import fill_dense, register
 from .model_state import random_state_kept
 from .patches import output_sizes, padded, padding_of, pads_itself, patches, sampled
@@ -83,7 +83,7 @@ class FactorizedConv(Factorized):
 
     def _with_bias(self, up: Any, z: torch.Tensor) -> torch.Tensor:
         if is_plain(up, self.layer):
-            return up._conv_forward(z, up.weight, self._parameters["bias"])
+            return up._conv_forward(z, parameter_of(up, "weight"), parameter_of(self, "bias"))
         return self._plus_bias(up(z))
 
     def _plus_bias(self, y: torch.Tensor) -> torch.Tensor:

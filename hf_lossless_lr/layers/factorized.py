@@ -109,7 +109,7 @@ class Factorized(nn.Module):
     def _with_bias(self, up: Any, z: torch.Tensor) -> torch.Tensor:
         """Apply `up` and the bias; in one product, where that can be, which spares a pass over the outputs."""
         if is_plain(up, nn.Linear):
-            return F.linear(z, up.weight, self._parameters["bias"])
+            return F.linear(z, parameter_of(up, "weight"), parameter_of(self, "bias"))
         return self._plus_bias(up(z))
 
     def _plus_bias(self, y: torch.Tensor) -> torch.Tensor:
@@ -178,16 +178,22 @@ class Factorized(nn.Module):
 
 def is_plain(factor: Any, layer_type: type[nn.Module]) -> bool:
     """Return whether a factor is of that type and nothing hangs on it: no adapter, no hook, no other weight."""
-    if type(factor) is not layer_type or getattr(factor.forward, "__func__", None) is not layer_type.forward:
+    if type(factor) is not layer_type or "forward" in factor.__dict__:
         return False
     return not (
         factor._forward_hooks or factor._forward_pre_hooks or factor._backward_hooks or factor._backward_pre_hooks
     )
 
 
+def parameter_of(module: Any, name: str) -> Any:
+    """Return a parameter, by the short way if it can be; or the tensor that FSDP or DataParallel put in its place."""
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found
+
+
 def _applied(factor: Any, x: torch.Tensor) -> torch.Tensor:
     """Apply a factor; a plain one without the cost of calling a module, which counts for a few rows."""
-    return F.linear(x, factor.weight) if is_plain(factor, nn.Linear) else factor(x)
+    return F.linear(x, parameter_of(factor, "weight")) if is_plain(factor, nn.Linear) else factor(x)
 
 
 def layers_in(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, tuple[int, ...]]]:

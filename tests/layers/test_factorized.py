@@ -221,6 +221,22 @@ def test_the_guard_has_the_dtype_that_the_factors_are_computed_in(kind):
 
 @on_kinds
 @on_storages
+@on_biases
+def test_parameters_may_be_plain_tensors(kind, storage, bias):
+    """So they are in the copies of DataParallel, and under FSDP with `use_orig_params=False`."""
+    layer, *_ = make_factorized(kind, 3, storage, bias)
+    x = an_input(kind)
+    expected = layer(x)
+    for module in list(layer.modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            delattr(module, name)
+            setattr(module, name, parameter.detach())
+    assert not list(layer.parameters())
+    assert torch.equal(layer(x), expected)
+
+
+@on_kinds
+@on_storages
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_dense_layer_refuses_a_factorized_state_dict(kind, storage, strict):
     """Also when not strict, where missing names alone would leave it with random numbers."""
