@@ -11,7 +11,7 @@ import transformers
 from transformers.utils import logging
 
 from ..errors import ConfigurationError
-from ..evaluation import measure_speed, random_batch
+from ..evaluation import MOST_THREADS, measure_speed, random_batch
 from ..files import write_atomically
 from ..ranks import FEWEST_TURNS, TURNS
 from ..report import Speed, layer_table, speed_table, write_speed_figure
@@ -63,11 +63,13 @@ def benchmark(arguments: Any) -> int:
         Exit code.
 
     Raises:
-        ConfigurationError: if a number is below 1, a file cannot be written, or the models take other inputs.
+        ConfigurationError: if a number cannot be, a file cannot be written, or the models take other inputs.
     """
     for name in ("batch_sizes", "sizes", "threads"):
         if any(value < 1 for value in getattr(arguments, name) or ()):
             raise ConfigurationError(f"--{name}: must be at least 1.")
+    if max(arguments.threads or [1]) > MOST_THREADS:
+        raise ConfigurationError(f"--threads: must be at most {MOST_THREADS:,}.")
     if arguments.turns < FEWEST_TURNS:
         raise ConfigurationError(f"--turns: must be at least {FEWEST_TURNS}, got {arguments.turns}.")
     check_files(arguments)

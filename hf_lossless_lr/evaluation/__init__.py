@@ -6,13 +6,14 @@ from .pipelines import TASKS
 from .registry import EVALUATION_TASKS
 from .scores import Score, Scores, compare, summarize
 from .sources import choose_columns, is_format, is_single, load_split
-from .speed import measure_speed, random_batch
+from .speed import MOST_THREADS, measure_speed, random_batch
 from .task import EvaluationTask, ScoringOptions, Task
 
 __all__ = [
     "C4",
     "EVALUATION_TASKS",
     "MMLU",
+    "MOST_THREADS",
     "TASKS",
     "WIKITEXT2",
     "EvaluationTask",

@@ -42,6 +42,7 @@ def test_measures_one_model_with_its_layers_and_memory(models, capsys):
     [
         (["--turns", "2"], "--turns: must be at least 3, got 2."),
         (["--batch-sizes", "0"], "--batch_sizes: must be at least 1."),
+        (["--threads", "1", "1025"], "--threads: must be at most 1,024."),
         (["--sizes", "99"], "takes at most 40 tokens, not 99"),
         (["--device", "nowhere"], "--device: 'nowhere' cannot be used"),
     ],
