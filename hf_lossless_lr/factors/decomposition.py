@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import NumericalError
-from ..statistics import LARGE
+from ..statistics import LARGE, gram
 
 TOLERANCE = 1e-4  # of its residual
 PROBES = 4  # vectors that see it
+SLAB = 256  # rows that are converted at once
 
 
 class MetricFactors(NamedTuple):
@@ -146,10 +147,10 @@ def metric_svd(
 def _svd(weight: torch.Tensor, A: torch.Tensor | None, B: torch.Tensor | None) -> MetricFactors:
     """Factorize a matrix that has no more rows than columns."""
     if weight.shape[-2] >= LARGE:
-        sizes = [_size(weight.square()) ** 0.5, 1.0 if A is None else _size(A), 1.0 if B is None else _size(B)]
+        sizes = [_size(weight, 2), _size(A), _size(B)]
         W, A_unit, B_unit = (
-            None if matrix is None else (matrix / size).float()
-            for matrix, size in zip((weight.double(), A, B), sizes, strict=True)
+            None if matrix is None else (matrix.to(torch.promote_types(matrix.dtype, torch.float32)) / size).float()
+            for matrix, size in zip((weight, A, B), sizes, strict=True)
         )
         left, right, values = _svd_in_dtype(W, A_unit, B_unit)  # of matrices of size 1: its range is small
         factors = MetricFactors(
@@ -165,14 +166,17 @@ def _svd(weight: torch.Tensor, A: torch.Tensor | None, B: torch.Tensor | None) -
 def _svd_in_dtype(W: Any, A: torch.Tensor | None, B: torch.Tensor | None) -> MetricFactors:
     root = _root(B, diagonal=B is not None and B.ndim < W.ndim)
     PW = root.times(W)
-    values, U = torch.linalg.eigh(PW @ _times(A, PW.mT))
+    values, U = torch.linalg.eigh(gram(PW.mT, _times(A, PW.mT)))
     U = U.flip(-1)
     return MetricFactors(root.solve(U), U.mT @ PW, values.flip(-1).clamp_min(0.0).sqrt())
 
 
-def _size(matrix: torch.Tensor) -> float:
-    """Return the size of what a matrix of squares has for channels, above 0."""
-    return float(matrix.abs().double().mean()) or 1.0
+def _size(matrix: torch.Tensor | None, order: int = 1) -> float:
+    """Return the mean size of the entries, or the root of that of their squares; above 0."""
+    if matrix is None:
+        return 1.0
+    norm = torch.linalg.vector_norm(matrix, order, dtype=torch.float64)
+    return float(norm / matrix.numel() ** (1 / order)) or 1.0
 
 
 def _residual(factors: MetricFactors, weight: torch.Tensor, A: torch.Tensor | None, B: torch.Tensor | None) -> float:
@@ -186,18 +190,26 @@ def _residual(factors: MetricFactors, weight: torch.Tensor, A: torch.Tensor | No
         torch.randn(*matrices, size, PROBES, dtype=torch.float64, generator=generator).to(weight.device)
         for size in (out_features, in_features)
     )
-    L, R, S = (factor.double() for factor in factors)
-    B = None if B is None else B.double()
-    W, y_metric = weight.double(), _times(B, y)
-    through = _times(None if A is None else A.double(), W.mT @ y_metric)
+    L, R, S = factors
+    projected = _applied(L.mT, _applied(B, y))
     pairs = (
-        (L @ (R @ z), W @ z),
-        (L @ (S.square()[..., None] * (L.mT @ y_metric)), W @ through),
-        (L @ (L.mT @ y_metric), y),
+        (_applied(L, _applied(R, z)), _applied(weight, z)),
+        (
+            _applied(L, S.double().square()[..., None] * projected),
+            _applied(weight, _applied(A, _applied(weight.mT, _applied(B, y)))),
+        ),
+        (_applied(L, projected), y),
     )
     errors = [(_norm(found - wanted, B) / _norm(wanted, B)).max() for found, wanted in pairs]
     return float(torch.stack(errors).nan_to_num(math.inf, math.inf).max())
 
 
+def _applied(matrix: torch.Tensor | None, vectors: torch.Tensor) -> torch.Tensor:
+    """Return `matrix @ vectors` in float64, of a full, diagonal or identity matrix; never with a copy of all of it."""
+    if matrix is None or matrix.ndim < vectors.ndim:
+        return _times(None if matrix is None else matrix.double(), vectors)
+    return torch.cat([slab.double() @ vectors for slab in matrix.split(SLAB, dim=-2)], dim=-2)
+
+
 def _norm(vectors: torch.Tensor, B: torch.Tensor | None) -> torch.Tensor:
-    return (vectors * _times(B, vectors)).sum((-2, -1)).clamp_min(0.0).sqrt()
+    return (vectors * _applied(B, vectors)).sum((-2, -1)).clamp_min(0.0).sqrt()

@@ -15,7 +15,7 @@ import torch
 from threadpoolctl import ThreadpoolController
 
 from ..errors import NumericalError
-from ..statistics import precision_of
+from ..statistics import gram, precision_of
 from .decomposition import MetricFactors
 
 FAINT = 0.01  # of the mean that a channel adds to the outputs: what adds less is not fitted to
@@ -86,8 +86,8 @@ def quadratic_tails(
         Predicted second-order loss increase in nats for each rank.  # shape: (..., m + 1)
     """
     left, right = factors.left, factors.right
-    inside = left.mT @ grad_covariance.to(left.dtype) @ left
-    terms = (inside * (right @ input_covariance.to(right.dtype) @ right.mT)).double()
+    inside = gram(left, grad_covariance.to(left.dtype) @ left)
+    terms = (inside * gram(right.mT, input_covariance.to(right.dtype) @ right.mT)).double()
     # A block grows by the part of a row from its diagonal on, and by the same part of a column.
     rows = 2 * terms.triu(1).sum(-1) + terms.diagonal(dim1=-2, dim2=-1)
     block_sums = rows.flip(-1).cumsum(-1).flip(-1)

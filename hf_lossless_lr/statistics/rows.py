@@ -25,23 +25,25 @@ def real_rows(rows: torch.Tensor, mask: torch.Tensor | None, positions: torch.Te
     return (rows if mask is None else rows[mask]).float().movedim(-2, 0)
 
 
-def gram(rows: torch.Tensor) -> torch.Tensor:
+def gram(rows: torch.Tensor, others: torch.Tensor | None = None) -> torch.Tensor:
     """Return `XᵀX`, of which only the part above the diagonal is computed (in slabs of columns) and then mirrored.
 
     So the result is symmetric bit for bit, whatever order the processor's matrix product sums in.
 
     Args:
         rows: X.  # shape: (..., rows, features)
+        others: Y, of the same shape, for `XᵀY` where that is symmetric, as it is for `Y = M X` of a symmetric M.
 
     Returns:
         The symmetric product, in the dtype of its input.  # shape: (..., features, features)
     """
+    others = rows if others is None else others
     size = rows.shape[-1]
     width = max(1, -(-size // SLABS))
     product = rows.new_empty((*rows.shape[:-2], size, size))
     for start in range(0, size, width):
         slab = slice(start, start + width)
-        upper = (rows[..., slab].mT @ rows[..., start:]).triu()
+        upper = (rows[..., slab].mT @ others[..., start:]).triu()
         upper[..., : upper.shape[-2]] += upper[..., : upper.shape[-2]].triu(1).mT
         product[..., slab, start:] = upper
         product[..., start:, slab] = upper.mT

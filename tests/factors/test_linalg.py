@@ -504,6 +504,10 @@ def test_gram_is_the_product_and_symmetric_bit_for_bit(rows, features):
     torch.testing.assert_close(result, X.T @ X, rtol=0, atol=ROUNDING)
     assert torch.equal(result.triu(), result.T.triu())
     assert gram(X.float()).dtype == torch.float32
+    Y = covariance(31, rows) @ X if rows else X
+    result = gram(X, Y)
+    torch.testing.assert_close(result, X.T @ Y, rtol=ROUNDING, atol=ROUNDING * float(result.abs().max()))
+    assert torch.equal(result.triu(), result.T.triu())
 
 
 # --- shifted_weight -------------------------------------------------------------------------------------------------
