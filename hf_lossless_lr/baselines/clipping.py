@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..formats import FORMATS, Grid
-from ..layers import as_matrix, copied, set_grid
+from ..layers import as_matrix, copied, from_matrix, set_grid
 
 INT8 = FORMATS["int8"]
 SMALLEST_SCALE = 1e-30
@@ -42,7 +42,7 @@ def clipped(layers: Mapping[str, nn.Module], keep_ratio: float) -> dict[str, nn.
         copy: Any = copied(layer)
         matrix = as_matrix(copy, copy.weight.detach())
         grid = clipped_grid(matrix.float())
-        matrix.copy_(grid.nearest(matrix))
+        copy.weight.detach().copy_(from_matrix(copy, grid.nearest(matrix), copy.weight.shape))
         set_grid(copy, grid)
         rounded[name] = copy
     return rounded

@@ -20,7 +20,6 @@ from ..errors import CheckpointError, LosslessLowRankError, TargetError
 from ..files import replacing
 from ..fingerprint import tensors_fingerprint
 from ..layers import (
-    Stored,
     UnfusedExperts,
     at_hand,
     check_offloaded,
@@ -109,28 +108,6 @@ def _save_encoded(
         state_dict = model.state_dict() if state_dict is None else tied_again(model, state_dict)
         state_dict = encoded_state(model, state_dict) if grids_in(model) else state_dict
     type(model).save_pretrained(model, save_directory, is_main_process, state_dict, *args, **kwargs)
-
-
-def mark_loading(model: PreTrainedModel) -> None:
-    """Keep what Transformers does to a model while it loads away from what the checkpoint has.
-
-    An output layer that is tied to the guard of a rounded table does not get its bias cut to that size. Compressed
-    layers are not initialized: a model may know what to initialize by the name of a class, or by its having a weight.
-    """
-    vars(model)["_adjust_bias"] = _leave_bias
-    for module in model.modules():
-        if is_factorized(module) or isinstance(module, Stored):
-            for part in module.modules():
-                vars(part)["_is_hf_initialized"] = True  # as Transformers flags all modules in the end
-
-
-def unmark_loading(model: PreTrainedModel) -> None:
-    """Undo `mark_loading`, before weights are tied once more."""
-    vars(model).pop("_adjust_bias", None)
-
-
-def _leave_bias(output_embeddings: nn.Module, input_embeddings: nn.Module) -> None:
-    """Stand in for what cuts or pads a bias to as many entries as the tied weight has rows."""
 
 
 def mark_loaded(model: PreTrainedModel, config: LosslessLowRankConfig) -> None:

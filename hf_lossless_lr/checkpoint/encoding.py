@@ -11,12 +11,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..errors import CheckpointError
 from ..formats import Grid, decode, encode, search_grid, stored_grid
 from ..layers import (
     Stored,
     as_matrix,
     from_matrix,
     is_factorized,
+    read_by_others,
     replace_modules,
     rounded_modules,
     set_grid,
@@ -108,7 +110,7 @@ def load_encoded(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) 
         if all(key in state for key in keys.values()):
             tensors, shape = {part: state.pop(key) for part, key in keys.items()}, module.weight.shape
             matrix = decode(tensors, as_matrix(module, module.weight).shape[1], grid.kind)
-            state[f"{prefix}{name}.weight"] = from_matrix(module, matrix, shape)
+            state[f"{prefix}{name}.weight"] = from_matrix(module, matrix.to(module.weight.dtype), shape)
             set_grid(module, stored_grid(tensors, grid.kind))
 
 
@@ -118,17 +120,28 @@ def dequantize_stored(model: PreTrainedModel, keep: Container[str] = ()) -> None
 
     Args:
         model: a loaded model, changed in place.
-        keep: number formats whose modules stay, too, unless other modules share their weights.
+        keep: number formats whose modules stay, too, unless other modules share their weights, or read them.
+
+    Raises:
+        CheckpointError: if weights that modules share are offloaded.
     """
     stored, plain = stored_in(model), dict[str, nn.Module]()
     uses = Counter(id(module._parameters.get("weight")) for module in model.modules())
+    readers = read_by_others(model) if keep else {}
     for name, module in stored.items():
         parent: Any = model.get_submodule(name.rpartition(".")[0])
         guard: Any = module.weight if module.guarded else parent.weight
         shared = module.guarded and uses[id(guard)] > 1
+        read = module.guarded and id(module) in readers  # factors are the layer's own business
         if guard.is_meta or module.codes.is_meta:
+            if shared:
+                raise CheckpointError(
+                    f"{name!r} is stored in the format {module.number_format!r} and its weight is tied to another "
+                    "module's, so it cannot be offloaded. Give a device_map that keeps it in memory (a CPU's will "
+                    "do), or compress without `embeddings`."
+                )
             continue
-        if shared or module.number_format not in keep:
+        if shared or read or module.number_format not in keep:
             plain[name] = module.to_float(guard.dtype)
         else:
             module.align()

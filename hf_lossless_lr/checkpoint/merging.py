@@ -22,6 +22,7 @@ from ..layers import (
     break_even_rank,
     check_whole,
     copied,
+    from_matrix,
     grids_in,
     is_factorized,
     layout_of,
@@ -189,8 +190,8 @@ def _merged(old: Any, lora: Any) -> nn.Module:
         new.load_factors(down, up, order, old.bias)
         return new.requires_grad_(old.up.weight.requires_grad)
     weight = old.dense_weight().unflatten(0, (old.groups, -1))
-    delta = layout.matrices(dense, lora.get_delta_weight("default").contiguous()).to(weight)
-    layout.matrices(dense, dense.weight).copy_(weight + delta)
+    delta = layout.matrices(dense, lora.get_delta_weight("default")).to(weight)
+    dense.weight.copy_(from_matrix(dense, (weight + delta).flatten(0, 1), dense.weight.shape))
     return dense.requires_grad_(old.up.weight.requires_grad)
 
 

@@ -20,11 +20,12 @@ from transformers.quantizers import auto as quantizer_registry
 from ..errors import CheckpointError, ConfigurationError, TargetError
 from ..formats import FLOAT
 from ..layers import METHOD, Factorized, Stored, UnfusedExperts, layout_of, replace_modules
-from .attached import attach_saved_card, dequantize, mark_compressed, mark_loaded, mark_loading, unmark_loading
+from .attached import attach_saved_card, dequantize, mark_compressed, mark_loaded
 from .config import WRITTEN_METHOD, LosslessLowRankConfig, ModuleRecord
 from .contents import LOAD_THE_WHOLE, check_files, check_loaded, check_read
 from .conversions import apart_from_layers, renaming_of
 from .encoding import dequantize_stored
+from .loading import mark_loading, unmark_loading
 from .parallel import adapt_plan, split_layers, waiting_layers
 from .parts import records_beside, take_from_parts
 
@@ -59,11 +60,11 @@ class LosslessLowRankQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         check_read(model, self._files)
-        unmark_loading(model)
         model._no_split_modules = self._kept_whole  # the map is made; FSDP would look for each class that is named
         config = cast(LosslessLowRankConfig, self.quantization_config)
         waiting = waiting_layers(model)
         dequantize_stored(model, keep=KEPT if config.compute == "stored" and not waiting else ())
+        unmark_loading(model)
         split_layers(model, waiting)
         check_loaded(model, self._files)
         mark_loaded(model, config)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..formats import FLOAT, FORMATS, Grid, NumberFormat
-from ..layers import as_matrix, set_grid
+from ..layers import from_matrix, set_grid
 from .decomposition import MetricFactors
 from .factorize import SMALLEST_NORM, Factorization, FactorTensors
 from .rounding import RoundedFactors, round_dense, round_factors
@@ -78,5 +78,5 @@ def _below(grids: list[Grid]) -> Grid:
 
 
 def _load_dense(layer: Any, matrix: torch.Tensor, grid: Grid | None) -> None:
-    as_matrix(layer, layer.weight).copy_(matrix)
+    layer.weight.copy_(from_matrix(layer, matrix, layer.weight.shape))
     set_grid(layer, grid)

@@ -23,6 +23,7 @@ from .model_state import (
 )
 from .offloaded import at_hand, check_offloaded, copied, files_of_offloaded
 from .patterns import values_of
+from .readers import read_by_others
 from .replacement import Replacement, finish, in_place, replace_modules
 from .rounded import (
     as_matrix,
@@ -106,6 +107,7 @@ __all__ = [
     "own_forward",
     "projections",
     "random_state_kept",
+    "read_by_others",
     "replace_modules",
     "restore_grids",
     "rounded_modules",

@@ -87,7 +87,7 @@ class FactorizedConv(Factorized):
         return self._plus_bias(up(z))
 
     def _plus_bias(self, y: torch.Tensor) -> torch.Tensor:
-        return y if self.bias is None else y + self.bias.reshape(-1, *(1 for _ in self.kernel_size))
+        return y if self.bias is None else y + self.bias.to(y.dtype).reshape(-1, *(1 for _ in self.kernel_size))
 
     def _order_stored(self, permutation: torch.Tensor) -> torch.Tensor:
         """Return an order of the outputs of each group as one of all pivots, and behind them all other outputs."""
@@ -176,7 +176,7 @@ class _ConvLayout:
         return tuple(module.kernel_size)
 
     def matrices(self, module: Any, weight: torch.Tensor) -> torch.Tensor:
-        return weight.view(module.groups, -1, weight[0].numel())
+        return weight.reshape(module.groups, -1, weight[0].numel())  # a copy of one that is not contiguous
 
     def row_shape(self, module: Any, x: torch.Tensor) -> torch.Size:
         return torch.Size([self._examples(x).shape[0], *output_sizes(module, tuple(x.shape[-self.axes :]))])

@@ -113,7 +113,7 @@ class Factorized(nn.Module):
         return self._plus_bias(up(z))
 
     def _plus_bias(self, y: torch.Tensor) -> torch.Tensor:
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)  # another one under autocast
 
     def _order_stored(self, permutation: torch.Tensor) -> torch.Tensor:
         """Return the order as it is stored, of all matrices of the layer together."""

@@ -38,7 +38,7 @@ class Layout(Protocol):
         """Return the sizes of a kernel; nothing for a layer that has none."""
 
     def matrices(self, module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
-        """Return a weight, or its gradient, as matrices that share its memory.  # shape: (groups, out, in)."""
+        """Return a weight, or its gradient, as matrices, to be read only.  # shape: (groups, out, in)."""
 
     def row_shape(self, module: nn.Module, x: torch.Tensor) -> torch.Size:
         """Return the shape of the rows that the layer returns for an input, as a mask of these rows would have it."""
@@ -120,7 +120,7 @@ def find_layout(module: nn.Module) -> Layout | None:
 
 
 def weight_matrices(module: Any) -> torch.Tensor:
-    """Return the weight of a dense layer as matrices that share its memory.  # shape: (groups, out, in)."""
+    """Return the weight of a dense layer as matrices, to be read only.  # shape: (groups, out, in)."""
     return layout_of(module).matrices(module, module.weight.detach())
 
 

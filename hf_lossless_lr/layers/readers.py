@@ -45,7 +45,7 @@ class Read(NamedTuple):
     defaults: dict[str, Any]
 
 
-def readers(model: nn.Module) -> dict[int, str]:
+def read_by_others(model: nn.Module) -> dict[int, str]:
     """Return the layers whose weight other code reads than their own.
 
     What a module reads only in other settings than its own, or if it is called with other arguments than its defaults,

@@ -59,7 +59,7 @@ def restore_grids(model: nn.Module, grids: Mapping[str, Grid]) -> None:
 
 
 def as_matrix(module: Any, weight: torch.Tensor) -> torch.Tensor:
-    """Return a module's weight as the one matrix that a number format stores, sharing its memory where it can.
+    """Return a module's weight as the one matrix that a number format stores, to be read only: it may be a copy.
 
     Args:
         module: a layer of a known type, or an embedding.
@@ -75,7 +75,7 @@ def as_matrix(module: Any, weight: torch.Tensor) -> torch.Tensor:
 def from_matrix(module: Any, matrix: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """Undo `as_matrix` for a weight of the given shape."""
     weight = matrix.new_empty(shape)
-    as_matrix(module, weight).copy_(matrix)
+    as_matrix(module, weight).copy_(matrix)  # no copy of a weight that is contiguous
     return weight
 
 

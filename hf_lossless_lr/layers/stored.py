@@ -56,6 +56,17 @@ class Stored(nn.Module):
         if "bias" not in self._parameters and hasattr(module, "bias"):
             self.bias = None
 
+    def __getattr__(self, name: str) -> Any:
+        """Return what the plain module has besides tensors: model code asks for its sizes and settings."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            template = vars(self).get("template")
+            value = getattr(template, name, None)
+            if name.startswith("__") or not hasattr(template, name) or isinstance(value, torch.Tensor):
+                raise
+            return value
+
     @property
     def template(self) -> Any:
         """The plain module, with a weight that means nothing."""
@@ -92,19 +103,20 @@ class Stored(nn.Module):
         set_grid(module, stored_grid(self._tensors(), self.kind))
         return module.train(self.training)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Apply the module."""
-        module, others = self.template, {n: p for n, p in self._parameters.items() if n != "weight" and p is not None}
+    def forward(self, input: torch.Tensor | None = None, *, x: torch.Tensor | None = None) -> torch.Tensor:
+        """Apply the module; it has the names of its input."""
+        rows: Any = x if input is None else input
+        module = self.template
         if isinstance(module, nn.Embedding):
             dtype = self.weight.dtype if self.guarded else torch.float32
-            chosen = {n: F.embedding(input, t).flatten(0, -2) for n, t in self._tensors().items()}
-            rows = decode(chosen, self.matrix_shape[1], self.kind)
-            return rows.to(dtype).unflatten(0, input.shape)
-        if self.kind.symmetric and type(module) is nn.Linear and _has_product(input, self.codes):
-            x, scale = _aligned(input.reshape(-1, input.shape[-1])), self.scale[:, 0].view(torch.bfloat16)
-            y = torch._weight_int8pack_mm(x, self.codes, scale).reshape(*input.shape[:-1], -1)
-            return y if self.bias is None else y + self.bias
-        return functional_call(module, {"weight": self.decoded(input.dtype), **others}, (input,))
+            chosen = {n: F.embedding(rows, t).flatten(0, -2) for n, t in self._tensors().items()}
+            return decode(chosen, self.matrix_shape[1], self.kind).to(dtype).unflatten(0, rows.shape)
+        if self.kind.symmetric and type(module) is nn.Linear and _has_product(rows, self.codes):
+            aligned, scale = _aligned(rows.reshape(-1, rows.shape[-1])), self.scale[:, 0].view(torch.bfloat16)
+            y = torch._weight_int8pack_mm(aligned, self.codes, scale).reshape(*rows.shape[:-1], -1)
+            return y if self.bias is None else y + self.bias.to(y.dtype)
+        bias: Any = {} if self.bias is None else {"bias": self.bias}  # a replica of DataParallel has no parameters
+        return functional_call(module, {"weight": self.decoded(rows.dtype), **bias}, (rows,))
 
 
 def _has_product(x: torch.Tensor, codes: torch.Tensor) -> bool:

@@ -22,7 +22,7 @@ from .factorized import METHOD, is_factorized
 from .layout import LAYOUTS, find_layout
 from .offloaded import check_offloaded
 from .patterns import TYPE, best_match, check_patterns
-from .readers import readers
+from .readers import read_by_others
 from .subclasses import answers_as_its_base
 from .whole import check_whole
 
@@ -73,7 +73,7 @@ def find_targets(
     reasons = dict.fromkeys(heads, TASK_HEAD) | default_skips(model)
     targets: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
-    candidates, read = _candidates(model), readers(model)
+    candidates, read = _candidates(model), read_by_others(model)
     for name, module in candidates.items():
         wanted = best_match(target_modules or (), name, module)
         unwanted = best_match(ignore or (), name, module)

@@ -237,6 +237,14 @@ def test_parameters_may_be_plain_tensors(kind, storage, bias):
 
 @on_kinds
 @on_storages
+def test_autocast_gives_the_dtype_of_the_dense_layer(kind, storage):
+    layer, dense, _ = make_factorized(kind, 3, storage, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(an_input(kind, torch.float32)).dtype == dense(an_input(kind, torch.float32)).dtype
+
+
+@on_kinds
+@on_storages
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_dense_layer_refuses_a_factorized_state_dict(kind, storage, strict):
     """Also when not strict, where missing names alone would leave it with random numbers."""

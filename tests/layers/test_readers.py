@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_lossless_lr.layers import find_targets
-from hf_lossless_lr.layers.readers import readers
+from hf_lossless_lr.layers.readers import read_by_others
 
 
 class Inner(nn.Module):
@@ -52,7 +52,7 @@ class Reader(nn.Module):
 
 
 def names_of(module):
-    found = readers(module)
+    found = read_by_others(module)
     return {name for name, layer in module.named_modules() if id(layer) in found}
 
 

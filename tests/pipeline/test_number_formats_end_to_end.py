@@ -1,8 +1,18 @@
 """Number formats through the compressor: budgets in bytes, embeddings, the refit, and figures of rounded weights."""
 
+import copy
+
 import pytest
 import torch
-from support.compressions import BATCH_SIZE, build, certifiable, check_same_model, compress, count_parameters
+from support.compressions import (
+    BATCH_SIZE,
+    build,
+    certifiable,
+    check_same_answers,
+    check_same_model,
+    compress,
+    count_parameters,
+)
 from support.tiny_models import other_inputs, split_batch
 
 from hf_lossless_lr import CompressionReport, LosslessLowRankConfig, LowRankCompressor
@@ -160,3 +170,16 @@ def test_restoring_gives_the_dense_model_back():
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("options", [{"keep_ratio": 0.6}, {"keep_ratio": 0.2, "formats": ["int8"]}], ids=str)
+def test_a_convolutional_network_in_channels_last_is_compressed_and_saved(options, tmp_path):
+    model, batch = build("resnet")
+    plain = compress(copy.deepcopy(model), batch, **options)[0]
+    model, _ = compress(model.to(memory_format=torch.channels_last), batch, **options)
+    check_same_answers(plain, model, batch, tolerance=1e-3)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).to(memory_format=torch.channels_last).eval()
+    check_same_answers(model, again, batch, tolerance=1e-3)
+    again.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()

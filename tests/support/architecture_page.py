@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
@@ -37,12 +37,11 @@ def halves(batch: Batch) -> list[Batch]:
     return [{n: v if isinstance(v, bool) else v[part] for n, v in batch.items()} for part in parts]
 
 
-def compress(architecture: Architecture, model: PreTrainedModel, batch: Batch) -> CompressionReport:
+def compress(architecture: Architecture, model: PreTrainedModel, batch: Batch, **options: Any) -> CompressionReport:
     """Compress a model of an architecture in place, in the cheapest way that is a real one."""
     _, others = architecture.build(EXAMPLES, seed=7)
-    options = {"keep_ratio": 0.6, "rank_multiple": 1, "refit": False, "ignore": architecture.ignore}
-    options["labels"] = architecture.labels
-    compressor = LowRankCompressor(LosslessLowRankConfig(**options))
+    always = {"rank_multiple": 1, "refit": False, "ignore": architecture.ignore, "labels": architecture.labels}
+    compressor = LowRankCompressor(LosslessLowRankConfig(**{"keep_ratio": 0.6, **always, **options}))
     compressor.compress(model, halves(batch), eval_dataset=halves(others))
     return compressor.report
 
