@@ -36,6 +36,7 @@ from .cards import base_model_in, card_of, hub_name, is_replaceable, place_card
 from .config import LosslessLowRankConfig
 from .conversions import CONVERSIONS, harmless_conversions
 from .encoding import dequantize_stored, encoded_state, load_encoded, tied_again
+from .manifest import current_records
 from .parallel import warn_before_sharding
 from .parts import config_of_part, parts_of
 
@@ -43,7 +44,7 @@ logger = logging.get_logger(__name__)
 
 
 ATTACHED = ("dequantize", "save_pretrained", "_upload_modified_files")
-"""Attributes of a compressed model; `mark_compressed` sets the first and, for rounded weights, the second."""
+"""Attributes of a compressed model; `mark_compressed` sets the first two."""
 
 BEFORE = "_lossless_lr_conversions"
 """Attribute with what Transformers kept of how the dense model was loaded."""
@@ -67,9 +68,33 @@ def mark_compressed(model: PreTrainedModel, config: LosslessLowRankConfig) -> No
     mark_parts(model, config)
     warn_before_sharding()
     vars(model)["dequantize"] = partial(dequantize, model)  # a bound method would not survive pickling
+    _attach_save(model, partial(_save_encoded, model))
     if grids_in(model):
-        _attach_save(model, partial(_save_encoded, model))
         vars(model)[HOOK] = model.register_load_state_dict_pre_hook(load_encoded)
+
+
+def refresh_manifest(model: PreTrainedModel) -> None:
+    """Make the manifest of a compressed model, and those of its parts, say what is compressed in it now.
+
+    Args:
+        model: a compressed model; a dense one, where nothing in it is compressed any more.
+    """
+    config = getattr(model.config, "quantization_config", None)
+    if not isinstance(config, LosslessLowRankConfig):  # someone took it away
+        return
+    config.modules = current_records(model, config.modules)
+    config.unfused = [name for name in config.unfused if _has(model, name)]
+    if config.modules:
+        mark_parts(model, config)
+    else:
+        unmark_compressed(model)
+
+
+def _has(model: PreTrainedModel, name: str) -> bool:
+    try:
+        return isinstance(model.get_submodule(name), nn.Module)
+    except AttributeError:
+        return False
 
 
 def mark_parts(model: PreTrainedModel, config: LosslessLowRankConfig) -> None:
@@ -103,8 +128,9 @@ def _save_encoded(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    """Save a model as Transformers does, with rounded weights as their codes."""
+    """Save a model as Transformers does, with a manifest of what it has now, and rounded weights as their codes."""
     if not getattr(model, "_hf_peft_config_loaded", False):  # else it saves the adapter alone
+        refresh_manifest(model)
         state_dict = model.state_dict() if state_dict is None else tied_again(model, state_dict)
         state_dict = encoded_state(model, state_dict) if grids_in(model) else state_dict
     type(model).save_pretrained(model, save_directory, is_main_process, state_dict, *args, **kwargs)

@@ -29,7 +29,8 @@ from ..layers import (
     replace_modules,
     to_dense,
 )
-from .storing import check_plain, rewrite_manifest
+from .attached import refresh_manifest
+from .storing import check_plain
 
 WEIGHTS = "adapter_model.safetensors"
 MERGE_FIRST = "Merge the adapter into the dense model, with `merge_and_unload()`, and compress the result."
@@ -70,7 +71,8 @@ def merge_dense_adapter(model: PreTrainedModel, adapter: str | os.PathLike[str])
         _check(model, name)
         old = model.get_submodule(name)
         new[name] = _merged(old, found) if hasattr(found, "get_delta_weight") else _like(old, found)
-    rewrite_manifest(model, replace_modules(model, new).originals)
+    replace_modules(model, new)
+    refresh_manifest(model)
     return model
 
 

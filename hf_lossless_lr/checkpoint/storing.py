@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -22,10 +21,7 @@ from ..layers import (
     replace_modules,
     to_dense,
 )
-from .attached import mark_parts, unmark_compressed
-from .config import record_of
-from .contents import layer_of
-from .quantizer import paths_in
+from .attached import refresh_manifest
 
 
 @torch.no_grad()
@@ -59,29 +55,9 @@ def change_storage(model: PreTrainedModel, storage: str) -> PreTrainedModel:
     for name, layer in layers.items():
         check_plain(name, layer)
     changed = {name: _stored(layer, storage) for name, layer in layers.items() if _can_change(layer, storage)}
-    rewrite_manifest(model, replace_modules(model, changed).originals)
+    replace_modules(model, changed)
+    refresh_manifest(model)
     return model
-
-
-def rewrite_manifest(model: PreTrainedModel, changed: Collection[str]) -> None:
-    """Make the manifest of a model, and those of its parts, say what took the place of some modules.
-
-    Args:
-        model: a compressed model; a dense one, where nothing in it is compressed any more.
-        changed: names of the modules that were replaced.
-    """
-    config = model.config.quantization_config
-    for name, path in paths_in(model, config.modules).items():
-        if layer_of(f"{path}.", changed) is not None:
-            record = record_of(model.get_submodule(path))
-            if record is None:
-                del config.modules[name]
-            else:
-                config.modules[name] = record.to_dict()
-    if config.modules:
-        mark_parts(model, config)
-    else:
-        unmark_compressed(model)
 
 
 def check_plain(name: str, module: nn.Module) -> None:

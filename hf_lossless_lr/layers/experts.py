@@ -140,13 +140,17 @@ class UnfusedExperts(nn.Module):
                 share = torch.where(top_k_index == number, top_k_weights, 0).sum(-1, keepdim=True)
                 result = result + (self._run(number, hidden_states) * share).to(result.dtype)
             return result
-        for number in top_k_index.unique().tolist():
-            if 0 <= number < self.num_experts:
-                rows, places = (top_k_index == number).nonzero(as_tuple=True)
-                y = self._run(number, hidden_states[rows], Routed(rows, len(hidden_states)))
-                y = y * top_k_weights[rows, places, None]
-                result.index_add_(0, rows, y.to(result.dtype))
+        sent = set(range(self.num_experts)) if self._trains() else set(top_k_index.unique().tolist())
+        for number in sorted(sent & set(range(self.num_experts))):
+            rows, places = (top_k_index == number).nonzero(as_tuple=True)
+            y = self._run(number, hidden_states[rows], Routed(rows, len(hidden_states)))
+            y = y * top_k_weights[rows, places, None]
+            result.index_add_(0, rows, y.to(result.dtype))
         return result
+
+    def _trains(self) -> bool:
+        """Return whether experts without rows take part as well: fused ones have gradients, of 0, and DDP waits."""
+        return self.training and torch.is_grad_enabled()
 
     def _of_blocks(self, blocks: torch.Tensor) -> torch.Tensor:
         """Return what each expert makes of the rows of its block that are not 0, block below block."""
@@ -157,7 +161,7 @@ class UnfusedExperts(nn.Module):
                 results.append(torch.where(sent[:, None], self._run(number, block), 0).to(block.dtype))
                 continue
             rows, result = sent.nonzero().squeeze(1), torch.zeros_like(block)
-            if len(rows):
+            if len(rows) or self._trains():
                 result.index_add_(0, rows, self._run(number, block[rows], Routed(rows, len(block))).to(block.dtype))
             results.append(result)
         return torch.cat(results)

@@ -117,9 +117,17 @@ def _refusal(module: nn.Module) -> str | None:
     layout = find_layout(module)
     if layout is None or _is_quantized(module) or module.weight.is_meta:
         return None
+    if _is_hooked(module):
+        return "something hangs on it (a hook, or a `forward` of its own), which would be lost"
     if not answers_as_its_base(module):
         return f"{type(module).__name__} computes something else than its base type"
     return layout.refusal(module)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Return whether a call of a layer does more than its class says; what offloads its weights does not count."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or ("forward" in vars(module) and not hasattr(module, "_hf_hook"))
 
 
 def _is_quantized(module: nn.Module) -> bool:

@@ -380,3 +380,21 @@ def test_a_layer_under_two_names_appears_once():
     selection = find_targets(model)
     assert list(selection.chosen) == BERT_TARGETS[:6]
     assert "tied" not in selection.skipped.values()
+
+
+HOOKS = {
+    "a forward hook": lambda layer: layer.register_forward_hook(lambda module, args, output: 2 * output),
+    "a hook before it": lambda layer: layer.register_forward_pre_hook(lambda module, args: None),
+    "a backward hook": lambda layer: layer.register_full_backward_hook(lambda module, *gradients: None),
+    "a forward of its own": lambda layer: setattr(layer, "forward", lambda x: x),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_layer_that_something_hangs_on_stays_as_it_is(hook):
+    """What takes its place would be called without it."""
+    model, _ = bert_sequence_classification()
+    HOOKS[hook](model.get_submodule(BERT_TARGETS[3]))
+    found = find_targets(model)
+    assert list(found.chosen) == [name for name in BERT_TARGETS if name != BERT_TARGETS[3]]
+    assert found.skipped[BERT_TARGETS[3]].startswith("something hangs on it")
