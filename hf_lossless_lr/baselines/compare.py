@@ -18,7 +18,7 @@ from ..fingerprint import content_digest, tensors_fingerprint
 from ..layers import at_hand
 from ..pipeline import Judgement, LowRankCompressor
 from ..ranks import OBJECTIVES
-from ..report import MethodResult
+from ..report import CERTIFIED, MethodResult
 from .methods import BASELINES, method_config
 
 logger = logging.get_logger(__name__)
@@ -86,6 +86,8 @@ def compare(
                 compressor.calibrate(
                     model, calib_dataset, eval_dataset=eval_dataset, statistics_path=statistics, **options
                 )
+                before = [result for result in known if result.method == name and result.bytes < 1]  # compressed
+                compressor.recall((result.keep_ratio or 0.0, result.status in CERTIFIED) for result in before)
                 for ratio in missing:
                     try:
                         found = _judged(compressor, model, name, ratio)

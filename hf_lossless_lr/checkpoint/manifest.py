@@ -11,7 +11,7 @@ from ..layers import Stored, find_layout, is_factorized
 from .config import record_of
 
 
-def current_records(model: nn.Module, records: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+def current_records(model: nn.Module, records: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return the records of the compressed modules that a model has.
 
     Args:
@@ -22,7 +22,7 @@ def current_records(model: nn.Module, records: Mapping[str, Mapping[str, Any]]) 
     Returns:
         Name of each compressed module to its record, under the name that it had so far if it has that still.
     """
-    modules, found = dict(model.named_modules(remove_duplicate=False)), dict[str, Mapping[str, Any]]()
+    modules, found = dict(model.named_modules(remove_duplicate=False)), dict[str, dict[str, Any]]()
     for name, record in records.items():
         module = modules[name] if name in modules else _behind_wrappers(model, name)
         if module is not None:

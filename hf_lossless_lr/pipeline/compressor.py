@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -11,8 +11,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from ..checkpoint import MEASURED_OBJECTIVES, LosslessLowRankConfig, attach_card
-from ..data import split_data
+from ..checkpoint import LosslessLowRankConfig, attach_card
 from ..errors import ConfigurationError
 from ..layers import (
     ModelState,
@@ -37,10 +36,10 @@ from .budget import budget_of
 from .calibration import Calibration, calibrate, check_unchanged
 from .choosing import choose
 from .judging import Judgement, Make, judge
-from .labelling import with_drawn_labels
 from .placing import put_in_place
 from .speed import measured_speed
-from .summary import Certified, make_report
+from .splitting import split
+from .summary import Certified, is_certified, make_report
 
 
 class LowRankCompressor:
@@ -87,7 +86,7 @@ class LowRankCompressor:
         self._calibration: Calibration | None = None
         self._budgets: dict[Any, Budget] = {}  # counted so far, by the options
         self._latencies: LatencyTable = {}  # measured so far; they serve other models with such layers, too
-        self._certified: list[Certified] = []  # models judged on the held-out data so far
+        self._certified: list[Certified] = []  # on the held-out data so far
         self._restore_dense: list[Callable[[], None]] = []  # turn the calibrated model back into the dense one
 
     def compress(
@@ -179,24 +178,10 @@ class LowRankCompressor:
             with in_place(model, experts):
                 targets = find_targets(model, config.target_modules, config.ignore)
             values_of("ranks", config.given_ranks, targets.chosen, targets.skipped)  # refuses what matches nothing
-            if config.labels == "model":
-                calib_dataset, eval_dataset = with_drawn_labels(
-                    model, config, calib_dataset, eval_dataset, data_collator, processing_class
-                )
-            parts = split_data(
-                model,
-                calib_dataset,
-                eval_dataset,
-                refit_dataset=refit_dataset,
-                batch_size=config.batch_size,
-                seed=config.seed,
-                selection_fraction=config.selection_fraction or 0.0,
-                selection_needed=config.objective in MEASURED_OBJECTIVES,
-                fewest_selected=config.fewest_selected,
-                max_examples=config.max_examples,
-                data_collator=data_collator,
-                processing_class=processing_class,
-            )
+            options = {"data_collator": data_collator, "processing_class": processing_class}
+            parts = split(model, config, calib_dataset, eval_dataset, refit_dataset, options)
+            if self.work_dir is not None:  # it is for one calibration at a time
+                self.release()
             before, settings = ModelState(model), dict(vars(model.config))  # a loss may set its problem_type
             try:
                 with ExitStack() as undo:
@@ -244,16 +229,16 @@ class LowRankCompressor:
                 with on_device(model, calibration.accelerator.device, calibration.factors.targets.chosen.values()):
                     restore_config = own_config(model)
                     undo.append(restore_config)
-                    trial, trials, epsilon = choose(calibration, config, self._budget(calibration, config), clock)
+                    budget = self._budget(calibration, config)
+                    trial, trials, epsilon = choose(calibration, config, budget, clock)
                     with clock.timed("held_out"):
                         data, accelerator = calibration.parts.held_out, calibration.accelerator
-                        outcomes = paired_outcomes(
-                            model, trial.layers, data, accelerator, "Evaluating", temperatures=True
-                        )
+                        outcomes = paired_outcomes(model, trial.layers, data, accelerator, "Evaluating", True)
                     with clock.timed("speed"):
                         speed = measured_speed(calibration, trial.layers, unfused.originals)
                     put_in_place(calibration, trial, config, unfused, undo)
-                    found = trials, epsilon, outcomes, self._certified, clock.seconds, speed
+                    kept = budget.share(trial.choices)
+                    found = trials, epsilon, outcomes, kept, self._certified, clock.seconds, speed
                     report = make_report(calibration, config, trial, *found)
                     if trial.layers:
                         attach_card(model, report)
@@ -263,7 +248,7 @@ class LowRankCompressor:
         except BaseException:
             finish([*reversed(undo), before.restore])
             raise
-        self._certified += [(report.keep_ratio, report.certificate)] if trial.layers else []
+        self._certified += [(kept, is_certified(report.certificate))] if trial.layers else []
         self.report = report
         return model
 
@@ -283,8 +268,17 @@ class LowRankCompressor:
         calibration = self._calibrated("judge()")
         self.restore()
         found = judge(calibration, self.config, make, self._certified)
-        self._certified += [(found.keep_ratio, found.certificate)] if found.changed else []
+        share = found.bytes if self.config.size == "bytes" else found.keep_ratio
+        self._certified += [(share, is_certified(found.certificate))] if found.changed else []
         return found
+
+    def recall(self, judged: Iterable[Certified]) -> None:
+        """Take in what was judged on the same held-out data before, as by another process.
+
+        Args:
+            judged: for each model the share that it keeps, and whether it was certified.
+        """
+        self._certified += judged
 
     @property
     def calibration_data(self) -> DataLoader:

@@ -85,10 +85,12 @@ def judge(
     made = _numbers(layer for name, layer in layers.items() if name in dense)
     kept = (untouched + made) / sum(dense.values())
     fingerprint = calibration.parts.fingerprints["held_out"]
-    certificate, _ = certificate_of(bool(layers), config, outcomes, fingerprint, kept, earlier)
+    stored = size / calibration.dense.bytes
+    share = stored if config.size == "bytes" else kept
+    certificate, _ = certificate_of(bool(layers), config, outcomes, fingerprint, share, earlier)
     return Judgement(
         keep_ratio=kept,
-        bytes=size / calibration.dense.bytes,
+        bytes=stored,
         loss=outcomes.mean_loss,
         accuracy=outcomes.accuracy,
         certificate=certificate,

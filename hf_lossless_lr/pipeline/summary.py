@@ -22,7 +22,7 @@ from ..report import (
     TrialRecord,
     finite,
 )
-from ..verdict import CERTIFIED, PairedOutcomes, certify, demoted
+from ..verdict import CERTIFIED, PairedOutcomes, certify, demoted, not_improved
 from ..versions import versions
 from .calibration import Calibration
 from .trial import Trial
@@ -37,8 +37,8 @@ DRAWN = (
     "agreeing with draws"
 )
 
-Certified = tuple[float, Certificate | None]
-"""The share that a model keeps, and its certificate on the held-out data, if they could carry one."""
+Certified = tuple[float, bool]
+"""The share that a model keeps, and whether it was certified on the held-out data."""
 
 HEADLESS = (
     "the model has no head: its normalized representations are compared with the dense model's, and the loss is "
@@ -71,6 +71,7 @@ def make_report(
     trials: list[TrialRecord],
     epsilon: dict[str, float] | None,
     outcomes: PairedOutcomes,
+    kept: float,
     earlier: Sequence[Certified],
     seconds: Mapping[str, float],
     speed: Speed | None,
@@ -84,6 +85,7 @@ def make_report(
         trials: records of every point visited.
         epsilon: noise bounds of the paper's objectives.
         outcomes: both models' answers to the held-out data.
+        kept: the share that the model keeps, of what the budget counts.
         earlier: what was judged on the same data.
         seconds: time of each stage.
         speed: how long both models take.
@@ -97,7 +99,6 @@ def make_report(
     model = dense_model.model
     parameters, sizes = (dense_model.parameters, model.num_parameters()), (dense_model.bytes, checkpoint_bytes(model))
     dense, compressed = (Measurement(*values) for values in zip(loss, accuracy, parameters, sizes, strict=True))
-    kept = kept_share(factors.curves, trial.choices)
     certificate, uncertified = certificate_of(
         bool(trial.layers), config, outcomes, fingerprints["held_out"], kept, earlier
     )
@@ -154,7 +155,7 @@ def certificate_of(
         config: margins and confidence.
         outcomes: both models' answers to the held-out data.
         fingerprint: of these data.
-        kept: the share that the model keeps.
+        kept: the share that the model keeps, of what the budget counts.
         earlier: what was judged on the same data.
 
     Returns:
@@ -171,9 +172,15 @@ def certificate_of(
         certificate = certify(outcomes, config.loss_margin, config.accuracy_margin, config.confidence, fingerprint)
     except CertificateError as error:
         return None, str(error)
-    if all(before is not None and before.status in CERTIFIED for _, before in earlier):
-        return certificate, None
+    if all(before for _, before in earlier):
+        several = "that is not corrected for the models that were judged on the same examples before"
+        return not_improved(certificate, several) if earlier else certificate, None
     return demoted(certificate, "a model that keeps more was not certified on the same examples"), None
+
+
+def is_certified(certificate: Certificate | None) -> bool:
+    """Return whether a certificate says that a model is as good as the dense one."""
+    return certificate is not None and certificate.status in CERTIFIED
 
 
 def _stored_as(skipped: Mapping[str, SkippedWeight], layers: Mapping[str, Any]) -> dict[str, SkippedWeight]:

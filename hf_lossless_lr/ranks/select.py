@@ -16,6 +16,8 @@ from ..factors import LossCurve
 from .path import Point, compression_path, points_of, second_order_cost, whole_size
 from .sizes import Choice, Choices, Curves, LayerSize, Sizes, sizes_of
 
+ROUNDING = 1e-9  # of a size, in which sums of seconds may differ from what they are a share of
+
 
 def kept_parameters(curves: Curves, choices: Mapping[str, Choice]) -> int:
     """Return the parameters of all layers' weights at the ranks of the given choices."""
@@ -60,7 +62,7 @@ def select_budget(
     kind = "parameters" if sizes is None else "size"
     sizes = sizes_of(curves, sizes)
     path = compression_path(curves, second_order_cost, rank_multiple, sizes, fixed, whole)
-    budget = keep_ratio * path.whole - fixed
+    budget = (keep_ratio + ROUNDING) * path.whole - fixed
     if path.targeted[-1] > budget:
         smallest = math.ceil(path.kept_after(len(path)) * 1e4) / 1e4  # rounded up: the ratio named can be reached
         outside = fixed / path.whole
@@ -188,6 +190,6 @@ def _largest(curve: LossCurve, size: LayerSize, multiple: int, share: float) -> 
     largest: dict[tuple[str, str], Point] = {}
     for point in points:  # by falling rank
         dense = point.choice == Choice()
-        if share >= 1 if dense else point.size <= share * size.dense:
+        if share >= 1 - ROUNDING if dense else point.size <= share * size.dense:
             largest.setdefault((point.choice.format, point.choice.form), point)
     return min(largest.values(), key=_cheapest, default=None)

@@ -18,6 +18,7 @@ from .certificate import (
     certify_together,
     demoted,
     loss_difference,
+    not_improved,
 )
 from .outcomes import KeptAnswers, PairedOutcomes, paired_outcomes
 from .temperatures import at_fitted_temperatures
@@ -35,6 +36,7 @@ __all__ = [
     "examples_needed",
     "loss_difference",
     "mean_upper_bound",
+    "not_improved",
     "paired_outcomes",
     "proportion_p_value",
     "proportion_upper_bound",

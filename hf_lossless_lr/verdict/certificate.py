@@ -22,7 +22,7 @@ from .bounds import (
     proportion_upper_bound,
 )
 from .outcomes import PairedOutcomes
-from .temperatures import at_fitted_temperatures, temperature_doubt
+from .temperatures import INTERPOLATED, at_fitted_temperatures, temperature_doubt
 
 MIN_EXAMPLES = 30
 LOSS, TEMPERED, ACCURACY = "loss", "loss at fitted temperatures", "accuracy"
@@ -32,6 +32,7 @@ class _Endpoint(NamedTuple):
     """One difference that a verdict tests: by cluster, with bounds, and the p-value of "beyond the margin"."""
 
     differences: np.ndarray
+    units: np.ndarray
     found: Difference
     margin: float
     p_value: float
@@ -71,14 +72,14 @@ def accuracy_difference(outcomes: PairedOutcomes, confidence: float, bootstrap: 
     if drop is None:
         return None
     if not _one_answer_each(outcomes):
-        return loss_difference(drop, outcomes.units, confidence, bootstrap)
+        return loss_difference(drop, outcomes.answers, confidence, bootstrap)
     lost, gained, count = int((drop > 0).sum()), int((drop < 0).sum()), len(drop)
     upper = proportion_upper_bound(lost, gained, count, confidence)
     return Difference(float(drop.mean()), -proportion_upper_bound(gained, lost, count, confidence), upper)
 
 
 def _one_answer_each(outcomes: PairedOutcomes) -> bool:
-    return outcomes.by_example and bool((outcomes.units == 1).all())
+    return bool((outcomes.answers == 1).all())
 
 
 @refusing_old_names
@@ -89,10 +90,10 @@ def certify(
 
     * `lossless`: the upper bounds of the loss increase, of the loss increase at fitted temperatures and of the drop of
       the accuracy are inside their margins.
-    * `improved`: besides, the first two are below 0.
+    * `improved`: besides, the first two are below 0, the second by what its interpolation may be off.
     * `lossy`: a lower bound is beyond its margin.
     * `inconclusive`: neither; always so, unless `lossy`, for a dense model within two standard errors of chance, or
-      one whose best temperature is outside `TEMPERATURES`.
+      one whose best temperature is not inside the range that `TEMPERATURES` are fitted in.
 
     All bounds must hold at once, so no correction for their number is needed (intersection–union test).
 
@@ -119,7 +120,7 @@ def certify(
     reasons = doubts if status == "inconclusive" else []
     loss = endpoints[LOSS].found
     tempered, drop = (endpoints[name].found if name in endpoints else None for name in (TEMPERED, ACCURACY))
-    if temperatures is not None and tempered is not None and loss.mean < 0 < tempered.mean:
+    if temperatures is not None and tempered is not None and loss.mean < 0 and tempered.mean > INTERPOLATED:
         extreme = "less" if temperatures[1] < temperatures[0] else "more"
         reasons.append(
             f"the loss is lower only because the logits are {extreme} extreme: at fitted temperatures it is higher"
@@ -176,14 +177,14 @@ def _endpoints(
         if differences is not None:
             found = loss_difference(differences, outcomes.units, confidence, bootstrap=True)
             p_value = mean_p_value(differences, outcomes.units, loss_margin)
-            endpoints[name] = _Endpoint(differences, found, loss_margin, p_value)
+            endpoints[name] = _Endpoint(differences, outcomes.units, found, loss_margin, p_value)
     accuracy, drop = accuracy_difference(outcomes, confidence, bootstrap=True), outcomes.accuracy_drop
     if accuracy is not None and drop is not None:
         if _one_answer_each(outcomes):
             p_value = proportion_p_value(int((drop > 0).sum()), int((drop < 0).sum()), len(drop), accuracy_margin)
         else:
-            p_value = mean_p_value(drop, outcomes.units, accuracy_margin)
-        endpoints[ACCURACY] = _Endpoint(drop, accuracy, accuracy_margin, p_value)
+            p_value = mean_p_value(drop, outcomes.answers, accuracy_margin)
+        endpoints[ACCURACY] = _Endpoint(drop, outcomes.answers, accuracy, accuracy_margin, p_value)
     return endpoints
 
 
@@ -192,14 +193,22 @@ def _status(endpoints: Mapping[str, _Endpoint], doubts: Sequence[str]) -> str:
         return "lossy"
     if doubts or any(endpoint.found.upper > endpoint.margin for endpoint in endpoints.values()):
         return "inconclusive"
-    lower = TEMPERED in endpoints and all(endpoints[name].found.upper < 0 for name in (LOSS, TEMPERED))
-    return "improved" if lower else "lossless"
+    if TEMPERED not in endpoints or endpoints[TEMPERED].found.upper >= -INTERPOLATED:
+        return "lossless"
+    return "improved" if endpoints[LOSS].found.upper < 0 else "lossless"
 
 
 def demoted(certificate: Certificate, reason: str) -> Certificate:
     """Return a certificate that states nothing better than `inconclusive`, with the reason."""
     status = "inconclusive" if certificate.status in CERTIFIED else certificate.status
     return replace(certificate, status=status, reasons=(*certificate.reasons, reason))
+
+
+def not_improved(certificate: Certificate, reason: str) -> Certificate:
+    """Return a certificate that states nothing better than `lossless`, with the reason."""
+    if certificate.status != "improved":
+        return certificate
+    return replace(certificate, status="lossless", reasons=(*certificate.reasons, f"not `improved`: {reason}"))
 
 
 def certify_together(certificates: Mapping[str, Certificate]) -> dict[str, Certificate]:
@@ -209,12 +218,15 @@ def certify_together(certificates: Mapping[str, Certificate]) -> dict[str, Certi
         certificates: task to its certificate.
 
     Returns:
-        The certificates; one whose corrected p-value exceeds its level is `inconclusive`.
+        The certificates; one whose corrected p-value exceeds its level is `inconclusive`, and none of several is
+        `improved`, for which the p-value is not.
     """
     corrected = holm({task: certificate.p_value for task, certificate in certificates.items()})
     result = {}
     for task, certificate in certificates.items():
         result[task] = replace(certificate, p_value=corrected[task])
+        if len(certificates) > 1:
+            result[task] = not_improved(result[task], f"that is not corrected for {len(certificates)} tasks")
         if corrected[task] > 1 - certificate.confidence and certificate.status in CERTIFIED:
             result[task] = demoted(result[task], f"not shown once corrected for {len(certificates)} tasks (Holm)")
     return result
@@ -226,12 +238,17 @@ def _chance(outcomes: PairedOutcomes) -> tuple[float | None, str | None]:
         return None, None
     counts = np.unique(outcomes.labels, return_counts=True)[1]
     chance = float(counts.max() / counts.sum())
-    error = np.sqrt(chance * (1 - chance) / outcomes.clusters)
+    error = np.sqrt(chance * (1 - chance) / len(outcomes.answers))
     if outcomes.accuracy[0] > chance + 2 * error:
         return chance, None
     return chance, (
-        f"the dense model is right on {outcomes.accuracy[0]:.1%}, within two standard errors of always giving the "
+        f"the dense model is right on {outcomes.accuracy[0]:.1%}, not two standard errors above always giving the "
         f"most frequent answer ({chance:.1%}), so it has nothing to lose"
+        + (
+            "; are the labels in the order of the model's classes?"
+            if outcomes.accuracy[0] < chance - 2 * error
+            else ""
+        )
     )
 
 
@@ -245,15 +262,15 @@ def _calibration_errors(outcomes: PairedOutcomes) -> tuple[float, float] | None:
 def _examples_needed(outcomes: PairedOutcomes, endpoints: Mapping[str, _Endpoint], confidence: float) -> int | None:
     """Return the examples that would show all differences to be inside their margins, or None."""
     needed = []
-    for name, (differences, found, margin, _) in endpoints.items():
-        deviation = float(np.std(differences - found.mean * outcomes.units, ddof=1) / outcomes.units.mean())
+    for name, (differences, units, found, margin, _) in endpoints.items():
+        deviation = float(np.std(differences - found.mean * units, ddof=1) / units.mean())
         if name == ACCURACY and _one_answer_each(outcomes) and found.mean < margin:
             deviation = max(deviation, _score_deviation(differences, margin))
         count = examples_needed(found.mean, deviation, margin, confidence)
         if count is None:
             return None
-        needed.append(count)
-    return max(int(np.ceil(max(needed) * outcomes.examples / outcomes.clusters)), MIN_EXAMPLES)
+        needed.append(count * outcomes.examples / len(units))
+    return max(int(np.ceil(max(needed))), MIN_EXAMPLES)
 
 
 def _score_deviation(drop: np.ndarray, margin: float) -> float:

@@ -21,8 +21,8 @@ from ..data import Representation, batch_examples, correct_predictions, forward_
 from ..errors import DataError
 from ..layers import evaluating, in_place
 
-TEMPERATURES = tuple(2.0 ** (step / 4) for step in range(-4, 9))
-"""Temperatures at which losses are taken, from 1/2 to 4; a fitted one is interpolated between them."""
+TEMPERATURES = tuple(2.0 ** (step / 4) for step in range(-5, 10))
+"""Temperatures at which losses are taken: from 1/2 to 4, between which one is fitted, and a step beyond either."""
 
 MAX_KEPT_BYTES = 2**30  # of logits; those of a classifier always fit, of a language model a few hundred texts
 LOSS_TOLERANCE = 0.02  # relative gap between a model's loss and the cross-entropy of its logits: rounding in bfloat16
@@ -46,6 +46,7 @@ class PairedOutcomes:
         changed: whether the two models answer differently.  # shape: (units,)
         labels: the right class of each unit (of the first question).  # shape: (units,)
         cluster_of_unit: index of the unit's cluster.  # shape: (units,)
+        example_of_unit: index of the unit's example, where that is no cluster but a part of one.  # shape: (units,)
         divergence: KL divergence of the compressed from the dense predictions, in nats; of representations, half
             their squared distance.  # shape: (units,)
         tempered: summed loss at each of `TEMPERATURES`, if asked for and `by_example`.
@@ -62,6 +63,7 @@ class PairedOutcomes:
     changed: np.ndarray | None = None
     labels: np.ndarray | None = None
     cluster_of_unit: np.ndarray | None = None
+    example_of_unit: np.ndarray | None = None
     divergence: np.ndarray | None = None
     tempered: np.ndarray | None = None
     explained: bool = True
@@ -97,11 +99,16 @@ class PairedOutcomes:
 
     @property
     def accuracy_drop(self) -> np.ndarray | None:
-        """Correct answers lost in each cluster, less those gained.  # shape: (clusters,)."""
-        if self.right is None or self.cluster_of_unit is None:
+        """Correct answers lost in each example, less those gained.  # shape: (examples,)."""
+        owner = self.cluster_of_unit if self.example_of_unit is None else self.example_of_unit
+        if self.right is None or owner is None:
             return None
-        drop = self.right[0].astype(float) - self.right[1]
-        return np.bincount(self.cluster_of_unit, drop, minlength=self.clusters)
+        return np.bincount(owner, self.right[0].astype(float) - self.right[1])
+
+    @property
+    def answers(self) -> np.ndarray:
+        """Units of each example; of each cluster, where that is all that is known.  # shape: (examples,)."""
+        return self.units if self.example_of_unit is None else np.bincount(self.example_of_unit)
 
     @property
     def mean_divergence(self) -> float | None:
@@ -286,10 +293,11 @@ def _combine(records: Sequence[_Record]) -> PairedOutcomes:
         name: np.concatenate([record.by_unit[name] for record in records], axis=-1) for name in records[0].by_unit
     }
     by_example = all(_explains(record) for record in records)
-    if by_example:
-        starts = np.cumsum([0, *(record.examples for record in records[:-1])])
-        owner = np.concatenate([r.by_unit["example"] + start for r, start in zip(records, starts, strict=True)])
-    else:
+    starts = np.cumsum([0, *(record.examples for record in records[:-1])])
+    owner = np.concatenate([r.by_unit["example"] + start for r, start in zip(records, starts, strict=True)])
+    example_of_unit = None
+    if not by_example:
+        _, example_of_unit = np.unique(owner, return_inverse=True)
         owner = np.repeat(np.arange(len(records)), [len(record.by_unit["example"]) for record in records])
     _, owner, units = np.unique(owner, return_inverse=True, return_counts=True)
 
@@ -307,6 +315,7 @@ def _combine(records: Sequence[_Record]) -> PairedOutcomes:
         changed=columns.get("changed"),
         labels=columns.get("labels"),
         cluster_of_unit=owner,
+        example_of_unit=example_of_unit,
         divergence=columns["divergence"],
         tempered=summed(columns["tempered"]) if by_example and "tempered" in columns else None,
     )

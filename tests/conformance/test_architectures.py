@@ -167,7 +167,9 @@ def check_training(case):
     optimizer.step()
     same = [name for name in factors if any(map(torch.equal, factors[name], before[name]))]
     experts = [name for name in same if ".experts." in name]
-    idle = [name for name in experts if not any(factor.grad.any() for factor in factors[name])]  # they were sent no row
+    idle = [
+        name for name in experts if not any(factor.grad.any() for factor in factors[name])
+    ]  # they were sent no row
     assert same == idle
     assert len(idle) < len(factors)
 

@@ -33,7 +33,7 @@ from hf_lossless_lr.verdict.certificate import (
     loss_difference,
 )
 from hf_lossless_lr.verdict.outcomes import TEMPERATURES, PairedOutcomes, paired_outcomes
-from hf_lossless_lr.verdict.temperatures import at_fitted_temperatures
+from hf_lossless_lr.verdict.temperatures import INTERPOLATED, at_fitted_temperatures
 
 COUNT = 120
 LOGS = np.log(TEMPERATURES)
@@ -159,8 +159,10 @@ class TestStatus:
 
     @pytest.mark.parametrize("endpoint", ["loss", "tempered"])
     @pytest.mark.parametrize(("shift", "status"), [(-1e-9, "improved"), (1e-9, "lossless")])
-    def test_is_improved_exactly_if_both_losses_are_below_zero(self, endpoint, shift, status):
+    def test_is_improved_exactly_if_both_losses_are_lower(self, endpoint, shift, status):
+        """The one at fitted temperatures by more than what its interpolation may be off."""
         better, differences = noise(-0.5, seed=1), noise(-0.5)
+        shift -= INTERPOLATED if endpoint == "tempered" else 0
         differences = differences - loss_difference(differences, np.ones(COUNT), 0.95, True).upper + shift
         pair = (differences, better) if endpoint == "loss" else (better, differences)
         certificate = judge(outcomes(*pair))
@@ -302,8 +304,23 @@ class TestAccuracy:
         assert found == loss_difference(drop, answers.units, 0.95, bootstrap)
         assert found.mean == pytest.approx(drop.sum() / 200)
 
-    def test_taken_by_batch_is_bounded_like_a_loss(self):
-        answers = replace(outcomes(noise(0.0), lost=7), by_example=False, tempered=None)
+    def test_of_a_loss_that_is_known_by_batch_is_bounded_by_the_answers_to_examples(self):
+        """By batch, a few changed answers could be missed by a bound of t; where none changed, it would be 0."""
+        for lost in (0, 7):
+            by_example = outcomes(noise(0.0), lost=lost)
+            batches = np.arange(COUNT) // 4
+            by_batch = replace(
+                losses_only(np.bincount(batches, noise(0.0)), np.bincount(batches), False, COUNT),
+                right=by_example.right,
+                cluster_of_unit=batches,
+                example_of_unit=np.arange(COUNT),
+            )
+            expected = accuracy_difference(by_example, 0.95, False)
+            assert accuracy_difference(by_batch, 0.95, False) == expected
+            assert expected.upper > 0
+
+    def test_of_several_units_an_example_is_bounded_like_a_loss(self):
+        answers = tokens(3)
         drop = answers.accuracy_drop
         assert accuracy_difference(answers, 0.95, False) == loss_difference(drop, answers.units, 0.95, False)
 
@@ -449,7 +466,7 @@ class TestChance:
         assert certificate.status == "inconclusive"
         assert len(certificate.reasons) == 1
         assert certificate.reasons[0].startswith(
-            "the dense model is right on 25.0%, within two standard errors of alwa"
+            "the dense model is right on 25.0%, not two standard errors above always"
         )
         assert f"({certificate.chance:.1%})" in certificate.reasons[0]
 
