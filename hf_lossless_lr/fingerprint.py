@@ -28,6 +28,20 @@ def tensors_fingerprint(tensors: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
+def batch_fingerprint(batch: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a batch: its tensors, and what else is in it, such as the boxes of a detection model.
+
+    Args:
+        batch: the arguments of a forward pass by name.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    others = {name: value for name, value in batch.items() if not isinstance(value, torch.Tensor)}
+    tensors = tensors_fingerprint(batch)
+    return content_digest([tensors, others]) if others else tensors
+
+
 NOT_COMPUTED = {
     *("architectures", "transformers_version", "quantization_config", "dtype", "torch_dtype", "id2label", "label2id"),
     *("problem_type", "use_cache", "return_dict", "output_attentions", "output_hidden_states"),

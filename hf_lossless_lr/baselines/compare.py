@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..checkpoint import DEFAULT_SELECTION, LosslessLowRankConfig
-from ..data import combined_digest, item_digests, make_dataloader
+from ..data import make_dataloader
 from ..errors import ConfigurationError
-from ..fingerprint import content_digest, tensors_fingerprint
+from ..fingerprint import batch_fingerprint, content_digest, tensors_fingerprint
 from ..layers import at_hand
 from ..pipeline import Judgement, LowRankCompressor
 from ..ranks import OBJECTIVES
@@ -112,12 +112,9 @@ def _inputs(
     configs: dict[str, LosslessLowRankConfig],
     changes: dict[str, Any],
 ) -> str:
-    digests, batch_size = [], next(iter(configs.values())).batch_size
-    for data in parts:
-        if data is not None:
-            digests.append(
-                combined_digest(item_digests(make_dataloader(data, model, batch_size=batch_size, **options), model))
-            )
+    batch_size = next(iter(configs.values())).batch_size
+    loaders = [make_dataloader(data, model, batch_size=batch_size, **options) for data in parts if data is not None]
+    digests = [[batch_fingerprint(batch) for batch in loader] for loader in loaders]  # with labels, and in order
     with at_hand(model):
         return content_digest([tensors_fingerprint(model.state_dict()), digests, changes])
 

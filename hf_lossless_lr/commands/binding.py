@@ -70,6 +70,25 @@ def doubt_about_weights(folder: Path, report: CompressionReport) -> str | None:
     return None
 
 
+def what_is_known(folder: Path) -> tuple[set[str], str | None]:
+    """Return the data that a checkpoint was made from, and why its report may be about other weights.
+
+    Args:
+        folder: the checkpoint; one without a report is known nothing of.
+
+    Returns:
+        Fingerprints of the data, and the doubt in words.
+    """
+    if not (folder / REPORT_NAME).is_file():
+        return set(), None
+    report = read_report(folder)
+    used = {digest for part, digest in report.fingerprints.items() if part != "held_out"}
+    try:
+        return used, doubt_about_weights(folder, report)
+    except CheckpointError as error:
+        return used, str(error).rstrip(".")
+
+
 def _stored(folder: Path) -> dict[str, Any]:
     """Return the tensors in a checkpoint's files."""
     try:

@@ -134,7 +134,7 @@ def check_arguments(arguments: Any) -> None:
         ConfigurationError: if a number is less than 1, an option does not fit the task, or a file cannot be written.
     """
     given = {name: value for name, value in vars(arguments).items() if value is not None}
-    for name in ("max_length", "examples", "calibration_examples", "eval_examples"):
+    for name in ("max_length", "examples", "calibration_examples", "eval_examples", "refit_examples"):
         if given.get(name, 1) < 1:
             raise ConfigurationError(f"--{name}: must be at least 1, got {given[name]}.")
     if "columns" in given and not ALL_TASKS[arguments.task].columns:
@@ -150,6 +150,8 @@ def check_arguments(arguments: Any) -> None:
             "--eval_examples: name the held-out data with --eval_split or --eval_data_files; without them, a fifth "
             "of the calibration examples is held out."
         )
+    if "refit_examples" in given and not {"refit_split", "refit_data_files"} & given.keys():
+        raise ConfigurationError("--refit_examples: name these data with --refit_split or --refit_data_files.")
     check_files(arguments)
 
 
@@ -225,13 +227,14 @@ def load_data(arguments: Any, files: list[str] | None, split: str, count: int | 
     return load_split(path, configuration, files, split, count)
 
 
-def align(task: Task, dataset: Dataset, models: Sequence[Any]) -> Dataset:
+def align(task: Task, dataset: Dataset, models: Sequence[Any], columns: list[str] | None = None) -> Dataset:
     """Put the labels of a data set into the order of the classes of models that are to be compared.
 
     Args:
         task: the task.
         dataset: the data set.
         models: one model or more.
+        columns: columns that the user named, for the tasks that take them.
 
     Returns:
         The data set with labels that are right for all of the models.
@@ -239,7 +242,8 @@ def align(task: Task, dataset: Dataset, models: Sequence[Any]) -> Dataset:
     Raises:
         CertificateError: if no labels are.
     """
-    first, *others = (task.align(dataset, model) for model in models)
+    named = () if columns is None else (columns,)
+    first, *others = (task.align(dataset, model, *named) for model in models)
     for other in others:
         # A column of labels that were put into another order has other names.
         columns = [name for name, feature in first.features.items() if feature != other.features[name]]
@@ -280,7 +284,8 @@ def load_examples(
     """
     # Examples are counted after a text is cut into blocks.
     blocks = task.auto_model == "AutoModelForCausalLM" and arguments.task != "mmlu"
-    dataset = align(task, load_data(arguments, files, split, None if blocks else count), models)
+    dataset = load_data(arguments, files, split, None if blocks else count)
+    dataset = align(task, dataset, models, arguments.columns)
     columns = () if arguments.columns is None else (arguments.columns,)
     examples = task.prepare(dataset, processor, arguments.max_length or task.max_length, *columns)
     return examples.select(range(min(count or len(examples), len(examples))))

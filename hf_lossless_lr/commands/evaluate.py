@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..checkpoint import LosslessLowRankConfig
@@ -11,7 +13,8 @@ from ..errors import CertificateError
 from ..evaluation import EVALUATION_TASKS, ScoringOptions, summarize
 from ..files import write_atomically
 from ..pipeline import verify
-from ..report import certificate_sentence, score_table
+from ..report import certificate_sentence, plain, score_table
+from .binding import what_is_known
 from .data_options import SourceArguments, align, check_arguments, load_data, published_task
 from .loading import load_auto, load_model
 
@@ -72,6 +75,7 @@ def evaluate(arguments: Any) -> int:
     print(score_table(summary))
     if arguments.other is not None:
         print(f"bounds are one-sided, at {arguments.confidence:.0%} confidence")
+        used, doubt = what_is_known(Path(arguments.other))
         try:
             certificate = verify(
                 models[0],
@@ -80,10 +84,13 @@ def evaluate(arguments: Any) -> int:
                 confidence=arguments.confidence,
                 batch_size=arguments.batch_size,
                 data_collator=task.collator(processor),
+                used=used,
             )
             print(certificate_sentence(certificate))
         except CertificateError as error:
             print(f"no certificate: {error}")
+        if doubt is not None:
+            print(plain(f"hf-lossless-lr: {doubt}; the figures are about the weights as they are"), file=sys.stderr)
     if arguments.json:
         write_atomically(arguments.json, json.dumps(summary, indent=2, allow_nan=False) + "\n")
     return 0

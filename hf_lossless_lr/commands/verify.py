@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import LosslessLowRankConfig
-from ..errors import CheckpointError
 from ..files import write_atomically
 from ..pipeline import verify as verify_pair
-from ..report import REPORT_NAME, certificate_sentence, comparison_table, finite, plain
-from .binding import doubt_about_weights, read_report
+from ..report import certificate_sentence, comparison_table, finite, plain
+from .binding import what_is_known
 from .data_options import (
     NOT_AS_REQUIRED,
     DataArguments,
@@ -71,7 +70,7 @@ def verify(arguments: Any) -> int:
     }
     LosslessLowRankConfig(**margins)  # refuses values out of range
     folder = Path(arguments.compressed)
-    used, doubt = _what_is_known(folder) if (folder / REPORT_NAME).is_file() else ({}, None)
+    used, doubt = what_is_known(folder)
     task, names = task_of(arguments), (arguments.dense, arguments.compressed)
     models = dense, compressed = [load_model(task.auto_model, name, arguments.dtype) for name in names]
     processor = load_auto(task.processor, arguments.dense)
@@ -81,7 +80,7 @@ def verify(arguments: Any) -> int:
         load_examples(arguments, task, models, processor, arguments.data_files, arguments.split, arguments.examples),
         data_collator=task.collator(processor),
         labels="data" if task.labelled else "model",
-        used={digest for part, digest in used.items() if part != "held_out"},
+        used=used,
         **margins,
     )
     if arguments.json:
@@ -101,12 +100,3 @@ def verify(arguments: Any) -> int:
         return 0
     print(f"hf-lossless-lr: {problem}", file=sys.stderr)
     return NOT_AS_REQUIRED
-
-
-def _what_is_known(folder: Path) -> tuple[dict[str, str], str | None]:
-    """Return the data that a checkpoint was made from, and why its report may be about other weights."""
-    report = read_report(folder)
-    try:
-        return report.fingerprints, doubt_about_weights(folder, report)
-    except CheckpointError as error:
-        return report.fingerprints, str(error).rstrip(".")

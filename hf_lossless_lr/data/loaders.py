@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from transformers import PreTrainedModel
 
 from ..errors import DataError
-from ..fingerprint import content_digest, tensors_fingerprint
+from ..fingerprint import batch_fingerprint, content_digest
 from .collators import default_collator
 from .kinds import are_examples, taken_by
 from .label_checks import LabelChecks, numbered
@@ -270,7 +270,7 @@ def _check_repeats(loader: DataLoader, model: PreTrainedModel, name: str) -> Non
             f"{name}: the examples cannot be joined into a batch: {type(error).__name__}: {reason}. Give them one "
             "length (pass processing_class=tokenizer, which has to have a pad_token), or a data_collator."
         ) from error
-    if isinstance(first, Mapping) and tensors_fingerprint(first) != tensors_fingerprint(again):
+    if isinstance(first, Mapping) and batch_fingerprint(first) != batch_fingerprint(again):
         raise DataError(
             f"{name}: its first batch is another one each time, so that no two models can be compared on it. Random "
             "numbers come from a generator of the collator's own (leave out its seed) or from a transform of the "

@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, default_data_collator
 
 from .classification import align_labels, answer_examples, check_labels, share
-from .pipelines import TASKS
+from .pipelines import TASKS, check_pictures
 from .scores import Scores
 from .sources import choose_columns
 from .task import EvaluationTask, ScoringOptions
@@ -26,6 +26,7 @@ def _prepare(dataset: Dataset, processor: Any, max_length: int) -> Dataset:
     """Process each picture when it is asked for: those of ImageNet's validation set together take 30 GB."""
     image, label = choose_columns(_IMAGES, dataset.column_names)
     check_labels(dataset, label)
+    check_pictures(dataset, image)
 
     def process(batch: dict[str, list[Any]]) -> dict[str, Any]:
         pixels = processor([picture.convert("RGB") for picture in batch[image]], return_tensors="pt")["pixel_values"]

@@ -81,6 +81,8 @@ def _rows(dataset: Dataset, what: str) -> list[Row]:
             raise DataError(f"{what}: row {index} has no question or no subject.")
         if not isinstance(row["choices"], list) or len(row["choices"]) != len(LETTERS):
             raise DataError(f"{what}: row {index} has the choices {row['choices']!r}; there must be {len(LETTERS)}.")
+        if not all(isinstance(choice, str) for choice in row["choices"]):
+            raise DataError(f"{what}: row {index} has the choices {row['choices']!r}; they must be texts.")
         if not isinstance(row["answer"], int) or not 0 <= row["answer"] < len(LETTERS):
             raise DataError(f"{what}: row {index} has the answer {row['answer']!r}; it must be 0, 1, 2 or 3.")
     return rows

@@ -5,23 +5,42 @@ Each prepares a `datasets.Dataset` whose columns are arguments of the model's fo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from datasets import Dataset
-from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, default_data_collator
+from datasets import ClassLabel, Dataset, Image
+from transformers import (
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    default_data_collator,
+)
 
 from ..data import IGNORE_INDEX
 from ..errors import DataError
-from .sources import choose_columns
+from .classification import align_labels
+from .sources import check_texts, choose_columns
 from .task import Task
 
 Columns = list[str] | None
 
 
-def _check_texts(dataset: Dataset, column: str) -> None:
-    for index, text in enumerate(dataset[column]):
-        if not isinstance(text, str):
-            raise DataError(f"row {index} of the data set has the text {text!r} in {column!r}, which is no string.")
+def check_pictures(dataset: Dataset, column: str) -> None:
+    """Refuse a column that holds something else than pictures, such as the paths of their files.
+
+    Args:
+        dataset: the data set.
+        column: the column.
+
+    Raises:
+        DataError: if it does.
+    """
+    if not isinstance(dataset.features[column], Image):
+        first = str(dataset[0][column])[:80] if len(dataset) else "nothing"
+        raise DataError(
+            f"the column {column!r} holds no pictures, but {dataset.features[column]}: {first!r}. Load files with "
+            f"dataset.cast_column({column!r}, datasets.Image()), or give a folder of class folders."
+        )
 
 
 def _check_tags(dataset: Dataset, words: str, tags: str) -> None:
@@ -39,7 +58,7 @@ def _text_classification(dataset: Dataset, tokenizer: Any, max_length: int, colu
     *texts, label = choose_columns(TASKS["text-classification"], dataset.column_names, columns)
 
     for column in texts:
-        _check_texts(dataset, column)
+        check_texts(dataset, column)
 
     def tokenize(batch: dict[str, list[Any]]) -> dict[str, Any]:
         encoded = tokenizer(*(batch[column] for column in texts), truncation=True, max_length=max_length)
@@ -71,7 +90,7 @@ def _token_classification(dataset: Dataset, tokenizer: Any, max_length: int, col
 def _text_generation(dataset: Dataset, tokenizer: Any, max_length: int, columns: Columns = None) -> Dataset:
     """Join all texts and cut them into blocks of `max_length` tokens; the incomplete last block is dropped."""
     (text,) = choose_columns(TASKS["text-generation"], dataset.column_names, columns)
-    _check_texts(dataset, text)
+    check_texts(dataset, text)
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     stream = [
         token for ids in tokenizer(list(dataset[text]), add_special_tokens=False)["input_ids"] for token in ids + end
@@ -82,7 +101,7 @@ def _text_generation(dataset: Dataset, tokenizer: Any, max_length: int, columns:
 
 def _feature_extraction(dataset: Dataset, tokenizer: Any, max_length: int, columns: Columns = None) -> Dataset:
     (text,) = choose_columns(TASKS["feature-extraction"], dataset.column_names, columns)
-    _check_texts(dataset, text)
+    check_texts(dataset, text)
 
     def tokenize(batch: dict[str, list[Any]]) -> dict[str, Any]:
         return dict(tokenizer(batch[text], truncation=True, max_length=max_length))
@@ -92,12 +111,24 @@ def _feature_extraction(dataset: Dataset, tokenizer: Any, max_length: int, colum
 
 def _image_classification(dataset: Dataset, processor: Any, max_length: int, columns: Columns = None) -> Dataset:
     image, label = choose_columns(TASKS["image-classification"], dataset.column_names, columns)
+    check_pictures(dataset, image)
 
     def process(batch: dict[str, list[Any]]) -> dict[str, Any]:
         pixels = processor([picture.convert("RGB") for picture in batch[image]], return_tensors="np")["pixel_values"]
         return {"pixel_values": list(pixels), "labels": batch[label]}
 
     return dataset.map(process, batched=True, batch_size=64, remove_columns=dataset.column_names)
+
+
+def _aligned(name: str) -> Callable[..., Dataset]:
+    """Return what numbers the classes of a data set as a model does, where both of them name them."""
+
+    def align(dataset: Dataset, model: PreTrainedModel, columns: Columns = None) -> Dataset:
+        label = choose_columns(TASKS[name], dataset.column_names, columns)[-1]
+        named = isinstance(dataset.features[label], ClassLabel)
+        return align_labels(dataset, model, label) if named else dataset
+
+    return align
 
 
 TASKS: dict[str, Task] = {
@@ -111,6 +142,7 @@ TASKS: dict[str, Task] = {
             "hypothesis|question2|sentence2|sentence|",
             "label|labels",
         ),
+        align=_aligned("text-classification"),
     ),
     "token-classification": Task(
         auto_model="AutoModelForTokenClassification",
@@ -140,6 +172,7 @@ TASKS: dict[str, Task] = {
         prepare=_image_classification,
         collator=lambda processor: default_data_collator,
         columns=("image|img", "label|labels"),
+        align=_aligned("image-classification"),
     ),
 }
 """Tasks with the names of Transformers' pipelines, for any data set of their kind."""

@@ -25,8 +25,12 @@ def choose_columns(task: Task, available: list[str], given: list[str] | None = N
         Column names.
 
     Raises:
-        DataError: if a column does not exist, or none of the usual names does.
+        DataError: if a column does not exist, none of the usual names does, or there are too few or too many.
     """
+    most, fewest = len(task.columns), sum("" not in names.split("|") for names in task.columns)
+    if given and not fewest <= len(given) <= most:
+        takes = f"{most}" if fewest == most else f"{fewest} to {most}"
+        raise DataError(f"columns: the task takes {takes}, the label last where it has one; got {', '.join(given)}.")
     for column in given or ():
         if column not in available:
             raise DataError(f"the data set has no column {column!r}; it has {', '.join(available)}.")
@@ -44,6 +48,24 @@ def choose_columns(task: Task, available: list[str], given: list[str] | None = N
                 f"{', '.join(available)}. Name the columns with --columns, the label last."
             )
     return chosen
+
+
+def check_texts(dataset: Dataset, *columns: str) -> None:
+    """Refuse columns with something else than texts in them.
+
+    Args:
+        dataset: the data set.
+        columns: the columns.
+
+    Raises:
+        DataError: if there is; it names the row.
+    """
+    for column in columns:
+        for index, text in enumerate(dataset[column]):
+            if not isinstance(text, str):
+                raise DataError(
+                    f"row {index} of the data set has the text {text!r} in {column!r}, which is no string."
+                )
 
 
 def is_format(path: str | None) -> bool:

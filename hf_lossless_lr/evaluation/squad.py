@@ -23,6 +23,7 @@ from transformers.utils import logging
 from ..errors import DataError, NumericalError
 from ..layers import evaluating
 from .scores import Scores
+from .sources import check_texts
 from .squad_scores import squad_scores
 from .task import EvaluationTask, ScoringOptions
 
@@ -57,6 +58,7 @@ def _check(dataset: Dataset, tokenizer: Any) -> None:
             f"SQuAD needs the columns {', '.join(COLUMNS)}; the data set has no {' and no '.join(missing)}, but "
             f"{', '.join(dataset.column_names)}."
         )
+    check_texts(dataset, "question", "context")
     if not len(dataset):
         raise DataError("the data set is empty.")
     if not getattr(tokenizer, "is_fast", False):

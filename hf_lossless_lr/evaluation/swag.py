@@ -13,6 +13,7 @@ from transformers import DataCollatorForMultipleChoice, PreTrainedModel
 from ..errors import DataError
 from .classification import accuracy_scores, answer_examples, check_labels
 from .scores import Scores
+from .sources import check_texts
 from .task import EvaluationTask, ScoringOptions
 
 _ENDINGS = ("ending0", "ending1", "ending2", "ending3")
@@ -24,6 +25,7 @@ def _prepare(dataset: Dataset, tokenizer: Any, max_length: int) -> Dataset:
     missing = [name for name in ("sent1", "sent2", *_ENDINGS, _LABEL) if name not in dataset.column_names]
     if missing:
         raise DataError(f"the data set has no column {missing[0]!r}; it has {', '.join(dataset.column_names)}.")
+    check_texts(dataset, "sent1", "sent2", *_ENDINGS)
     labels = check_labels(dataset, _LABEL)
     if labels.max() >= len(_ENDINGS):
         raise DataError(f"the data set has the label {labels.max()}, but the endings are 0 to {len(_ENDINGS) - 1}.")

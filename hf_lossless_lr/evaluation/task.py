@@ -26,7 +26,7 @@ class ScoringOptions(NamedTuple):
     max_length: int
 
 
-def as_it_is(dataset: Dataset, model: PreTrainedModel) -> Dataset:
+def as_it_is(dataset: Dataset, model: PreTrainedModel, columns: list[str] | None = None) -> Dataset:
     """Return the data set unchanged: for tasks whose labels do not depend on a model's order of classes."""
     return dataset
 
@@ -68,7 +68,8 @@ class Task:
             set of the task has columns of its own.
         labelled: whether there are labels; without, the dense model's own answers are what is to be kept.
         max_length: tokens that an input is cut to by default.
-        align: `(dataset, model) -> dataset` with labels in the model's order of classes; call it before `prepare`.
+        align: `(dataset, model) -> dataset` with labels in the model's order of classes; call it before `prepare`. The
+            tasks with `columns` take those here, too.
     """
 
     auto_model: str
@@ -78,7 +79,7 @@ class Task:
     columns: tuple[str, ...] = ()
     labelled: bool = True
     max_length: int = 128
-    align: Callable[[Dataset, PreTrainedModel], Dataset] = as_it_is
+    align: Callable[..., Dataset] = as_it_is
 
     def __post_init__(self) -> None:
         """Let nothing that a task does to texts show in the tokenizer of its caller."""

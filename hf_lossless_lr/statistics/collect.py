@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from ..data import watching_masks
 from ..errors import DataError, TargetError
-from ..fingerprint import tensors_fingerprint
+from ..fingerprint import batch_fingerprint
 from ..layers import differentiating_only
 from .collector import Collector
 from .recomputing import recomputing
@@ -36,7 +36,7 @@ from .records import CalibrationStatistics
 
 def data_fingerprint(loader: DataLoader, accelerator: Accelerator) -> str:
     """Return the fingerprint that `collect_statistics` gives to the same data, without running the model."""
-    return _combined([tensors_fingerprint(batch) for batch in accelerator.prepare(loader)])
+    return _combined([batch_fingerprint(batch) for batch in accelerator.prepare(loader)])
 
 
 def _combined(digests: list[str]) -> str:
@@ -89,7 +89,7 @@ def collect_statistics(
         with watching, differentiating, recomputing(model, recompute), torch.enable_grad():
             for index, batch in enumerate(progress):
                 totals += collector.add_batch(batch, index)
-                digests.append(tensors_fingerprint(batch))
+                digests.append(batch_fingerprint(batch))
     finally:
         for hook in hooks:
             hook.remove()
