@@ -111,6 +111,11 @@ def temporary_name(path: Path) -> str:
     return f"{PREFIX}{_key(path.name)}-{_key(socket.gethostname())}-{pid}-{_started(pid)}-{secrets.token_hex(4)}.tmp"
 
 
+def is_temporary(path: Path) -> bool:
+    """Return whether a file has a name from `temporary_name` or `lock_name`."""
+    return path.name.startswith(PREFIX)
+
+
 def lock_name(path: Path) -> str:
     """Return the name of the lock of a path."""
     return f"{PREFIX}{_key(path.name)}.lock"

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from itertools import islice
 from typing import Any
 
 import torch
@@ -40,7 +41,11 @@ def batch_norms(model: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def shifted_batch_norms(
-    model: PreTrainedModel, layers: Mapping[str, nn.Module], loaders: Sequence[DataLoader], accelerator: Accelerator
+    model: PreTrainedModel,
+    layers: Mapping[str, nn.Module],
+    loaders: Sequence[DataLoader],
+    accelerator: Accelerator,
+    most: int | None = None,
 ) -> dict[str, nn.Module]:
     """Return shifted copies of a model's batch normalizations for its compressed form.
 
@@ -49,13 +54,14 @@ def shifted_batch_norms(
         layers: what is in the compressed model, by name.
         loaders: the data; labels play no part.
         accelerator: made with `even_batches=False`.
+        most: batches of each process that are used, the first ones; None for all.
 
     Returns:
         The copies, by name; of a normalization that is called several times in a forward pass, or not at all, none.
     """
     dense_norms, masks = batch_norms(model), PaddingMasks(model)
     with evaluating(model):
-        batches = [batch for loader in loaders for batch in accelerator.prepare(loader)]
+        batches = list(islice((batch for loader in loaders for batch in accelerator.prepare(loader)), most))
         order = _order(model, dense_norms, batches)
         shifted: dict[str, Any] = {name: deepcopy(dense_norms[name]) for name in order}
         pauses = [Pause((n,), norms[n], _input, behind=False) for norms in (dense_norms, shifted) for n in order]

@@ -22,7 +22,7 @@ from .model_state import (
     random_state_kept,
 )
 from .offloaded import at_hand, check_offloaded, copied, files_of_offloaded
-from .patterns import values_of
+from .patterns import matching, values_of
 from .readers import read_by_others
 from .replacement import Replacement, finish, in_place, replace_modules
 from .rounded import (
@@ -101,6 +101,7 @@ __all__ = [
     "layers_in",
     "layout_of",
     "lora_targets",
+    "matching",
     "on_device",
     "other_weights",
     "own_config",

@@ -73,6 +73,11 @@ def values_of(
         TargetError: if a pattern matches nothing.
     """
     check_patterns(option, list(given), layers, skipped)
+    return matching(given, layers)
+
+
+def matching(given: Mapping[str, T], layers: Mapping[str, nn.Module]) -> dict[str, T]:
+    """Return what `values_of` does, also where a pattern matches nothing."""
     values = {}
     for name, module in layers.items():
         pattern = max(given, key=lambda each: match_specificity(each, name, module), default=None)

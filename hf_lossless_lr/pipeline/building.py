@@ -50,5 +50,5 @@ def build_layers(
         fill(layers[name], weight_matrices(module), factors.factorizations[name][form], hessian, number_format)
         if module.bias is not None:
             with torch.no_grad():
-                layers[name].bias.copy_(module.bias)
+                layers[name].bias.copy_(module.bias).requires_grad_(module.bias.requires_grad)
     return layers

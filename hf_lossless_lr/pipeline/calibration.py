@@ -47,7 +47,7 @@ from ..statistics import (
     with_pooled,
 )
 from ..timing import Clock
-from ..verdict import KeptAnswers
+from ..verdict import MAX_KEPT_BYTES, KeptAnswers
 from ..versions import __version__
 from .agreeing import check_same_inputs
 from .factoring import factorize_targets
@@ -181,6 +181,9 @@ def calibrate(
         targets = without_heads(model, config, parts, targets, accelerator)
         kept = work_dir is not None
         memory, windows = plan_memory(model, targets.chosen, parts, accelerator, limit, bool(config.refit), kept)
+        if accelerator.device.type == "cpu":  # where the dense model's answers are kept, too
+            room = max(0, memory.limit - memory.expected)
+            dense = replace(dense, answers=KeptAnswers(min(MAX_KEPT_BYTES, room)))
         workspace = None
         if memory.disk or not memory.fits:
             (logger.info if memory.fits or not accelerator.is_main_process else logger.warning)(memory.sentence)
@@ -189,7 +192,7 @@ def calibrate(
             inputs = _inputs(dense, config, parts, targets, accelerator)
             workspace = Workspace(None if work_dir is None else Path(work_dir), accelerator, inputs)
             undo.callback(workspace.close)
-            memory = _as_planned_before(memory, workspace.shelf, accelerator)
+            memory = _as_planned_before(memory, workspace.shelf, accelerator, [config.refit, parts.fingerprints])
         shelf = None if workspace is None else workspace.shelf
         with clock.timed("statistics"):
             if shelf is not None:
@@ -214,13 +217,14 @@ def calibrate(
     )
 
 
-def _as_planned_before(memory: MemoryPlan, shelf: Shelf, accelerator: Accelerator) -> MemoryPlan:
-    """Return the plan, with the batches of a refit that an earlier run in the folder took: others, other results."""
-    if PLAN in shelf:
-        taken = shelf.get(PLAN)[1]["refit_batches"]
+def _as_planned_before(memory: MemoryPlan, shelf: Shelf, accelerator: Accelerator, refit: Any) -> MemoryPlan:
+    """Return the plan, with the batches that such a refit took in an earlier run in the folder: the same results."""
+    plan = f"{PLAN} {content_digest(refit)}"
+    if plan in shelf:
+        taken = shelf.get(plan)[1]["refit_batches"]
         return replace(memory, refit_batches=None if taken is None else (taken[0], taken[1]))
     if accelerator.is_main_process:
-        shelf.put(PLAN, {}, {"refit_batches": memory.refit_batches})
+        shelf.put(plan, {}, {"refit_batches": memory.refit_batches})
     return memory
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from transformers.utils import logging
 
 from ..checkpoint import LosslessLowRankConfig
-from ..layers import values_of
+from ..layers import matching
 from ..ranks import (
     OBJECTIVES,
     Budget,
@@ -57,7 +57,7 @@ def choose(
     if objective.search is not None:
         return _search(calibration, config, objective.search, budget, visit), visited, None
     epsilon = _epsilon(calibration, config) if objective.needs_noise else None
-    ranks = values_of("ranks", config.given_ranks, calibration.factors.targets.chosen)
+    ranks = matching(config.given_ranks, calibration.factors.targets.chosen)  # others stay dense, which was said
     limits = Limits(float(config.keep_ratio or 1), config.rank_multiple or 1, budget, epsilon or {}, ranks)
     choices = objective.select(curves, limits) if objective.select is not None else {}
     if all(choice == Choice() for choice in choices.values()):

@@ -232,5 +232,5 @@ def _first_batch(
     batch = first_batch(parts.calibration)
     start = time.perf_counter()
     with suppress(DataError), Results(model) as results:  # without a labelled unit in it, there is no backward pass
-        collect_statistics(model, {name: targets[name]}, batch, accelerator, recompute=recompute)
+        collect_statistics(model, {name: targets[name]}, batch, accelerator, any_called=False, recompute=recompute)
     return _largest(results.most, accelerator), time.perf_counter() - start

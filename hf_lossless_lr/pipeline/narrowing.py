@@ -51,7 +51,7 @@ def called(targets: Targets, statistics: CalibrationStatistics) -> Targets:
 
 def heard(config: LosslessLowRankConfig, targets: Targets, statistics: CalibrationStatistics) -> Targets:
     """Leave the layers dense whose ranks would be chosen by a cost that the data say nothing about."""
-    if config.objective == "uniform" and config.metric not in ("kronecker", "fisher"):
+    if config.objective in ("uniform", "ranks") and config.metric not in ("kronecker", "fisher"):
         return targets  # neither the ranks nor the factors depend on a gradient
     weights = {name: weight_matrices(module) for name, module in targets.chosen.items()}
     silent = silent_layers(weights, statistics.layers)

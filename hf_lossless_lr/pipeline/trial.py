@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ..checkpoint import FEWEST_JUDGES, LosslessLowRankConfig
 from ..data import dataset_size, subset
+from ..errors import DataError
 from ..factors import (
     RefitTarget,
     RefittedLayers,
@@ -163,13 +164,18 @@ def _helps_unseen_examples(
     for fold in range(folds):
         unseen, answers = subset(loader, range(fold, size, folds)), KeptAnswers()
         seen = subset(loader, [item for item in range(size) if item % folds != fold])
-        before = paired_outcomes(dense, layers, unseen, accelerator, dense_answers=answers)
+        try:
+            before = paired_outcomes(dense, layers, unseen, accelerator, dense_answers=answers)
+        except DataError:  # nothing in it is labelled
+            continue
         _refit(calibration, choices, layers, seen, config, clock)
         after = paired_outcomes(dense, layers, unseen, accelerator, dense_answers=answers)
         _load(layers, plain)
         worse.append(_distances(after) - _distances(before))
         units.append(before.units)
-    bound = mean_upper_bound(np.concatenate(worse), np.concatenate(units), config.confidence)
+    bound = 0.0
+    if sum(map(len, units)) > 1:
+        bound = mean_upper_bound(np.concatenate(worse), np.concatenate(units), config.confidence)
     if bound >= 0:
         logger.warning(
             "the factors are not refitted: %d examples of calibration data do not show that it helps. More would.",
@@ -245,7 +251,8 @@ def _fitted_to(calibration: Calibration, data: DataLoader) -> list[DataLoader]:
 def _shifted_norms(calibration: Calibration, layers: Mapping[str, Any], clock: Clock) -> dict[str, nn.Module]:
     loaders = _fitted_to(calibration, calibration.parts.calibration)
     with clock.timed("batch_norms"):
-        return shifted_batch_norms(calibration.dense.model, layers, loaders, calibration.accelerator)
+        most, _ = calibration.memory.refit_batches or (None, None)
+        return shifted_batch_norms(calibration.dense.model, layers, loaders, calibration.accelerator, most)
 
 
 def _moments(statistics: CalibrationStatistics, name: str, config: LosslessLowRankConfig) -> torch.Tensor | None:

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from ..errors import ConfigurationError
-from ..files import hold_lock, write_atomically
+from ..files import hold_lock, is_temporary, write_atomically
 from ..statistics import Shelf
 
 JOURNAL = "journal.json"
@@ -75,7 +75,7 @@ class Workspace:
                     f"work_dir: {folder} has results for other inputs; what changed: {', '.join(changed)}. "
                     "Choose another folder, or remove it."
                 )
-        elif any(folder.iterdir()):
+        elif any(not is_temporary(path) for path in folder.iterdir()):  # one may be left of a run that was killed here
             raise ConfigurationError(f"work_dir: {folder} has other files. Choose another folder.")
         write_atomically(journal, json.dumps(present, indent=2, sort_keys=True) + "\n")
         return folder

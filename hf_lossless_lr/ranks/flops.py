@@ -67,7 +67,11 @@ def forward_flops(
         for hook in hooks:
             hook.remove()
     by_module = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
-    flops = {name: by_module.get(f"{type(model).__name__}.{name}", 0) for name in targets}
+    flops = dict.fromkeys(targets, 0)
+    names = {id(module): name for name, module in targets.items()}
+    for name, module in model.named_modules(remove_duplicate=False):  # it is counted under the last of its names
+        if id(module) in names:
+            flops[names[id(module)]] += by_module.get(f"{type(model).__name__}.{name}", 0)
     rows = {name: count / (2 * weight_matrices(targets[name]).numel() * examples) for name, count in flops.items()}
     return ForwardFlops(rows, (counter.get_total_flops() - sum(flops.values())) / examples, widening)
 

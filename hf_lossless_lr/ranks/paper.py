@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -94,7 +95,9 @@ def find_epsilon(
         weight = weight_matrices(module).double().clone()
         factorization: Any = factorizations[name][CHANNEL]
         approximation = factorization.weight
-        first_order: Any = loss_curve(weight, factorization, statistics.layers[name]).first_order
+        first_order: Any = np.zeros(min(weight.shape[-2:]) + 1)  # of a layer that these examples do not reach
+        if name in statistics.layers:
+            first_order = loss_curve(weight, factorization, statistics.layers[name]).first_order
         low, high = 0, len(first_order) - 1  # the gap at full rank is 0
         while high - low > 1:
             middle = (low + high) // 2

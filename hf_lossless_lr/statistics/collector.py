@@ -43,6 +43,7 @@ class _Input:
     layout: Layout
     mask: RowMask
     names: list[str]
+    version: int  # that PyTorch counts up with each change in place
     tensor: torch.Tensor | None = None
 
 
@@ -73,6 +74,7 @@ class Collector:
         self.recording = False
         self.index = 0  # of the batch
         self.one_by_one = False  # whether examples go through the model alone
+        self.copies = False  # whether inputs are copied, for the model changes some of them in place
         self.order: list[Key] = []  # of the inputs in a forward pass, also of those that only some batches have
         self.input_sums: dict[Key, torch.Tensor] = {}
         self.input_counts: dict[Key, int] = {}
@@ -108,14 +110,14 @@ class Collector:
 
     def _receive(self, name: str, module: nn.Module, x: torch.Tensor, mask: RowMask) -> None:
         layout = self.layouts[name]
-        key = layout.input_key(module, x)
+        key = layout.input_key(module, x), x._version
         entry = self.received.get(key)
         if entry is None or entry.reference() is None:
-            entry = self.received[key] = _Input(weakref.ref(x), x.shape, module, layout, mask, [])
+            entry = self.received[key] = _Input(weakref.ref(x), x.shape, module, layout, mask, [], x._version)
             self.inputs.append(entry)
         entry.names.append(name)
-        if name in self.targets:
-            entry.tensor = x
+        if name in self.targets and entry.tensor is None:
+            entry.tensor = x.detach().clone() if self.copies else x
 
     def _forget_inputs(self) -> None:
         self.inputs.clear()
@@ -163,12 +165,16 @@ class Collector:
             Units times loss, units, and examples, in float64.
         """
         if self.one_by_one and comes_apart(batch):
-            return torch.stack([self._add(example, index) for example in one_by_one(self.model, batch)]).sum(0)
+            return torch.stack([self._added(example, index) for example in one_by_one(self.model, batch)]).sum(0)
         totals = self._add(batch, index)
         return totals if totals is not None else self.add_batch(batch, index)
 
+    def _added(self, batch: Mapping[str, Any], index: int) -> torch.Tensor:
+        totals = self._add(batch, index)
+        return totals if totals is not None else self._added(batch, index)
+
     def _add(self, batch: Mapping[str, Any], index: int) -> Any:
-        """Do so for a batch as it is; None, and nothing is added, where its examples have to go one by one."""
+        """Do so for a batch as it is; None, and nothing is added, where it has to go in another way from now on."""
         self.masks.start(batch)
         self.index = index
         self.recording = True
@@ -176,6 +182,10 @@ class Collector:
         self.recording = False
         if not self.one_by_one and (self._hides_padding(batch) or (index == 0 and self._shares_rows(batch))):
             self.one_by_one = True
+            self._forget_inputs()
+            return None
+        if not self.copies and any(e.tensor is not None and e.tensor._version != e.version for e in self.inputs):
+            self.copies = True
             self._forget_inputs()
             return None
         self.add_inputs()

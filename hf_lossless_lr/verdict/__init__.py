@@ -20,11 +20,12 @@ from .certificate import (
     loss_difference,
     not_improved,
 )
-from .outcomes import KeptAnswers, PairedOutcomes, paired_outcomes
+from .outcomes import MAX_KEPT_BYTES, KeptAnswers, PairedOutcomes, paired_outcomes
 from .temperatures import at_fitted_temperatures
 
 __all__ = [
     "CERTIFIED",
+    "MAX_KEPT_BYTES",
     "MIN_EXAMPLES",
     "KeptAnswers",
     "PairedOutcomes",
