@@ -15,7 +15,7 @@ from ..evaluation import MOST_THREADS, measure_speed, random_batch
 from ..files import write_atomically
 from ..ranks import FEWEST_TURNS, TURNS
 from ..report import Speed, layer_table, speed_table, write_speed_figure
-from .data_options import check_files
+from .argument_checks import check_files
 from .loading import PrecisionArguments, load_auto, load_model
 
 

@@ -14,11 +14,11 @@ from ..checkpoint import LosslessLowRankConfig
 from ..errors import CheckpointError, ConfigurationError
 from ..files import write_atomically
 from ..report import MethodResult, finite, methods_table, write_methods_figure
+from .argument_checks import check_arguments
 from .data_options import (
     NOTHING_COMPRESSED,
     CalibrationArguments,
     JudgingArguments,
-    check_arguments,
     load_calibration,
     refuse_old_options,
     task_of,

@@ -13,12 +13,12 @@ from ..files import write_atomically
 from ..pipeline import LowRankCompressor
 from ..processes import joined_processes, print_once
 from ..report import CompressionReport, comparison_table, report_rows, verdict_sentence
+from .argument_checks import check_arguments
 from .data_options import (
     NOT_AS_REQUIRED,
     NOTHING_COMPRESSED,
     CalibrationArguments,
     RequiringArguments,
-    check_arguments,
     complaint,
     load_calibration,
     load_examples,

@@ -5,23 +5,19 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
 from ..checkpoint import LosslessLowRankConfig
 from ..errors import CertificateError, ConfigurationError
-from ..evaluation import EVALUATION_TASKS, TASKS, EvaluationTask, Task, is_format, is_single, load_split, mmlu
-from ..files import check_writable
+from ..evaluation import EVALUATION_TASKS, TASKS, EvaluationTask, Task, load_split, mmlu
 from ..renamed import RENAMED
-from ..report import Certificate, check_figure
+from ..report import Certificate
 from ..verdict import CERTIFIED
 from .loading import PrecisionArguments
 
 NOTHING_COMPRESSED, NOT_AS_REQUIRED = 3, 4  # exit codes
-
-"""What Transformers raises for a configuration that it does not understand."""
 
 ALL_TASKS: dict[str, Task] = {**TASKS, **EVALUATION_TASKS}
 
@@ -124,85 +120,6 @@ def refuse_old_options(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(*spellings, action=_OldOption, help=argparse.SUPPRESS)
 
 
-def check_arguments(arguments: Any) -> None:
-    """Check, before any work is done, what the parser cannot.
-
-    Args:
-        arguments: the parsed arguments of a command.
-
-    Raises:
-        ConfigurationError: if a number is less than 1, an option does not fit the task, or a file cannot be written.
-    """
-    given = {name: value for name, value in vars(arguments).items() if value is not None}
-    for name in ("max_length", "examples", "calibration_examples", "eval_examples", "refit_examples"):
-        if given.get(name, 1) < 1:
-            raise ConfigurationError(f"--{name}: must be at least 1, got {given[name]}.")
-    if "columns" in given and not ALL_TASKS[arguments.task].columns:
-        raise ConfigurationError(
-            f"--columns is for {', '.join(TASKS)}; {arguments.task} has columns of its own, so rename those of the "
-            "data set."
-        )
-    if "shots_files" in given and arguments.task != "mmlu":
-        raise ConfigurationError(f"--shots_files is for mmlu, not for {arguments.task}.")
-    _check_sources(given)
-    if "eval_examples" in given and not _names_held_out(arguments):
-        raise ConfigurationError(
-            "--eval_examples: name the held-out data with --eval_split or --eval_data_files; without them, a fifth "
-            "of the calibration examples is held out."
-        )
-    if "refit_examples" in given and not {"refit_split", "refit_data_files"} & given.keys():
-        raise ConfigurationError("--refit_examples: name these data with --refit_split or --refit_data_files.")
-    check_files(arguments)
-
-
-def _check_sources(given: dict[str, Any]) -> None:
-    """Refuse data that nobody named: what a loader finds by itself in the folder at hand."""
-    dataset = given.get("dataset")
-    if is_format(dataset) and "data_files" not in given:
-        raise ConfigurationError(f"--data_files: name the files; --dataset {dataset} is a format.")
-    if "eval_split" not in given or "eval_data_files" in given:
-        return
-    if is_format(dataset):
-        raise ConfigurationError(
-            f"--eval_split: files in a format ({dataset}) have no splits. Name the held-out files with "
-            "--eval_data_files, or leave both out to hold out a fifth of the calibration examples."
-        )
-    if is_single(dataset):
-        raise ConfigurationError(
-            f"--eval_split: the data set in {dataset} is one split. Leave the option out to hold out a fifth of the "
-            "calibration examples, or give a folder of several splits."
-        )
-
-
-def check_files(arguments: Any) -> None:
-    """Check, before any work is done, that the files can be written which a command writes.
-
-    Args:
-        arguments: its parsed arguments.
-
-    Raises:
-        ConfigurationError: if one cannot.
-    """
-    for name in ("json", "statistics", "records", "plot"):
-        path = getattr(arguments, name, None)
-        if path is not None:
-            _check_file(name, Path(path))
-    if getattr(arguments, "plot", None) is not None:
-        check_figure(arguments.plot)
-
-
-def _check_file(option: str, path: Path) -> None:
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise ConfigurationError(f"--{option}: there is no folder {folder}; make it, or choose another file.")
-    if path.is_dir():
-        raise ConfigurationError(f"--{option}: {path} is a folder; name a file in it.")
-    try:
-        check_writable(path)
-    except OSError as error:
-        raise ConfigurationError(f"--{option}: {path} cannot be written: {error.strerror or error}.") from error
-
-
 def load_data(arguments: Any, files: list[str] | None, split: str, count: int | None) -> Dataset:
     """Load a split of the data set, which is the task's if no other is named.
 
@@ -291,7 +208,8 @@ def load_examples(
     return examples.select(range(min(count or len(examples), len(examples))))
 
 
-def _names_held_out(arguments: Any) -> bool:
+def names_held_out(arguments: Any) -> bool:
+    """Return whether the arguments of a command say which data are held out."""
     return arguments.eval_data_files is not None or arguments.eval_split is not None
 
 
@@ -311,7 +229,7 @@ def load_calibration(
     """
     source = arguments.data_files, arguments.calibration_split, arguments.calibration_examples
     calibration = load_examples(arguments, task, [model], processor, *source)
-    if not _names_held_out(arguments):
+    if not names_held_out(arguments):
         return calibration, None
     held_out = arguments.eval_data_files, arguments.eval_split or "validation", arguments.eval_examples
     return calibration, load_examples(arguments, task, [model], processor, *held_out)

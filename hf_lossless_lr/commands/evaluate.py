@@ -14,8 +14,9 @@ from ..evaluation import EVALUATION_TASKS, ScoringOptions, summarize
 from ..files import write_atomically
 from ..pipeline import verify
 from ..report import certificate_sentence, plain, score_table
+from .argument_checks import check_arguments
 from .binding import what_is_known
-from .data_options import SourceArguments, align, check_arguments, load_data, published_task
+from .data_options import SourceArguments, align, load_data, published_task
 from .loading import load_auto, load_model
 
 _DEFAULTS = LosslessLowRankConfig()

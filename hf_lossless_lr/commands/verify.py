@@ -12,13 +12,13 @@ from ..checkpoint import LosslessLowRankConfig
 from ..files import write_atomically
 from ..pipeline import verify as verify_pair
 from ..report import certificate_sentence, comparison_table, finite, plain
+from .argument_checks import check_arguments
 from .binding import what_is_known
 from .data_options import (
     NOT_AS_REQUIRED,
     DataArguments,
     JudgingArguments,
     RequiringArguments,
-    check_arguments,
     complaint,
     load_examples,
     refuse_old_options,

@@ -178,7 +178,7 @@ class Factorized(nn.Module):
 
 def is_plain(factor: Any, layer_type: type[nn.Module]) -> bool:
     """Return whether a factor is of that type and nothing hangs on it: no adapter, no hook, no other weight."""
-    if type(factor) is not layer_type or "forward" in factor.__dict__:
+    if type(factor) is not layer_type or "forward" in vars(factor):
         return False
     return not (
         factor._forward_hooks or factor._forward_pre_hooks or factor._backward_hooks or factor._backward_pre_hooks

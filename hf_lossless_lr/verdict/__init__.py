@@ -3,6 +3,7 @@
 `bounds` is statistics and knows no model.
 """
 
+from .answers import MAX_KEPT_BYTES, KeptAnswers
 from .bounds import (
     examples_needed,
     mean_upper_bound,
@@ -20,7 +21,7 @@ from .certificate import (
     loss_difference,
     not_improved,
 )
-from .outcomes import MAX_KEPT_BYTES, KeptAnswers, PairedOutcomes, paired_outcomes
+from .outcomes import PairedOutcomes, paired_outcomes
 from .temperatures import at_fitted_temperatures
 
 __all__ = [

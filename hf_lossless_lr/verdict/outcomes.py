@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,14 +17,14 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..data import Representation, batch_examples, correct_predictions, forward_loss
+from ..data import Representation, batch_examples, correct_predictions
 from ..errors import DataError
 from ..layers import evaluating, in_place
+from .answers import Answer, KeptAnswers, answer_of
 
 TEMPERATURES = tuple(2.0 ** (step / 4) for step in range(-5, 10))
 """Temperatures at which losses are taken: from 1/2 to 4, between which one is fitted, and a step beyond either."""
 
-MAX_KEPT_BYTES = 2**30  # of logits; those of a classifier always fit, of a language model a few hundred texts
 LOSS_TOLERANCE = 0.02  # relative gap between a model's loss and the cross-entropy of its logits: rounding in bfloat16
 
 
@@ -116,50 +116,6 @@ class PairedOutcomes:
         return None if self.divergence is None else float(self.divergence.mean())
 
 
-class _Answer(NamedTuple):
-    """What one model says to one batch: its mean loss, and what it was asked (see `Reading`) or represents."""
-
-    loss: float
-    units: int
-    asked: list[Any]  # of questions, or of representations
-    explained: bool
-
-    @property
-    def total(self) -> float:
-        return self.loss * self.units if self.units else 0.0
-
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.numel() * tensor.itemsize for question in self.asked for tensor in question)
-
-    def to(self, device: torch.device | str) -> _Answer:
-        return self._replace(asked=[type(q)(*(tensor.to(device) for tensor in q)) for q in self.asked])
-
-
-class KeptAnswers:
-    """A model's answers to the batches of one loader, kept on the CPU as far as they fit, so that they are given once.
-
-    Args:
-        max_bytes: most bytes of logits to keep; answers beyond are given again each time.
-    """
-
-    def __init__(self, max_bytes: int = MAX_KEPT_BYTES) -> None:
-        self._left = max_bytes
-        self._answers: dict[int, _Answer] = {}
-
-    def answer(self, model: PreTrainedModel, batch: Mapping[str, Any], index: int) -> _Answer:
-        """Return the model's answer to the batch of this number, of which only the first call needs a forward pass."""
-        kept = self._answers.get(index)
-        if kept is not None:
-            return kept.to(model.device)
-        answer = _answer(model, batch, index)
-        size = answer.bytes
-        if size <= self._left:
-            self._left -= size
-            self._answers[index] = answer.to("cpu")
-        return answer
-
-
 class _Record(NamedTuple):
     """What both models say to one batch; `by_unit` is empty where the head does not classify."""
 
@@ -208,21 +164,16 @@ def paired_outcomes(
         for index, batch in enumerate(batches):
             before = dense_answers.answer(dense, batch, index)
             if isinstance(compressed, nn.Module):
-                after = _answer(compressed, batch, index)
+                after = answer_of(compressed, batch, index)
             else:
                 with in_place(dense, compressed):
-                    after = _answer(dense, batch, index)
+                    after = answer_of(dense, batch, index)
             records.append(_record(before, after, batch_examples(batch), index, temperatures))
     by_process = gather_object([records])  # batches were dealt out in turn
     return _combine([record for turn in zip_longest(*by_process) for record in turn if record is not None])
 
 
-def _answer(model: PreTrainedModel, batch: Mapping[str, Any], index: int) -> _Answer:
-    passed = forward_loss(model, batch, index)
-    return _Answer(passed.loss.item(), passed.units, passed.questions, passed.explained)
-
-
-def _record(dense: _Answer, compressed: _Answer, examples: int, index: int, temperatures: bool) -> _Record:
+def _record(dense: Answer, compressed: Answer, examples: int, index: int, temperatures: bool) -> _Record:
     explained = dense.explained and compressed.explained
     if not explained:  # what is known of one alone does not compare them
         units = (compressed if dense.explained else dense).units
@@ -253,7 +204,7 @@ def _record(dense: _Answer, compressed: _Answer, examples: int, index: int, temp
     return _Record(loss, dense.units, examples, {name: value.cpu().numpy() for name, value in by_unit.items()})
 
 
-def _distance(dense: _Answer, compressed: _Answer, examples: int) -> _Record:
+def _distance(dense: Answer, compressed: Answer, examples: int) -> _Record:
     """Return half the squared distance between representations, the loss of the second model; the first has none."""
     pairs = zip(dense.asked, compressed.asked, strict=True)
     distance = torch.stack([0.5 * (p.rows - q.rows).square().sum(-1) for p, q in pairs]).mean(0)

@@ -308,7 +308,7 @@ class TestTheDenseModel:
             calls.append(index)
             return forward_loss(model, batch, index)
 
-        monkeypatch.setattr("hf_lossless_lr.verdict.outcomes.forward_loss", count)
+        monkeypatch.setattr("hf_lossless_lr.verdict.answers.forward_loss", count)
         second = run_trial(calibration, choices, config, Clock())
         assert (second.loss, second.accuracy_drop) == (first.loss, first.accuracy_drop)
         assert len(calls) == 2 * batches  # the compressed model, before and after the refit

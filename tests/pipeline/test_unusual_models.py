@@ -190,7 +190,7 @@ REFUSED = {
 class TestRefusal:
     @pytest.mark.parametrize("make", REFUSED, ids=lambda make: make.__name__)
     def test_comes_before_the_work_and_says_why(self, make, monkeypatch):
-        monkeypatch.setattr("hf_lossless_lr.pipeline.compressor.split_data", lambda *_, **__: pytest.fail("data read"))
+        monkeypatch.setattr("hf_lossless_lr.pipeline.compressor.split", lambda *_, **__: pytest.fail("data read"))
         model, batch = make()
         with pytest.raises(TargetError, match=REFUSED[make]):
             LowRankCompressor().compress(model, as_examples(batch))

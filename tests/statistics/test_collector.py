@@ -268,14 +268,14 @@ class TestInvariance:
     def test_to_layers_that_share_their_input_in_some_batches_only(self):
         model, batch = in_double(bert_sequence_classification)
         expected = collect(model, [batch])
-        calls = []
+        calls, targets = [], targets_of(model)
 
         def copy_every_second(module, args):
             calls.append(1)
             return (args[0].clone(),) if len(calls) % 2 else args
 
         model.bert.encoder.layer[0].attention.self.key.register_forward_pre_hook(copy_every_second)
-        check_same(collect(model, split_batch(batch, 2)), expected, limit(model))
+        check_same(collect(model, split_batch(batch, 2), targets), expected, limit(model))
         assert len(calls) == 4
 
     def test_to_frozen_embeddings(self):
@@ -456,7 +456,7 @@ class TestGroups:
 
     def test_leave_out_a_layer_that_is_called_several_times_in_one_batch_alone(self):
         model, batch = bert_sequence_classification()
-        attention, calls = model.bert.encoder.layer[0].attention.self, []
+        attention, calls, targets = model.bert.encoder.layer[0].attention.self, [], targets_of(model)
 
         def call_again_in_the_second_batch(module, args, output):
             calls.append(1)
@@ -464,14 +464,14 @@ class TestGroups:
                 attention.value(args[0].clone())
 
         attention.key.register_forward_hook(call_again_in_the_second_batch)
-        groups = collect(model, split_batch(batch, 2)).groups
+        groups = collect(model, split_batch(batch, 2), targets).groups
         prefix = "bert.encoder.layer.0.attention.self."
         assert groups[0] == (prefix + "query", prefix + "key")
         assert prefix + "value" not in {name for group in groups for name in group}
 
     def test_leave_out_layers_that_share_their_input_in_some_batches_only(self):
         model, batch = bert_sequence_classification()
-        calls = []
+        calls, targets = [], targets_of(model)
 
         def copy_in_the_second_batch(module, args):
             calls.append(1)
@@ -479,9 +479,9 @@ class TestGroups:
 
         attention = model.bert.encoder.layer[0].attention.self
         attention.key.register_forward_pre_hook(copy_in_the_second_batch)
-        groups = collect(model, split_batch(batch, 2)).groups
+        groups = collect(model, split_batch(batch, 2), targets).groups
         assert groups[0] == ("bert.encoder.layer.0.attention.output.dense",)
-        assert len({name for group in groups for name in group}) == len(targets_of(model)) - 3
+        assert len({name for group in groups for name in group}) == len(targets) - 3
 
     def test_have_a_layer_that_the_first_batch_skips(self):
         model, batch = bert_sequence_classification()

@@ -30,8 +30,9 @@ from hf_lossless_lr.data.forward import forward_loss
 from hf_lossless_lr.errors import DataError, NumericalError
 from hf_lossless_lr.layers.replacement import replace_modules
 from hf_lossless_lr.layers.targets import find_targets
-from hf_lossless_lr.verdict import outcomes as outcomes_module
-from hf_lossless_lr.verdict.outcomes import LOSS_TOLERANCE, TEMPERATURES, KeptAnswers, _divergence
+from hf_lossless_lr.verdict import answers as answers_module
+from hf_lossless_lr.verdict.answers import KeptAnswers
+from hf_lossless_lr.verdict.outcomes import LOSS_TOLERANCE, TEMPERATURES, _divergence
 
 pytestmark = pytest.mark.numerical
 
@@ -571,7 +572,7 @@ class TestKeptAnswers:
         kept = KeptAnswers(int(sum(sizes[: int(room * len(batches))])))
         first, calls = self.outcomes(case, kept), []
         monkeypatch.setattr(
-            outcomes_module, "forward_loss", lambda *arguments: calls.append(1) or forward_loss(*arguments)
+            answers_module, "forward_loss", lambda *arguments: calls.append(1) or forward_loss(*arguments)
         )
         second = self.outcomes(case, kept)
         assert len(calls) == again + len(batches)
