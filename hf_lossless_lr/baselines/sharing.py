@@ -11,6 +11,7 @@ Source: Wang et al. 2024, "Basis sharing: cross-layer parameter sharing for larg
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -72,8 +73,9 @@ def sharing_groups(
 ) -> list[Sequence[str]]:
     """Return which layers share a basis, in the order of the model.
 
-    Layers are of one kind where types and shapes are the same, and names but for the first number in them. Those that
-    read what others read, too, or that widen, share; the source found that others lose too much.
+    Layers are of one kind where types and shapes are the same, and names but for one number in them: that of the
+    block, which is the one that most layers differ in. Those that read what others read, too, or that widen, share;
+    the source found that others lose too much.
 
     Args:
         targets: dense layers by name.
@@ -82,11 +84,19 @@ def sharing_groups(
     """
     siblings = {name for group in statistics.groups if len(group) > 1 for name in group}
     kinds: dict[Any, list[str]] = {}
+    like = {name: [(t, type(m), weight_matrices(m).shape) for t in _templates(name)] for name, m in targets.items()}
+    alike = Counter(kind for each in like.values() for kind in each)
     for name, layer in targets.items():
-        _, out, size = shape = weight_matrices(layer).shape
+        _, out, size = weight_matrices(layer).shape
         alone = name not in siblings and out <= size
-        kinds.setdefault(name if alone else (re.sub(r"\d+", "*", name, count=1), type(layer), shape), []).append(name)
+        kinds.setdefault(name if alone else max(like[name], key=alike.__getitem__), []).append(name)
     return [names[first : first + together] for names in kinds.values() for first in range(0, len(names), together)]
+
+
+def _templates(name: str) -> list[str]:
+    """Return a name with each of its numbers in turn left open; the name itself, where it has none."""
+    numbers = [match.span() for match in re.finditer(r"\d+", name)]
+    return [f"{name[:start]}*{name[end:]}" for start, end in numbers] or [name]
 
 
 def _summed(statistics: CalibrationStatistics, name: str) -> torch.Tensor:

@@ -219,6 +219,7 @@ class LowRankCompressor:
             objective = config.objective if OBJECTIVES[config.objective].sized else "budget"
             config = replace(config, objective=objective, keep_ratio=keep_ratio, epsilon=None, ranks=None)
         model = calibration.dense.model
+        check_model(model)
         self.restore()
         before, undo = ModelState(model), list[Callable[[], None]]()
         try:

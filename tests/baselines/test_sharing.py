@@ -1,8 +1,11 @@
 """Basis sharing: what is least in the metric of both layers, one basis for two blocks, counted once."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support.tiny_models import TINY_MODELS, split_batch
+from torch import nn
 
 from hf_lossless_lr.baselines import compare
 from hf_lossless_lr.baselines.sharing import shared_bases, sharing_groups
@@ -31,6 +34,18 @@ def test_the_same_layers_of_two_blocks_share_but_those_that_read_alone_and_do_no
     pairs = {group[0].removeprefix(f"{BLOCK}.0.") for group in found if len(group) == 2}
     assert pairs == {f"attention.self.{name}" for name in ("query", "key", "value")} | {"intermediate.dense"}
     assert all(group[1] == group[0].replace(".0.", ".1.") for group in found if len(group) == 2)
+
+
+def test_blocks_of_a_stage_share_and_stages_do_not():
+    names = {f"stages.{stage}.blocks.{block}.{kind}": stage for stage in (0, 1) for block in range(4) for kind in "qk"}
+    targets = {name: nn.Linear(8 << stage, 8 << stage) for name, stage in names.items()}
+    pairs = [tuple(f"stages.{s}.blocks.{b}.{kind}" for kind in "qk") for s in (0, 1) for b in range(4)]
+    found = sharing_groups(targets, SimpleNamespace(groups=pairs), 2)
+    assert [tuple(name.replace("stages.", "").replace("blocks.", "") for name in group) for group in found] == [
+        (f"{s}.{b}.{kind}", f"{s}.{b + 1}.{kind}")
+        for s, kind in ((0, "q"), (0, "k"), (1, "q"), (1, "k"))
+        for b in (0, 2)
+    ]
 
 
 def test_of_one_block_alone_nothing_is_shared(calibrated):

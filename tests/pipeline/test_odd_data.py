@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
 from hf_lossless_lr.data import make_dataloader
+from hf_lossless_lr.errors import TargetError
 from hf_lossless_lr.layers import find_targets
 from hf_lossless_lr.processes import make_accelerator
 from hf_lossless_lr.statistics import collect_statistics
@@ -139,6 +140,17 @@ def test_ratios_are_in_the_order_of_the_bytes_that_they_ask_for():
     assert any(later > earlier for earlier, later in itertools.pairwise(kept[:5]))
     assert doubts[:5] == [None] * 5
     assert "for a model that keeps less" in doubts[5]
+
+
+def test_a_ratio_under_inference_mode_is_refused():
+    """Its parameters would never get gradients."""
+    model, batch = bert_sequence_classification(16)
+    made = compressor()
+    made.calibrate(model, as_examples(batch), eval_dataset=as_examples(other_inputs(batch)))
+    with torch.inference_mode(), pytest.raises(TargetError, match="inference_mode"):
+        made.compress_to(0.8)
+    made.compress_to(0.8)
+    assert not any(parameter.is_inference() for parameter in model.parameters())
 
 
 def test_a_layer_with_two_names_is_counted_in_flops():
