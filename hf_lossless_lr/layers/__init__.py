@@ -50,7 +50,7 @@ from .storage import (
     weight_bytes,
 )
 from .stored import Stored, is_complete, stored_in
-from .targets import HEADS, Targets, check_model, find_targets
+from .targets import HEADS, Targets, check_gradients, check_model, find_targets
 from .whole import check_whole
 
 __all__ = [
@@ -78,6 +78,7 @@ __all__ = [
     "at_hand",
     "break_even_rank",
     "called_with",
+    "check_gradients",
     "check_model",
     "check_offloaded",
     "check_whole",

@@ -216,6 +216,16 @@ def _nothing_left(model: PreTrainedModel, skipped: dict[str, str]) -> str:
     )
 
 
+def check_gradients() -> None:
+    """Refuse to work, or to make parameters, where there are no gradients.
+
+    Raises:
+        TargetError: under `torch.inference_mode()`.
+    """
+    if torch.is_inference_mode_enabled():
+        raise TargetError("there are no gradients under torch.inference_mode(). Compress outside of it.")
+
+
 def check_model(model: Any) -> None:
     """Refuse what cannot be compressed, before any work.
 
@@ -260,8 +270,7 @@ def _check_state(model: PreTrainedModel, this: str) -> None:
         raise TargetError(f"{this} is compiled. Compress the model as it was loaded, then compile the result.")
     if getattr(model.config, "return_dict", True) is False:
         raise TargetError(f"{this} returns tuples, whose parts have no names. Set model.config.return_dict = True.")
-    if torch.is_inference_mode_enabled():
-        raise TargetError("there are no gradients under torch.inference_mode(). Compress outside of it.")
+    check_gradients()
     if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
         raise TargetError(
             f"{this} was built under torch.inference_mode(), so that its weights never get gradients. Build or load "

@@ -16,6 +16,7 @@ from ..errors import ConfigurationError
 from ..layers import (
     ModelState,
     at_hand,
+    check_gradients,
     check_model,
     find_targets,
     finish,
@@ -219,7 +220,7 @@ class LowRankCompressor:
             objective = config.objective if OBJECTIVES[config.objective].sized else "budget"
             config = replace(config, objective=objective, keep_ratio=keep_ratio, epsilon=None, ranks=None)
         model = calibration.dense.model
-        check_model(model)
+        check_gradients()
         self.restore()
         before, undo = ModelState(model), list[Callable[[], None]]()
         try:
