@@ -44,7 +44,7 @@ def test_the_methods_compared_are_those_of_the_records(study):
     assert missing == set()
 
 
-@pytest.mark.parametrize("model", ["minilm-sst2", "llama-small", "cnn-resnet"])
+@pytest.mark.parametrize("model", ["minilm-sst2", "llama-small", "swin-mnist", "cnn-resnet"])
 def test_the_default_costs_least_at_every_size_in_parameters(study, model):
     records = [r for r in study("records").read_records(RESULTS / "compare_methods.jsonl") if r["model"] == model]
     sizes = {record["keep_ratio"] for record in records} - {None}
