@@ -106,3 +106,14 @@ def rows(documented):
     """The rows of the table on paper."""
     part = documented[documented.index("## Larger models, on paper") :]
     return [line for line in part.splitlines() if line.startswith(("| TinyLlama", "| Llama"))]
+
+
+def test_decompositions_predict_what_a_textbook_does(study, monkeypatch, tmp_path):
+    file = tmp_path / "records.jsonl"
+    command = ["decomposition_time.py", "--scale", "0.02", "--turns", "1", "--records", str(file)]
+    monkeypatch.setattr(sys, "argv", command)
+    study("decomposition_time").main()
+    for path, tolerance in ((file, 1e-10), (RESULTS / "decomposition_time.jsonl", 1e-6)):
+        found = study("records").read_records(path)
+        assert sum(record["layers"] for record in found) == 7
+        assert all(record["difference"] <= tolerance for record in found)
