@@ -36,7 +36,7 @@ from .cards import base_model_in, card_of, hub_name, is_replaceable, place_card
 from .config import LosslessLowRankConfig
 from .conversions import CONVERSIONS, harmless_conversions
 from .encoding import dequantize_stored, encoded_state, load_encoded, tied_again
-from .manifest import current_records
+from .manifest import current_records, module_at
 from .parallel import warn_before_sharding
 from .parts import config_of_part, parts_of
 
@@ -83,18 +83,11 @@ def refresh_manifest(model: PreTrainedModel) -> None:
     if not isinstance(config, LosslessLowRankConfig):  # someone took it away
         return
     config.modules = current_records(model, config.modules)
-    config.unfused = [name for name in config.unfused if _has(model, name)]
+    config.unfused = [name for name in config.unfused if module_at(model, name) is not None]
     if config.modules:
         mark_parts(model, config)
     else:
         unmark_compressed(model)
-
-
-def _has(model: PreTrainedModel, name: str) -> bool:
-    try:
-        return isinstance(model.get_submodule(name), nn.Module)
-    except AttributeError:
-        return False
 
 
 def mark_parts(model: PreTrainedModel, config: LosslessLowRankConfig) -> None:

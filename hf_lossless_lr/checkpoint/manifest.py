@@ -22,15 +22,16 @@ def current_records(model: nn.Module, records: Mapping[str, dict[str, Any]]) -> 
     Returns:
         Name of each compressed module to its record, under the name that it had so far if it has that still.
     """
-    modules, found = dict(model.named_modules(remove_duplicate=False)), dict[str, dict[str, Any]]()
+    found, listed = dict[str, dict[str, Any]](), set[int]()
     for name, record in records.items():
-        module = modules[name] if name in modules else _behind_wrappers(model, name)
-        if module is not None:
-            known = not any(isinstance(part, Stored) for part in module.modules())
-            new = record_of(module) if known else None
-            if new is not None or not known or not _is_plain(module):
-                found[name] = record if new is None else new.to_dict()
-    listed = {id(part) for name in found if name in modules for part in modules[name].modules()}
+        module = module_at(model, name)
+        if module is None:
+            continue
+        as_stored = any(isinstance(part, Stored) for part in module.modules())
+        new = None if as_stored else record_of(module)
+        if new is not None or as_stored or not _is_plain(module):
+            found[name] = record if new is None else new.to_dict()
+            listed |= {id(part) for part in module.modules()}
     for name, module in model.named_modules():
         new = None if id(module) in listed else record_of(module)
         if new is not None:
@@ -39,9 +40,10 @@ def current_records(model: nn.Module, records: Mapping[str, dict[str, Any]]) -> 
     return found
 
 
-def _behind_wrappers(model: nn.Module, name: str) -> nn.Module | None:
+def module_at(model: nn.Module, name: str) -> nn.Module | None:
+    """Return the module of a name, for which a wrapper around it may answer; None where there is none any more."""
     try:
-        return model.get_submodule(name)  # a wrapper may answer for what it is wrapped around
+        return model.get_submodule(name)
     except AttributeError:
         return None
 

@@ -144,14 +144,14 @@ def load_data(arguments: Any, files: list[str] | None, split: str, count: int | 
     return load_split(path, configuration, files, split, count)
 
 
-def align(task: Task, dataset: Dataset, models: Sequence[Any], columns: list[str] | None = None) -> Dataset:
+def align(task: Task, dataset: Dataset, models: Sequence[Any], *columns: list[str]) -> Dataset:
     """Put the labels of a data set into the order of the classes of models that are to be compared.
 
     Args:
         task: the task.
         dataset: the data set.
         models: one model or more.
-        columns: columns that the user named, for the tasks that take them.
+        columns: the columns that the user named, if any.
 
     Returns:
         The data set with labels that are right for all of the models.
@@ -159,12 +159,11 @@ def align(task: Task, dataset: Dataset, models: Sequence[Any], columns: list[str
     Raises:
         CertificateError: if no labels are.
     """
-    named = () if columns is None else (columns,)
-    first, *others = (task.align(dataset, model, *named) for model in models)
+    first, *others = (task.align(dataset, model, *columns) for model in models)
     for other in others:
         # A column of labels that were put into another order has other names.
-        columns = [name for name, feature in first.features.items() if feature != other.features[name]]
-        if any(list(first[name]) != list(other[name]) for name in columns):
+        renamed = [name for name, feature in first.features.items() if feature != other.features[name]]
+        if any(list(first[name]) != list(other[name]) for name in renamed):
             raise CertificateError(
                 "the models order their labels differently, so answers cannot be paired class by class; give the "
                 "classes of one of them, and its model.config.id2label, the order of the other's."
@@ -201,9 +200,8 @@ def load_examples(
     """
     # Examples are counted after a text is cut into blocks.
     blocks = task.auto_model == "AutoModelForCausalLM" and arguments.task != "mmlu"
-    dataset = load_data(arguments, files, split, None if blocks else count)
-    dataset = align(task, dataset, models, arguments.columns)
     columns = () if arguments.columns is None else (arguments.columns,)
+    dataset = align(task, load_data(arguments, files, split, None if blocks else count), models, *columns)
     examples = task.prepare(dataset, processor, arguments.max_length or task.max_length, *columns)
     return examples.select(range(min(count or len(examples), len(examples))))
 

@@ -13,9 +13,9 @@ from datasets import Dataset
 from transformers import PreTrainedModel, default_data_collator
 
 from .classification import align_labels, answer_examples, check_labels, share
-from .pipelines import TASKS, check_pictures
+from .pipelines import TASKS
 from .scores import Scores
-from .sources import choose_columns
+from .sources import check_pictures, choose_columns
 from .task import EvaluationTask, ScoringOptions
 
 _IMAGES = TASKS["image-classification"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from datasets import ClassLabel, Dataset, Image
+from datasets import ClassLabel, Dataset
 from transformers import (
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
@@ -19,28 +19,10 @@ from transformers import (
 from ..data import IGNORE_INDEX
 from ..errors import DataError
 from .classification import align_labels
-from .sources import check_texts, choose_columns
+from .sources import check_pictures, check_texts, choose_columns
 from .task import Task
 
 Columns = list[str] | None
-
-
-def check_pictures(dataset: Dataset, column: str) -> None:
-    """Refuse a column that holds something else than pictures, such as the paths of their files.
-
-    Args:
-        dataset: the data set.
-        column: the column.
-
-    Raises:
-        DataError: if it does.
-    """
-    if not isinstance(dataset.features[column], Image):
-        first = str(dataset[0][column])[:80] if len(dataset) else "nothing"
-        raise DataError(
-            f"the column {column!r} holds no pictures, but {dataset.features[column]}: {first!r}. Load files with "
-            f"dataset.cast_column({column!r}, datasets.Image()), or give a folder of class folders."
-        )
 
 
 def _check_tags(dataset: Dataset, words: str, tags: str) -> None:
@@ -56,9 +38,7 @@ def _check_tags(dataset: Dataset, words: str, tags: str) -> None:
 
 def _text_classification(dataset: Dataset, tokenizer: Any, max_length: int, columns: Columns = None) -> Dataset:
     *texts, label = choose_columns(TASKS["text-classification"], dataset.column_names, columns)
-
-    for column in texts:
-        check_texts(dataset, column)
+    check_texts(dataset, *texts)
 
     def tokenize(batch: dict[str, list[Any]]) -> dict[str, Any]:
         encoded = tokenizer(*(batch[column] for column in texts), truncation=True, max_length=max_length)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
@@ -66,6 +66,24 @@ def check_texts(dataset: Dataset, *columns: str) -> None:
                 raise DataError(
                     f"row {index} of the data set has the text {text!r} in {column!r}, which is no string."
                 )
+
+
+def check_pictures(dataset: Dataset, column: str) -> None:
+    """Refuse a column that holds something else than pictures, such as the paths of their files.
+
+    Args:
+        dataset: the data set.
+        column: the column.
+
+    Raises:
+        DataError: if it does.
+    """
+    if not isinstance(dataset.features[column], Image):
+        first = str(dataset[0][column])[:80] if len(dataset) else "nothing"
+        raise DataError(
+            f"the column {column!r} holds no pictures, but {dataset.features[column]}: {first!r}. Load files with "
+            f"dataset.cast_column({column!r}, datasets.Image()), or give a folder of class folders."
+        )
 
 
 def is_format(path: str | None) -> bool:

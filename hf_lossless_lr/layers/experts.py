@@ -140,8 +140,8 @@ class UnfusedExperts(nn.Module):
                 share = torch.where(top_k_index == number, top_k_weights, 0).sum(-1, keepdim=True)
                 result = result + (self._run(number, hidden_states) * share).to(result.dtype)
             return result
-        sent = set(range(self.num_experts)) if self._trains() else set(top_k_index.unique().tolist())
-        for number in sorted(sent & set(range(self.num_experts))):
+        every = range(self.num_experts)
+        for number in every if self._trains() else (n for n in top_k_index.unique().tolist() if n in every):
             rows, places = (top_k_index == number).nonzero(as_tuple=True)
             y = self._run(number, hidden_states[rows], Routed(rows, len(hidden_states)))
             y = y * top_k_weights[rows, places, None]

@@ -178,10 +178,13 @@ class Factorized(nn.Module):
 
 def is_plain(factor: Any, layer_type: type[nn.Module]) -> bool:
     """Return whether a factor is of that type and nothing hangs on it: no adapter, no hook, no other weight."""
-    if type(factor) is not layer_type or "forward" in vars(factor):
-        return False
-    return not (
-        factor._forward_hooks or factor._forward_pre_hooks or factor._backward_hooks or factor._backward_pre_hooks
+    return type(factor) is layer_type and "forward" not in vars(factor) and not has_hooks(factor)
+
+
+def has_hooks(module: Any) -> bool:
+    """Return whether a hook is called with a module."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from ..errors import TargetError
-from .factorized import METHOD, is_factorized
+from .factorized import METHOD, has_hooks, is_factorized
 from .layout import LAYOUTS, find_layout
 from .offloaded import check_offloaded
 from .patterns import TYPE, best_match, check_patterns
@@ -126,8 +126,7 @@ def _refusal(module: nn.Module) -> str | None:
 
 def _is_hooked(module: nn.Module) -> bool:
     """Return whether a call of a layer does more than its class says; what offloads its weights does not count."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or ("forward" in vars(module) and not hasattr(module, "_hf_hook"))
+    return has_hooks(module) or ("forward" in vars(module) and not hasattr(module, "_hf_hook"))
 
 
 def _is_quantized(module: nn.Module) -> bool:

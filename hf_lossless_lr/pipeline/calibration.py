@@ -173,7 +173,7 @@ def calibrate(
     check_same_inputs({"data": parts.fingerprints, "configuration": config.to_dict()})
     limit, clock = memory_limit(max_memory, accelerator.device), Clock()
     fingerprint = tensors_fingerprint(model.state_dict())
-    dense = Dense(model, fingerprint, model.num_parameters(), checkpoint_bytes(model), KeptAnswers(), experts)
+    parameters, stored = model.num_parameters(), checkpoint_bytes(model)
     with in_place(model, experts), on_device(model, accelerator.device), ExitStack() as undo:
         for loader in (parts.held_out, parts.selection):  # what is wrong with them shows now, not after the work
             if loader is not None:
@@ -181,9 +181,9 @@ def calibrate(
         targets = without_heads(model, config, parts, targets, accelerator)
         kept = work_dir is not None
         memory, windows = plan_memory(model, targets.chosen, parts, accelerator, limit, bool(config.refit), kept)
-        if accelerator.device.type == "cpu":  # where the dense model's answers are kept, too
-            room = max(0, memory.limit - memory.expected)
-            dense = replace(dense, answers=KeptAnswers(min(MAX_KEPT_BYTES, room)))
+        on_cpu = accelerator.device.type == "cpu"  # where the dense model's answers are kept, too
+        room = max(0, memory.limit - memory.expected) if on_cpu else MAX_KEPT_BYTES
+        dense = Dense(model, fingerprint, parameters, stored, KeptAnswers(min(MAX_KEPT_BYTES, room)), experts)
         workspace = None
         if memory.disk or not memory.fits:
             (logger.info if memory.fits or not accelerator.is_main_process else logger.warning)(memory.sentence)

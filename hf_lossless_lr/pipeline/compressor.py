@@ -27,7 +27,7 @@ from ..layers import (
     unfuse,
     values_of,
 )
-from ..ranks import OBJECTIVES, Budget, LatencyTable
+from ..ranks import OBJECTIVES, Budget, LatencyTable, share_of_budget
 from ..report import CompressionReport
 from ..statistics import CalibrationStatistics
 from ..timing import Clock
@@ -239,7 +239,7 @@ class LowRankCompressor:
                     with clock.timed("speed"):
                         speed = measured_speed(calibration, trial.layers, unfused.originals)
                     put_in_place(calibration, trial, config, unfused, undo)
-                    kept = budget.share(trial.choices)
+                    kept = share_of_budget(calibration.factors.curves, trial.choices, budget)
                     found = trials, epsilon, outcomes, kept, self._certified, clock.seconds, speed
                     report = make_report(calibration, config, trial, *found)
                     if trial.layers:
@@ -270,8 +270,7 @@ class LowRankCompressor:
         calibration = self._calibrated("judge()")
         self.restore()
         found = judge(calibration, self.config, make, self._certified)
-        share = found.bytes if self.config.size == "bytes" else found.keep_ratio
-        self._certified += [(share, is_certified(found.certificate))] if found.changed else []
+        self._certified += [(found.share(self.config), is_certified(found.certificate))] if found.changed else []
         return found
 
     def recall(self, judged: Iterable[Certified]) -> None:

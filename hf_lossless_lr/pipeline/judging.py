@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -48,6 +48,10 @@ class Judgement:
     seconds: float
     changed: bool = True
 
+    def share(self, config: LosslessLowRankConfig) -> float:
+        """Return the share that the model keeps of what the configured size counts; parameters, unless it is bytes."""
+        return self.bytes if config.size == "bytes" else self.keep_ratio
+
 
 def judge(
     calibration: Calibration, config: LosslessLowRankConfig, make: Make, earlier: Sequence[Certified]
@@ -85,19 +89,18 @@ def judge(
     made = _numbers(layer for name, layer in layers.items() if name in dense)
     kept = (untouched + made) / sum(dense.values())
     fingerprint = calibration.parts.fingerprints["held_out"]
-    stored = size / calibration.dense.bytes
-    share = stored if config.size == "bytes" else kept
-    certificate, _ = certificate_of(bool(layers), config, outcomes, fingerprint, share, earlier)
-    return Judgement(
+    found = Judgement(
         keep_ratio=kept,
-        bytes=stored,
+        bytes=size / calibration.dense.bytes,
         loss=outcomes.mean_loss,
         accuracy=outcomes.accuracy,
-        certificate=certificate,
+        certificate=None,
         speed=speed,
         seconds=clock.seconds["making"],
         changed=bool(layers),
     )
+    certificate, _ = certificate_of(found.changed, config, outcomes, fingerprint, found.share(config), earlier)
+    return replace(found, certificate=certificate)
 
 
 def _numbers(layers: Iterable[nn.Module]) -> int:

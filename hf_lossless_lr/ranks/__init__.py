@@ -9,7 +9,7 @@ from .objectives import OBJECTIVES, Limits, Search
 from .paper import find_epsilon, select_paper
 from .path import compression_path, second_order_cost
 from .search import lowest_loss, most_compressed
-from .select import kept_share, select_budget, select_uniform
+from .select import kept_share, select_budget, select_uniform, share_of_budget
 from .sizes import Budget, Choice, Choices, LayerSize, byte_size, default_multiple, parameter_size, parameter_sizes
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "select_budget",
     "select_paper",
     "select_uniform",
+    "share_of_budget",
     "speed_in_turns",
     "unreached_size",
 ]

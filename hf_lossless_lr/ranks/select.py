@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import ConfigurationError
 from ..factors import LossCurve
 from .path import Point, compression_path, points_of, second_order_cost, whole_size
-from .sizes import Choice, Choices, Curves, LayerSize, Sizes, sizes_of
+from .sizes import Budget, Choice, Choices, Curves, LayerSize, Sizes, sizes_of
 
 ROUNDING = 1e-9  # of a size, in which sums of seconds may differ from what they are a share of
 
@@ -30,6 +30,12 @@ def kept_parameters(curves: Curves, choices: Mapping[str, Choice]) -> int:
 def kept_share(curves: Curves, choices: Mapping[str, Choice]) -> float:
     """Return the parameters of all layers' weights at the given choices, divided by the original ones."""
     return kept_parameters(curves, choices) / sum(curve.dense_parameters for curve in curves.values())
+
+
+def share_of_budget(curves: Curves, choices: Mapping[str, Choice], budget: Budget) -> float:
+    """Return what the given choices for all layers keep, as a ratio that is asked for counts it."""
+    kept = budget.fixed + sum(budget.sizes[name].of(choices[name]) for name in curves)
+    return kept / whole_size(curves, *budget)
 
 
 def select_budget(

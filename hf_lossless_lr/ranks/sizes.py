@@ -135,12 +135,6 @@ class Budget(NamedTuple):
     fixed: float = 0.0
     whole: float | None = None
 
-    def share(self, choices: Mapping[str, Choice]) -> float:
-        """Return what choices for all targets keep of the whole, as a ratio that is asked for counts it."""
-        dense = self.fixed + sum(size.dense for size in self.sizes.values())
-        kept = self.fixed + sum(self.sizes[name].of(choice) for name, choice in choices.items())
-        return kept / (self.whole or dense)
-
 
 Sizes = Mapping[str, LayerSize]
 

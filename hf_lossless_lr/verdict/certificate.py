@@ -241,14 +241,10 @@ def _chance(outcomes: PairedOutcomes) -> tuple[float | None, str | None]:
     error = np.sqrt(chance * (1 - chance) / len(outcomes.answers))
     if outcomes.accuracy[0] > chance + 2 * error:
         return chance, None
+    hint = "; are the labels in the order of the model's classes?" if outcomes.accuracy[0] < chance - 2 * error else ""
     return chance, (
         f"the dense model is right on {outcomes.accuracy[0]:.1%}, not two standard errors above always giving the "
-        f"most frequent answer ({chance:.1%}), so it has nothing to lose"
-        + (
-            "; are the labels in the order of the model's classes?"
-            if outcomes.accuracy[0] < chance - 2 * error
-            else ""
-        )
+        f"most frequent answer ({chance:.1%}), so it has nothing to lose{hint}"
     )
 
 

@@ -245,12 +245,9 @@ def _combine(records: Sequence[_Record]) -> PairedOutcomes:
     }
     by_example = all(_explains(record) for record in records)
     starts = np.cumsum([0, *(record.examples for record in records[:-1])])
-    owner = np.concatenate([r.by_unit["example"] + start for r, start in zip(records, starts, strict=True)])
-    example_of_unit = None
-    if not by_example:
-        _, example_of_unit = np.unique(owner, return_inverse=True)
-        owner = np.repeat(np.arange(len(records)), [len(record.by_unit["example"]) for record in records])
-    _, owner, units = np.unique(owner, return_inverse=True, return_counts=True)
+    example = np.concatenate([r.by_unit["example"] + start for r, start in zip(records, starts, strict=True)])
+    batch = np.repeat(np.arange(len(records)), [len(record.by_unit["example"]) for record in records])
+    _, owner, units = np.unique(example if by_example else batch, return_inverse=True, return_counts=True)
 
     def summed(values: np.ndarray) -> np.ndarray:
         rows = [np.bincount(owner, row, minlength=len(units)) for row in values.reshape(-1, values.shape[-1])]
@@ -266,7 +263,7 @@ def _combine(records: Sequence[_Record]) -> PairedOutcomes:
         changed=columns.get("changed"),
         labels=columns.get("labels"),
         cluster_of_unit=owner,
-        example_of_unit=example_of_unit,
+        example_of_unit=None if by_example else np.unique(example, return_inverse=True)[1],
         divergence=columns["divergence"],
         tempered=summed(columns["tempered"]) if by_example and "tempered" in columns else None,
     )

@@ -53,6 +53,13 @@ class TestEvaluate:
         assert (entry["value"] * COUNT) == pytest.approx(round(entry["value"] * COUNT))
         assert f"{entry['value']:.4f} ± {entry['standard_error']:.4f}" in capsys.readouterr().out
 
+    def test_certifies_nothing_on_data_that_a_model_was_made_from(self, place, compressed, capsys):
+        where = ["--task", "swag", "--dataset", place.data, "--split"]
+        for split, made_from in (("train", True), ("validation", False)):
+            assert main(["evaluate", place.model, compressed, *where, split]) == 0
+            out = capsys.readouterr().out
+            assert ("no certificate: eval_dataset is data that the compressed model was made from" in out) is made_from
+
     def test_compares_two_models_on_the_same_examples(self, place, compressed, tmp_path, capsys):
         file, where = tmp_path / "scores.json", ["--task", "swag", "--dataset", place.data]
         assert main(["evaluate", place.model, compressed, *where, "--json", str(file)]) == 0

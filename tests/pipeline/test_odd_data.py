@@ -118,6 +118,8 @@ def test_a_compressor_calibrates_again_in_its_own_work_folder(tmp_path):
         made.calibrate(model, as_examples(batch), eval_dataset=as_examples(other_inputs(batch)))
     made.compress_to()
     made.release()
+    assert made.report.keep_ratio <= 0.8
+    assert (tmp_path / "work" / "journal.json").is_file()
 
 
 def test_a_work_folder_of_a_run_that_was_killed_at_its_start_is_used(tmp_path):
@@ -125,6 +127,8 @@ def test_a_work_folder_of_a_run_that_was_killed_at_its_start_is_used(tmp_path):
     (tmp_path / ".hf-lossless-lr-1234.tmp").touch()
     made = LowRankCompressor(LosslessLowRankConfig(keep_ratio=0.8, refit=False), work_dir=tmp_path)
     made.compress(model, as_examples(batch), eval_dataset=as_examples(other_inputs(batch)))
+    assert made.report.keep_ratio <= 0.8
+    assert (tmp_path / "journal.json").is_file()
 
 
 def test_ratios_are_in_the_order_of_the_bytes_that_they_ask_for():

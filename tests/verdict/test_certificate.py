@@ -12,8 +12,10 @@ from accelerate import Accelerator
 from scipy import optimize, special, stats
 from support.tiny_models import bert_sequence_classification, bert_token_classification, llama, split_batch
 
+from hf_lossless_lr import LosslessLowRankConfig
 from hf_lossless_lr.data.loaders import make_dataloader
 from hf_lossless_lr.errors import CertificateError
+from hf_lossless_lr.pipeline.summary import certificate_of
 from hf_lossless_lr.verdict import certificate as certificate_module
 from hf_lossless_lr.verdict.bounds import (
     bootstrap_upper_bound,
@@ -374,6 +376,18 @@ class TestTemperature:
         assert np.abs(increase).max() < 1e-12
         assert temperatures[1] / temperatures[0] == pytest.approx(2 ** (step / 4), rel=1e-9)
 
+    @pytest.mark.parametrize("step", [0.5, 1.5, 2.5])
+    def test_change_of_a_network_with_many_classes_is_no_improvement(self, step):
+        """As after training with smoothed labels: far above others in a thousand classes that are alike."""
+        generator, examples = np.random.default_rng(1), np.arange(1500)
+        values, labels = generator.normal(0, 0.6, (1500, 1000)), generator.integers(0, 1000, 1500)
+        values[examples, labels] += generator.normal(7.5, 1.5, 1500)
+        for _ in range(3):
+            values[examples, generator.integers(0, 1000, 1500)] += generator.exponential(2.2, 1500) + 1
+        certificate = certify(from_logits(2 ** (step / 4) * values, values, labels), 0.01, 0.01, 0.95)
+        assert abs(certificate.tempered_loss_increase.mean) < INTERPOLATED
+        assert certificate.status != "improved"
+
     @pytest.mark.parametrize("factor", [0.6, 0.8, 1.4])
     def test_change_is_next_to_no_difference_at_fitted_temperatures(self, factor):
         values, labels = logits()
@@ -646,6 +660,22 @@ class TestTogether:
         }
         assert together["a"].reasons == ("not shown once corrected for 4 tasks (Holm)",)
         assert together["b"].reasons == ()
+
+    def test_calls_none_of_several_improved(self):
+        """The p-value is about the margin, and says nothing of being better."""
+        tasks = {task: replace(c, status="improved") for task, c in with_p_values(a=0.001, b=0.001).items()}
+        for found in certify_together(tasks).values():
+            assert (found.status, found.reasons) == (
+                "lossless",
+                ("not `improved`: that is not corrected for 2 tasks",),
+            )
+        assert certify_together({"a": tasks["a"]})["a"].status == "improved"
+
+    def test_calls_none_of_later_ratios_improved(self):
+        answers, config = outcomes(noise(-0.5)), LosslessLowRankConfig(loss_margin=0.5, accuracy_margin=0.5)
+        for earlier, status in (([], "improved"), ([(0.7, True)], "lossless"), ([(0.7, False)], "inconclusive")):
+            found, reason = certificate_of(True, config, answers, "", 0.5, earlier)
+            assert (found.status, reason) == (status, None)
 
     def test_leaves_what_was_not_certified_and_a_single_task(self):
         tasks = with_p_values(a=0.03, b=0.5)
