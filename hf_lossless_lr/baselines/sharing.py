@@ -59,10 +59,10 @@ def shared_bases(
         except ConfigurationError as error:
             raise ConfigurationError(f"keep_ratio={keep_ratio} cannot be reached in {names[0]!r}: {error}") from error
         moments = torch.stack([_summed(statistics, name) for name in names]).sum(0)
-        factors = metric_svd(matrix, damped(moments, LosslessLowRankConfig.damping))
-        ups = factors.left[..., :rank].split([weight_matrices(layer).shape[-2] for layer in layers], dim=-2)
+        factors = metric_svd(matrix, damped(moments, LosslessLowRankConfig.damping), rank=rank)
+        ups = factors.left.split([weight_matrices(layer).shape[-2] for layer in layers], dim=-2)
         for name, layer, up in zip(names, layers, ups, strict=True):
-            shared = two_factors(layer, factors.right[..., :rank, :], up)
+            shared = two_factors(layer, factors.right, up)
             shared.down.weight = found.get(names[0], shared).down.weight
             found[name] = shared
     return found

@@ -89,6 +89,6 @@ def _stored(layer: Any, storage: str) -> nn.Module:
     dense = to_dense(layer)
     new = layout_of(dense).factorized(dense, layer.rank, storage, layer.form)
     weight = layer.dense_weight().unflatten(0, (layer.groups, -1))
-    factors = Factorization(metric_svd(weight)).truncate(layer.rank, storage, new.pivots_inputs)
+    factors = Factorization(metric_svd(weight, rank=layer.rank)).truncate(layer.rank, storage, new.pivots_inputs)
     new.load_factors(*factors, bias=layer.bias)
     return new.requires_grad_(layer.up.weight.requires_grad)

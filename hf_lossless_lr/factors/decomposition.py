@@ -22,7 +22,7 @@ from ..statistics import LARGE, gram
 
 TOLERANCE = 1e-4  # of its residual
 PROBES = 4  # vectors that see it
-SLAB = 256  # rows that are converted at once
+SLAB = 256  # rows that are converted or multiplied at once
 
 
 class MetricFactors(NamedTuple):
@@ -58,7 +58,9 @@ class _Root(NamedTuple):
     def times(self, matrix: torch.Tensor) -> torch.Tensor:
         """Return `P @ matrix`."""
         scaled = matrix if self.scale is None else self.scale[..., None] * matrix
-        return scaled if self.factor is None else self.factor @ scaled
+        if self.factor is None:
+            return scaled
+        return _upper_times(self.factor, scaled) if self.inverse is None else self.factor @ scaled
 
     def solve(self, matrix: torch.Tensor) -> torch.Tensor:
         """Return `P⁻¹ @ matrix`, with the pseudo-inverse of a singular metric."""
@@ -71,13 +73,19 @@ class _Root(NamedTuple):
         return torch.where(self.scale > 0, 1 / self.scale, 0.0)[..., None] * matrix
 
 
-def _root(metric: torch.Tensor | None, diagonal: bool) -> _Root:
+def _upper_times(upper: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Return `upper @ matrix` of a triangular matrix, in slabs of rows without what is zero in all of them."""
+    slabs = zip(range(0, upper.shape[-1], SLAB), upper.split(SLAB, dim=-2), strict=True)
+    return torch.cat([slab[..., start:] @ matrix[..., start:, :] for start, slab in slabs], dim=-2)
+
+
+def _root(metric: torch.Tensor | None, weight: torch.Tensor) -> _Root:
     """Return a root of a metric: triangular where it is positive definite beyond rounding, else symmetric."""
-    if metric is None:
+    channels = _channels(metric, weight)
+    if metric is None or channels is None:
         return _Root()
-    channels = metric if diagonal else metric.diagonal(dim1=-2, dim2=-1)
     scale = channels.clamp_min(0.0).sqrt()
-    if diagonal:
+    if metric.ndim < weight.ndim:
         return _Root(scale)
     scale = torch.where(scale > 0, scale, 1.0)
     unit = metric / (scale[..., :, None] * scale[..., None, :])
@@ -102,12 +110,20 @@ def _check_metric(name: str, metric: torch.Tensor | None, size: int, weight: tor
             f"metric_svd: W is {(out, in_)}, so A must be ({in_}, {in_}) and B ({out}, {out}) (or their diagonals); "
             f"{name} is {tuple(metric.shape[len(matrices) :])}. For Conv1D pass the transposed weight."
         )
-    if not torch.isfinite(metric).all():
+    if not _is_finite(metric):
         raise NumericalError(f"metric_svd: {name} has entries that are not finite.")
 
 
+def _is_finite(matrix: torch.Tensor) -> bool:
+    """Return whether all entries are finite: the extremes are, much faster to find, and not where one is no number."""
+    return bool(torch.isfinite(torch.stack(matrix.aminmax())).all())
+
+
 def metric_svd(
-    weight: torch.Tensor, input_metric: torch.Tensor | None = None, output_metric: torch.Tensor | None = None
+    weight: torch.Tensor,
+    input_metric: torch.Tensor | None = None,
+    output_metric: torch.Tensor | None = None,
+    rank: int | None = None,
 ) -> MetricFactors:
     r"""Factorize a matrix so that each truncation is optimal in the metric `(A, B)`.
 
@@ -124,6 +140,7 @@ def metric_svd(
         weight: the matrix W.  # shape: (..., out, in)
         input_metric: A, or its diagonal, or None for the identity.  # shape: (..., in, in) or (..., in)
         output_metric: B, or its diagonal, or None for the identity.  # shape: (..., out, out) or (..., out)
+        rank: largest rank that is wanted, which spares products; None for all of them.
 
     Returns:
         Factors that reproduce W at full rank (up to the null space of a singular metric).
@@ -136,23 +153,23 @@ def metric_svd(
     out_features, in_features = weight.shape[-2:]
     _check_metric("A", input_metric, in_features, weight)
     _check_metric("B", output_metric, out_features, weight)
-    if not torch.isfinite(weight).all():
+    if not _is_finite(weight):
         raise NumericalError("metric_svd: W has entries that are not finite.")
     if out_features > in_features:
-        factors = _svd(weight.mT, output_metric, input_metric)
+        factors = _svd(weight.mT, output_metric, input_metric, rank)
         return MetricFactors(factors.right.mT, factors.left.mT, factors.singular_values)
-    return _svd(weight, input_metric, output_metric)
+    return _svd(weight, input_metric, output_metric, rank)
 
 
-def _svd(weight: torch.Tensor, A: torch.Tensor | None, B: torch.Tensor | None) -> MetricFactors:
+def _svd(weight: torch.Tensor, A: torch.Tensor | None, B: torch.Tensor | None, rank: int | None) -> MetricFactors:
     """Factorize a matrix that has no more rows than columns."""
     if weight.shape[-2] >= LARGE:
-        sizes = [_size(weight, 2), _size(A), _size(B)]
+        sizes = [_size(weight), _size(_channels(A, weight)), _size(_channels(B, weight))]
         W, A_unit, B_unit = (
             None if matrix is None else (matrix.to(torch.promote_types(matrix.dtype, torch.float32)) / size).float()
             for matrix, size in zip((weight, A, B), sizes, strict=True)
         )
-        left, right, values = _svd_in_dtype(W, A_unit, B_unit)  # of matrices of size 1: its range is small
+        left, right, values = _svd_in_dtype(W, A_unit, B_unit, rank=rank)  # matrices of size 1: its range is small
         factors = MetricFactors(
             left * sizes[2] ** -0.5,
             right * (sizes[0] * sizes[2] ** 0.5),
@@ -160,47 +177,49 @@ def _svd(weight: torch.Tensor, A: torch.Tensor | None, B: torch.Tensor | None) -
         )
         if _residual(factors, weight, A, B) <= TOLERANCE:
             return factors
-    return _svd_in_dtype(*(None if matrix is None else matrix.double() for matrix in (weight, A, B)))
+    wide = (None if matrix is None else matrix.double() for matrix in (weight, A, B))
+    return _svd_in_dtype(*wide, rank=rank)
 
 
-def _svd_in_dtype(W: Any, A: torch.Tensor | None, B: torch.Tensor | None) -> MetricFactors:
-    root = _root(B, diagonal=B is not None and B.ndim < W.ndim)
+def _svd_in_dtype(W: Any, A: torch.Tensor | None, B: torch.Tensor | None, *, rank: int | None) -> MetricFactors:
+    root = _root(B, W)
     PW = root.times(W)
     values, U = torch.linalg.eigh(gram(PW.mT, _times(A, PW.mT)))
-    U = U.flip(-1)
-    return MetricFactors(root.solve(U), U.mT @ PW, values.flip(-1).clamp_min(0.0).sqrt())
+    U, values = U.flip(-1)[..., :rank], values.flip(-1)[..., :rank]
+    return MetricFactors(root.solve(U), U.mT @ PW, values.clamp_min(0.0).sqrt())
 
 
-def _size(matrix: torch.Tensor | None, order: int = 1) -> float:
-    """Return the mean size of the entries, or the root of that of their squares; above 0."""
-    if matrix is None:
-        return 1.0
-    norm = torch.linalg.vector_norm(matrix, order, dtype=torch.float64)
-    return float(norm / matrix.numel() ** (1 / order)) or 1.0
+def _channels(metric: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor | None:
+    """Return the diagonal of a metric."""
+    return metric if metric is None or metric.ndim < weight.ndim else metric.diagonal(dim1=-2, dim2=-1)
+
+
+def _size(numbers: torch.Tensor | None) -> float:
+    """Return the mean magnitude of numbers; above 0."""
+    return 1.0 if numbers is None else float(numbers.abs().mean(dtype=torch.float64)) or 1.0
 
 
 def _residual(factors: MetricFactors, weight: torch.Tensor, A: torch.Tensor | None, B: torch.Tensor | None) -> float:
     """Return the largest relative error, seen by random vectors in float64, of what the factors have to fulfil.
 
-    `L R = W`, `L S² Lᵀ = W A Wᵀ` and `Lᵀ B L = I`, the errors in the metric B; infinite where one is not finite.
+    `R = Lᵀ B W`, `W A Wᵀ B L = L S²` and `Lᵀ B L = I`, at any rank; infinite where one is not finite. Errors of `L`
+    are in the metric B, in which its columns have length 1.
     """
     generator = torch.Generator().manual_seed(0)
-    *matrices, out_features, in_features = weight.shape
+    *matrices, _, in_features = weight.shape
+    L, R, S = factors
     y, z = (
         torch.randn(*matrices, size, PROBES, dtype=torch.float64, generator=generator).to(weight.device)
-        for size in (out_features, in_features)
+        for size in (S.shape[-1], in_features)
     )
-    L, R, S = factors
-    projected = _applied(L.mT, _applied(B, y))
+    Ly = _applied(L, y)
+    BLy = _applied(B, Ly)
     pairs = (
-        (_applied(L, _applied(R, z)), _applied(weight, z)),
-        (
-            _applied(L, S.double().square()[..., None] * projected),
-            _applied(weight, _applied(A, _applied(weight.mT, _applied(B, y)))),
-        ),
-        (_applied(L, projected), y),
+        (_applied(R, z), _applied(L.mT, _applied(B, _applied(weight, z))), None),
+        (_applied(L, S.double().square()[..., None] * y), _applied(weight, _applied(A, _applied(weight.mT, BLy))), B),
+        (_applied(L.mT, BLy), y, None),
     )
-    errors = [(_norm(found - wanted, B) / _norm(wanted, B)).max() for found, wanted in pairs]
+    errors = [(_norm(found - wanted, M) / _norm(wanted, M)).max() for found, wanted, M in pairs]
     return float(torch.stack(errors).nan_to_num(math.inf, math.inf).max())
 
 

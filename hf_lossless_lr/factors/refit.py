@@ -314,5 +314,5 @@ def _solve(target: RefitTarget, products: _Products, place: int, damping: float)
         return
     if is_factorized(target.layer):
         outputs = None if moments is None else damped(moments, damping)
-        factorization = Factorization(metric_svd(weight, inputs, outputs))
+        factorization = Factorization(metric_svd(weight, inputs, outputs, target.layer.rank))
     fill(target.layer, weight, factorization, inputs, target.number_format)

@@ -157,9 +157,8 @@ def factorize_spatially(
     """
     matrix = spatial_matrix(weight.double(), kernel)
     vertical, horizontal = spatial_metric(A, B, kernel)
-    found = metric_svd(matrix, damped(vertical, damping), damped(horizontal, damping))
-    ranks = _largest_rank(*matrix.shape[-2:]) if largest is None else largest
-    factors = MetricFactors(found.left[..., :ranks], found.right[..., :ranks, :], found.singular_values[..., :ranks])
+    rank = _largest_rank(*matrix.shape[-2:]) if largest is None else largest
+    factors = metric_svd(matrix, damped(vertical, damping), damped(horizontal, damping), rank)
     lower, solved = _second_filters(factors.right, weight, A, kernel[1])
     return SpatialFactorization(factors, lower, solved, kernel[1])
 

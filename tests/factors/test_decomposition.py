@@ -38,9 +38,12 @@ def large(monkeypatch):
     """Take every matrix for a large one, and note in which dtypes they are decomposed."""
     dtypes, inner = [], decomposition._svd_in_dtype
     monkeypatch.setattr(decomposition, "LARGE", 1)
-    monkeypatch.setattr(
-        decomposition, "_svd_in_dtype", lambda W, *metric: (dtypes.append(W.dtype), inner(W, *metric))[1]
-    )
+
+    def noted(W, A, B, *, rank):
+        dtypes.append(W.dtype)
+        return inner(W, A, B, rank=rank)
+
+    monkeypatch.setattr(decomposition, "_svd_in_dtype", noted)
     return dtypes
 
 
@@ -83,15 +86,36 @@ def test_a_residual_that_is_too_large_leaves_it_to_float64(large, monkeypatch):
     assert found.left.dtype == torch.float64
 
 
+@pytest.mark.parametrize("rank", [7, None])
 @pytest.mark.parametrize("spoil", ["left", "right", "singular_values"])
-def test_the_residual_sees_factors_that_are_wrong(spoil):
+def test_the_residual_sees_factors_that_are_wrong(spoil, rank):
     weight, A, B = problem((24, 40), 2)
-    factors = metric_svd(weight, A, B)
+    factors = metric_svd(weight, A, B, rank)
     assert decomposition._residual(factors, weight, A, B) < 1e-9
     wrong = getattr(factors, spoil) * (1 + 1e-2 * random(5, 1, getattr(factors, spoil).shape[-1]))
     assert decomposition._residual(factors._replace(**{spoil: wrong}), weight, A, B) > TOLERANCE
     nothing = factors._replace(left=factors.left * torch.nan)
     assert decomposition._residual(nothing, weight, A, B) == float("inf")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("smallest_large", [1, 100])
+@pytest.mark.parametrize("rank", [1, 9, 24])
+def test_factors_of_a_largest_rank_are_the_first_of_all(shape, smallest_large, rank, monkeypatch):
+    weight, A, B = problem(shape, 3, spread=0.3)
+    monkeypatch.setattr(decomposition, "LARGE", smallest_large)
+    every, first = metric_svd(weight, A, B), metric_svd(weight, A, B, rank)
+    wanted = (every.left[..., :rank], every.right[..., :rank, :], every.singular_values[..., :rank])
+    tolerance = 1e3 * ROUNDING if smallest_large > 1 else FLOAT32_COST
+    for found, expected in zip(first, wanted, strict=True):
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("size", [5, 300])
+def test_a_triangular_product_leaves_out_zeros_only(size):
+    upper, matrix = random(6, 2, size, size).triu(), random(7, 2, size, 4)
+    torch.testing.assert_close(decomposition._upper_times(upper, matrix), upper @ matrix)
 
 
 @pytest.mark.parametrize("size", [5, 30])
