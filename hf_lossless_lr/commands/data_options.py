@@ -198,10 +198,8 @@ def load_examples(
         CertificateError: if the models order their classes differently.
         ConfigurationError: if no data set is named and the task has none.
     """
-    # Examples are counted after a text is cut into blocks.
-    blocks = task.auto_model == "AutoModelForCausalLM" and arguments.task != "mmlu"
     columns = () if arguments.columns is None else (arguments.columns,)
-    dataset = align(task, load_data(arguments, files, split, None if blocks else count), models, *columns)
+    dataset = align(task, load_data(arguments, files, split, None if task.cuts_text else count), models, *columns)
     examples = task.prepare(dataset, processor, arguments.max_length or task.max_length, *columns)
     return examples.select(range(min(count or len(examples), len(examples))))
 

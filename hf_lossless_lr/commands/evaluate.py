@@ -28,7 +28,9 @@ class EvaluateArguments(SourceArguments):
 
     task: str = field(metadata={"help": "task", "choices": list(EVALUATION_TASKS)})
     split: str | None = field(default=None, metadata={"help": "split; default: the one that figures are published on"})
-    examples: int | None = field(default=None, metadata={"help": "examples, from the start; default all"})
+    examples: int | None = field(
+        default=None, metadata={"help": "examples (of a text: blocks), from the start; default all"}
+    )
     max_length: int | None = field(default=None, metadata={"help": "tokens an input is cut to; default: the task's"})
     batch_size: int = field(default=_DEFAULTS.batch_size, metadata={"help": "examples per forward pass"})
     confidence: float = field(default=_DEFAULTS.confidence, metadata={"help": "confidence level of one-sided bounds"})
@@ -63,8 +65,9 @@ def evaluate(arguments: Any) -> int:
     check_arguments(arguments)
     LosslessLowRankConfig(confidence=arguments.confidence, batch_size=arguments.batch_size)  # refuses bad values
     task = published_task(arguments)
-    data = load_data(arguments, arguments.data_files, arguments.split or task.dataset[-1], arguments.examples)
-    options = ScoringOptions(arguments.batch_size, arguments.max_length or task.max_length)
+    rows, blocks = (None, arguments.examples) if task.cuts_text else (arguments.examples, None)
+    data = load_data(arguments, arguments.data_files, arguments.split or task.dataset[-1], rows)
+    options = ScoringOptions(arguments.batch_size, arguments.max_length or task.max_length, blocks)
     processor = load_auto(task.processor, arguments.model)
     models = [
         load_model(task.auto_model, name, arguments.dtype).eval()
@@ -77,11 +80,12 @@ def evaluate(arguments: Any) -> int:
     if arguments.other is not None:
         print(f"bounds are one-sided, at {arguments.confidence:.0%} confidence")
         used, doubt = what_is_known(Path(arguments.other))
+        examples = task.prepare(align(task, data, models), processor, options.max_length)
         try:
             certificate = verify(
                 models[0],
                 models[1],
-                task.prepare(align(task, data, models), processor, options.max_length),
+                examples.select(range(min(blocks or len(examples), len(examples)))),
                 confidence=arguments.confidence,
                 batch_size=arguments.batch_size,
                 data_collator=task.collator(processor),

@@ -34,7 +34,9 @@ class VerifyArguments(DataArguments, JudgingArguments, RequiringArguments):
     """What to compare on, and what counts as lossless."""
 
     split: str = field(default="validation", metadata={"help": "split to compare on"})
-    examples: int | None = field(default=None, metadata={"help": "examples, from the start; default all"})
+    examples: int | None = field(
+        default=None, metadata={"help": "examples (of a text: blocks), from the start; default all"}
+    )
     confidence: float = field(default=_DEFAULTS.confidence, metadata={"help": "confidence level of one-sided bounds"})
 
 

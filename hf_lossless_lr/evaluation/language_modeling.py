@@ -148,7 +148,7 @@ def language_modeling(
         return Dataset.from_dict({"input_ids": rows, "labels": rows})
 
     def score(model: PreTrainedModel, data: Dataset, tokenizer: Any, options: ScoringOptions) -> Scores:
-        rows = _blocks(data, tokenizer, options.max_length, separator, documents, blocks)
+        rows = _blocks(data, tokenizer, options.max_length, separator, documents, blocks)[: options.blocks]
         passages = [Passage(row[:-1], [row[1:]]) for row in rows]
         losses = [-value[0] for value in log_likelihoods(model, passages, options.batch_size)]
         return Scores(np.array([[loss, len(row) - 1] for loss, row in zip(losses, rows, strict=True)]), METRICS)
@@ -161,6 +161,7 @@ def language_modeling(
         prepare=prepare,
         collator=lambda tokenizer: default_data_collator,
         score=score,
+        cuts_text=True,
     )
 
 

@@ -145,6 +145,7 @@ TASKS: dict[str, Task] = {
         prepare=_text_generation,
         collator=lambda tokenizer: default_data_collator,
         columns=("text",),
+        cuts_text=True,
     ),
     "image-classification": Task(
         auto_model="AutoModelForImageClassification",

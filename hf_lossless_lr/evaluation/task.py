@@ -20,10 +20,12 @@ class ScoringOptions(NamedTuple):
     Attributes:
         batch_size: examples per forward pass.
         max_length: tokens that an input is cut to.
+        blocks: most blocks to take, from the start, of a text that is cut into blocks; None for all.
     """
 
     batch_size: int
     max_length: int
+    blocks: int | None = None
 
 
 def as_it_is(dataset: Dataset, model: PreTrainedModel, columns: list[str] | None = None) -> Dataset:
@@ -70,6 +72,7 @@ class Task:
         max_length: tokens that an input is cut to by default.
         align: `(dataset, model) -> dataset` with labels in the model's order of classes; call it before `prepare`. The
             tasks with `columns` take those here, too.
+        cuts_text: whether all rows are one text, and an example is a block of it.
     """
 
     auto_model: str
@@ -80,6 +83,7 @@ class Task:
     labelled: bool = True
     max_length: int = 128
     align: Callable[..., Dataset] = as_it_is
+    cuts_text: bool = False
 
     def __post_init__(self) -> None:
         """Let nothing that a task does to texts show in the tokenizer of its caller."""

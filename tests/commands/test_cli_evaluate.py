@@ -72,6 +72,22 @@ class TestEvaluate:
         last = capsys.readouterr().out.splitlines()[-1]
         assert last.startswith(("lossy", "inconclusive", "lossless", "improved"))
 
+    def test_examples_of_a_text_are_blocks(self, tmp_path, capsys):
+        llama().save_pretrained(tmp_path / "model")
+        byte_tokenizer().save_pretrained(tmp_path / "model")
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "test.jsonl").write_text(json.dumps({"text": "a few words of text " * 80}) + "\n")
+        model, file = str(tmp_path / "model"), tmp_path / "scores.json"
+        where = ["--task", "wikitext2", "--dataset", str(tmp_path / "data"), "--max_length", "32"]
+        losses = []
+        for count in (3, 29, 60):
+            assert main(["evaluate", model, *where, "--examples", str(count), "--json", str(file)]) == 0
+            losses.append(json.loads(file.read_text())["loss"]["values"][0]["value"])
+        assert len(set(losses)) == 3
+        capsys.readouterr()
+        assert main(["evaluate", model, model, *where, "--examples", "29"]) == 0
+        assert "29 examples are too few for a certificate" in capsys.readouterr().out
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
