@@ -104,7 +104,7 @@ def main() -> None:
 
     # The head stays dense: only attention and MLP projections are targets, unless `target_modules` names others.
     # Only batches have a loss here, so a batch is what the verdict takes as independent. It wants at least 30 of them.
-    config = LosslessLowRankConfig(keep_ratio=arguments.keep_ratio, batch_size=8)
+    config = LosslessLowRankConfig(keep_ratio=arguments.keep_ratio, batch_size=4)
     compressor = LowRankCompressor(config)
     model = compressor.compress(model, training, eval_dataset=held_out, data_collator=collate)
     model.save_pretrained(arguments.output)

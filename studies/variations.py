@@ -8,6 +8,7 @@
   logits (of two classes).
 * `blocks`: factors and norms of each block trained, one block after the other, so that its outputs become those of
   the dense one (of a Llama).
+* `curvature`: B of the gradients of the labels, instead of the Gauss-Newton matrix.
 * `removal`: most of the ranks of one layer are taken away, in the hope that the loss falls.
 
 Models are calibrated on the first lines of the calibration data, and judged on others. Factors are stored as two.
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from records import RESULTS, Record, append_records, known_records
@@ -34,6 +36,7 @@ from hf_lossless_lr.layers import in_place, is_factorized, weight_matrices
 from hf_lossless_lr.pipeline import verify
 from hf_lossless_lr.processes import make_accelerator
 from hf_lossless_lr.report import CompressionReport
+from hf_lossless_lr.statistics import collector
 
 LIMITS = (None, 2.0, 1.4)
 RIDGES = (1.0, 10.0, 100.0)
@@ -194,6 +197,13 @@ def _train_blocks(place: Place, model: Any, rate: float) -> None:
             now = [new(hidden, position_embeddings=rotations) for hidden in now]
 
 
+def curvature(place: Place, keep_ratio: float) -> Iterator[Record]:
+    """Yield what the default costs, and the same with B as the second moment of the gradients of the labels."""
+    for setting, directions in (("Gauss-Newton", collector.gauss_newton_directions), ("labels", lambda *_: [])):
+        with patch.object(collector, "gauss_newton_directions", directions):
+            yield {"setting": setting, **judged(place, compressed(place, keep_ratio)[0])}
+
+
 def removal(place: Place, keep_ratio: float) -> Iterator[Record]:
     """Yield what the layer costs of which the calibration loss falls most, if only a share of it is kept.
 
@@ -224,6 +234,7 @@ VARIATIONS: dict[str, tuple[Callable[[Place, float], Iterator[Record]], tuple[st
     "clamped ranks": (clamped_ranks, ("minilm-sst2", "llama-small"), (0.35, 0.25)),
     "singular values": (singular_values, ("minilm-sst2",), (0.5, 0.35)),
     "blocks": (blocks, ("llama-small",), (0.5, 0.35)),
+    "curvature": (curvature, ("minilm-sst2", "llama-small"), (0.7, 0.5, 0.35)),
     "removal": (removal, ("minilm-sst2", "llama-small"), (1.0,)),
 }
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..files import write_atomically
 from ..report import CompressionReport, is_unedited, model_card
 from .config import LosslessLowRankConfig
-from .options import CompressionOptions
+from .options import DEFAULT_OBJECTIVE, CompressionOptions
 
 TEMPLATE_DESCRIPTION = (  # what Transformers puts into the template of a new repository's card
     "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
@@ -32,11 +32,13 @@ def card_of(report: CompressionReport, base_model: str | None = None) -> str:
 
 def _chosen(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that differ from what the objective alone would set."""
-    objective = config.get("objective", LosslessLowRankConfig.objective)
-    default = LosslessLowRankConfig(objective=objective)
+    ranks = config.get("ranks")  # that are given make the objective
+    objective = config.get("objective", DEFAULT_OBJECTIVE) if ranks is None else DEFAULT_OBJECTIVE
+    default = LosslessLowRankConfig(objective=objective, ranks=ranks)
     chosen = {f.name: config[f.name] for f in fields(CompressionOptions) if f.name in config}
     chosen = {name: value for name, value in chosen.items() if value != getattr(default, name)}
-    return ({} if objective == LosslessLowRankConfig.objective else {"objective": objective}) | chosen
+    given = {} if ranks is None else {"ranks": ranks}
+    return ({} if objective == DEFAULT_OBJECTIVE else {"objective": objective}) | given | chosen
 
 
 def hub_name(model: PreTrainedModel) -> str | None:

@@ -98,6 +98,10 @@ class LosslessLowRankConfig(CompressionOptions, QuantizationConfigMixin):
             raise CheckpointError(f"unfused: must be a list of names of modules, got {self.unfused!r}.")
         self.modules = {name: _checked_record(name, record) for name, record in self.modules.items()}
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a field as a dictionary would: Transformers asks so of a configuration that a caller hands on."""
+        return vars(self).get(name, default)
+
     @classmethod
     def from_dict(
         cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any

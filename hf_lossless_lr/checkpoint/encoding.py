@@ -80,12 +80,18 @@ def _is_among(tensor: Any, addresses: set[int]) -> bool:
 
 
 def _encode(matrix: torch.Tensor, grid: Grid) -> tuple[dict[str, torch.Tensor], bool]:
-    """Return the tensors that hold a matrix, and whether they do so exactly; if not, its grids are chosen anew."""
+    """Return the tensors that hold a matrix, and whether they do so exactly.
+
+    If not, the grids of the rows that are not on them are chosen anew; the others stay what they were.
+    """
     grid = _for_rows(grid.to(matrix.device), matrix)
     tensors = encode(matrix, grid)
-    if torch.equal(decode(tensors, matrix.shape[1], grid.kind).to(matrix.dtype), matrix):
+    moved = (decode(tensors, matrix.shape[1], grid.kind).to(matrix.dtype) != matrix).any(1)
+    if not moved.any():
         return tensors, True
-    return encode(matrix, search_grid(matrix, torch.ones(matrix.shape[1], device=matrix.device), grid.kind)), False
+    anew = search_grid(matrix[moved], torch.ones(matrix.shape[1], device=matrix.device), grid.kind)
+    scale, zero = (old.index_put((moved,), new) for old, new in ((grid.scale, anew.scale), (grid.zero, anew.zero)))
+    return encode(matrix, Grid(grid.kind, scale, zero)), False
 
 
 def _for_rows(grid: Grid, matrix: torch.Tensor) -> Grid:

@@ -80,8 +80,8 @@ def evaluate(arguments: Any) -> int:
     if arguments.other is not None:
         print(f"bounds are one-sided, at {arguments.confidence:.0%} confidence")
         used, doubt = what_is_known(Path(arguments.other))
-        examples = task.prepare(align(task, data, models), processor, options.max_length)
         try:
+            examples = task.prepare(align(task, data, models), processor, options.max_length)
             certificate = verify(
                 models[0],
                 models[1],

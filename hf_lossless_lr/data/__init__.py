@@ -3,7 +3,9 @@
 Also what a batch's labels and loss mean, and which rows are padding.
 """
 
+from .curvature import gauss_newton_directions
 from .cutting import comes_apart, part_of, unpadded
+from .digests import combined_digest, examine, item_digests
 from .drawn_labels import draw_labels
 from .forward import forward_loss, mean_loss, run_batch, run_watching
 from .heads import answering_layers
@@ -13,7 +15,7 @@ from .loaders import dataset_size, first_batch, make_dataloader, ready_batches, 
 from .padding import PaddingMasks, watching_masks
 from .products import quick_products
 from .representations import Representation, model_inputs
-from .splits import DataSplits, combined_digest, examine, item_digests, split_data
+from .splits import DataSplits, split_data
 from .steady_rows import learn_steady_rows
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "examine",
     "first_batch",
     "forward_loss",
+    "gauss_newton_directions",
     "item_digests",
     "learn_steady_rows",
     "make_dataloader",

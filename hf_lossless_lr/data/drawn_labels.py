@@ -49,7 +49,7 @@ def draw_labels(
         device: the device of the work.
         seed: seed of the draws, which do not depend on the batches.
         max_examples: examples to take from the start; None for all.
-        keep: whether labels that are there stay.
+        keep: whether labels that are there stay, as of data to judge on, of which a stream alone has a limit.
         options: of `make_dataloader`.
 
     Returns:
@@ -59,7 +59,7 @@ def draw_labels(
         DataError: if it is not known how the head's labels are drawn, as of a left-to-right language model.
     """
     loader = make_dataloader(data, model, max_examples=max_examples, **options)
-    loader = loader if max_examples is None else first_examples(loader, max_examples)
+    loader = loader if max_examples is None or keep else first_examples(loader, max_examples)
     names = label_names(model) if keep and takes_labels(model) else ()
     if any(next(iter(loader)).get(each) is not None for each in names):
         return list(loader) if ready_batches(loader) else loader

@@ -58,11 +58,11 @@ def answering_layers(model: PreTrainedModel, layers: Mapping[str, nn.Module], ba
         try:
             with torch.enable_grad():
                 moved = list(_logits(run_batch(model, batch)))
+                for answer in moved:
+                    found |= {name for name, grad in _gradients(answer, outputs) if _moves_two(layers[name], grad)}
         finally:
             for hook in hooks:
                 hook.remove()
-    for answer in moved:
-        found |= {name for name, grad in _gradients(answer, outputs) if _moves_two(layers[name], grad)}
     return [name for name in layers if name in found]
 
 

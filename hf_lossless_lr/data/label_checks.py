@@ -39,14 +39,16 @@ def numbered(model: Any, data: str, name: str, value: Any, where: str, must: boo
     if value is None and must:
         raise DataError(f"{data}: {where} has no label ({name} is null). Leave it out, or label it.")
     if isinstance(value, str):
-        known = {str(label): number for label, number in (model.config.label2id or {}).items()}
+        config = model.config
+        names = config.label2id or {label: number for number, label in (config.id2label or {}).items()}
+        known = {str(label): number for label, number in names.items()}
         if value in known:
             return int(known[value])
         if must:
             shown = ", ".join(list(known)[:_SHOWN]) + (", …" if len(known) > _SHOWN else "")
             raise DataError(
                 f"{data}: {where} has the label {value!r}, which model.config.label2id does not have (it has "
-                f"{shown}). Set it to the names of the data, or give whole numbers."
+                f"{shown or 'none'}). Set it to the names of the data, or give whole numbers."
             )
     if isinstance(value, (list, tuple)) and any(entry is None or isinstance(entry, str) for entry in value):
         return [numbered(model, data, name, entry, where, must) for entry in value]

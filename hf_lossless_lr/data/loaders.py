@@ -67,6 +67,7 @@ def make_dataloader(
     elif isinstance(data, (Mapping, str)) or not isinstance(data, (Dataset, Iterable)):
         raise DataError(
             f"{name}: expected a Dataset, a DataLoader or an iterable of batches, got {type(data).__name__}."
+            f"{' Choose a split of it.' if isinstance(data, Mapping) else ''}"
         )
     else:
         collate = data_collator if data_collator is not None else default_collator(processing_class, model)
@@ -75,7 +76,7 @@ def make_dataloader(
             loader = _loader(_Columns(data, model, name, _is_plain(collate)), batch_size, _repeatable(collate))
         else:
             loader = _batches_loader(list(cast(Iterable[Any], data)), model, name)
-    _check_size(loader, name)
+    check_size(loader, name)
     _check_repeats(loader, model, name)
     return loader
 
@@ -245,7 +246,16 @@ def _batches_loader(batches: list[Any], model: PreTrainedModel, name: str) -> Da
     return _loader([taken_by(model, batch) for batch in batches], 1, _single)
 
 
-def _check_size(loader: DataLoader, name: str) -> None:
+def check_size(loader: DataLoader, name: str) -> None:
+    """Refuse data of too few examples.
+
+    Args:
+        loader: a loader from `make_dataloader`.
+        name: what to call the data in errors.
+
+    Raises:
+        DataError: if there are too few, or none.
+    """
     count = dataset_size(loader)
     if count and ready_batches(loader):
         count = sum(batch_examples(batch) for batch in loader)

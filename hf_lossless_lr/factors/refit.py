@@ -19,7 +19,7 @@ nothing is re-implemented or run twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from types import MappingProxyType
@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..data import PaddingMasks
+from ..errors import NumericalError
 from ..formats import FLOAT
 from ..layers import SPATIAL, evaluating, in_place, is_factorized, weight_matrices
 from ..statistics import (
@@ -53,10 +54,10 @@ from .decomposition import metric_svd
 from .factorize import Factorization
 from .filling import fill
 from .linalg import damped, shifted_weight
+from .paired_rows import chunks
 from .refitted import RefittedLayers
 from .spatial import factorize_spatially
 
-CHUNK = 4096  # rows that small batches are joined to, for their products
 RIDGE = 6.0  # times features / rows, of each channel, towards the weight: docs/method.md
 LARGEST_RIDGE = 0.2
 
@@ -121,6 +122,9 @@ def refit(
         The layers that were left as they are: in no group, not reached by the data, or with other rows in the
         compressed model than in the dense one (behind a router, where it is not known which these are), or in an
         expert that got fewer of them than it has features.
+
+    Raises:
+        NumericalError: if what a layer gets or gives is not finite.
     """
     left = set(targets)
     layers = {**others, **{name: target.layer for name, target in targets.items()}}
@@ -148,6 +152,7 @@ def refit(
                 finished.add(group)
                 if products is not None:
                     left -= set(group)
+                    _check_finite(group, products)
                     with clock.timed("refit_solves"):
                         for place, name in enumerate(group):
                             _solve(targets[name], products, place, damping)
@@ -200,6 +205,14 @@ class _Products(NamedTuple):
     ridge: float
 
 
+def _check_finite(group: Group, products: _Products) -> None:
+    if not all(torch.isfinite(each).all() for each in (products.input_gram, *products.output_cross)):
+        raise NumericalError(
+            f"the refit met inputs or outputs of {group[0]!r} that are not finite (NaN or infinity); check the data "
+            "that it takes: the calibration data and refit_dataset."
+        )
+
+
 def _compares_outputs(group: Sequence[RefitTarget]) -> bool:
     """Return whether the dense model's outputs `W X` stand for its inputs.
 
@@ -222,7 +235,7 @@ def _products(
     input_gram = cross.new_zeros((matrices, size, size))
     error_cross = cross.new_zeros((matrices, out if makes_up else 0, size))
     rows_seen = unpaired = 0
-    for chunk in _chunks(streams):
+    for chunk in chunks(streams):
         if chunk is None:
             unpaired += 1
             continue
@@ -244,62 +257,6 @@ def _products(
     cross = cross + error_cross if makes_up else cross
     output_cross = torch.split(cross / rows, [weight.shape[-2] for weight in weights], dim=-2)
     return _Products(output_cross, input_gram / rows, ridge)
-
-
-class _Chunk(NamedTuple):
-    """Rows of a group, of some streams.
-
-    Attributes:
-        dense: what the dense layer gets, or its outputs.
-        shifted: what the compressed one gets.
-        errors: of what is added to its outputs, where that is known.
-    """
-
-    dense: torch.Tensor
-    shifted: torch.Tensor
-    errors: torch.Tensor | None
-
-
-def _chunks(streams: Sequence[tuple[Stream, Stream]]) -> Iterator[_Chunk | None]:
-    """Yield the rows of pairs of streams, those of small batches joined: one product of many rows costs less.
-
-    Rows are made one pair after the other, and a pair of streams with other rows in one than in the other is None.
-    """
-    chunk: list[_Chunk] = []
-    for index, (dense, compressed) in enumerate(streams):
-        rows = _paired(dense, compressed)
-        if rows is None:
-            yield None
-        else:
-            chunk.append(rows)
-        if chunk and (sum(rows.dense.shape[-2] for rows in chunk) >= CHUNK or index == len(streams) - 1):
-            errors = [rows.errors for rows in chunk if rows.errors is not None]
-            yield _Chunk(
-                torch.cat([rows.dense for rows in chunk], dim=-2),
-                torch.cat([rows.shifted for rows in chunk], dim=-2),
-                torch.cat(errors, dim=-2) if len(errors) == len(chunk) else None,
-            )
-            chunk = []
-
-
-def _paired(dense: Stream, compressed: Stream) -> _Chunk | None:
-    """Return the rows of two streams that are the same ones; None where that is not known.
-
-    A router may send an expert other rows in the compressed model than in the dense one: those that it gets in both
-    are a pair.
-    """
-    if dense.rows is None or compressed.rows is None:
-        return None
-    rows, shifted = dense.rows.values(), compressed.rows.values()
-    ours, theirs = dense.rows.routed(), compressed.rows.routed()
-    if ours is not None and theirs is not None:
-        rows, shifted = rows[:, torch.isin(ours, theirs)], shifted[:, torch.isin(theirs, ours)]
-    if rows.shape[-2] != shifted.shape[-2]:
-        return None
-    added, added_now = (stream.added.get(stream.group or ()) for stream in (dense, compressed))
-    if added is None or added_now is None or ours is not None:
-        return _Chunk(rows, shifted, None)
-    return _Chunk(rows, shifted, dense.rows.outputs(added) - compressed.rows.outputs(added_now))
 
 
 def _solve(target: RefitTarget, products: _Products, place: int, damping: float) -> None:

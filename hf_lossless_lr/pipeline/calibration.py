@@ -169,6 +169,8 @@ def calibrate(
         ConfigurationError: if a layer does not fit into the memory, the folder cannot be used, or processes differ.
         NumericalError: if a loss, a gradient or a decomposition is not finite.
     """
+    if statistics_path is not None and not Path(statistics_path).absolute().parent.is_dir():
+        raise ConfigurationError(f"statistics_path: there is no folder {Path(statistics_path).parent}.")
     accelerator = make_accelerator()
     check_same_inputs({"data": parts.fingerprints, "configuration": config.to_dict()})
     limit, clock = memory_limit(max_memory, accelerator.device), Clock()
@@ -180,7 +182,9 @@ def calibrate(
                 _try_first(model, loader, accelerator)
         targets = without_heads(model, config, parts, targets, accelerator)
         kept = work_dir is not None
-        memory, windows = plan_memory(model, targets.chosen, parts, accelerator, limit, bool(config.refit), kept)
+        memory, windows = plan_memory(
+            model, targets.chosen, parts, accelerator, limit, bool(config.refit), kept, statistics_path is not None
+        )
         on_cpu = accelerator.device.type == "cpu"  # where the dense model's answers are kept, too
         room = max(0, memory.limit - memory.expected) if on_cpu else MAX_KEPT_BYTES
         dense = Dense(model, fingerprint, parameters, stored, KeptAnswers(min(MAX_KEPT_BYTES, room)), experts)

@@ -81,6 +81,8 @@ class LowRankCompressor:
         max_memory: int | str | None = None,
         work_dir: str | os.PathLike[str] | None = None,
     ) -> None:
+        if config is not None and not isinstance(config, LosslessLowRankConfig):
+            raise ConfigurationError(f"config: must be a LosslessLowRankConfig, got {type(config).__name__}.")
         self.max_memory, self.work_dir = max_memory, work_dir
         self.config = config if config is not None else LosslessLowRankConfig()
         self.report: CompressionReport | None = None

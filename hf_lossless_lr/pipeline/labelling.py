@@ -37,5 +37,5 @@ def with_drawn_labels(
     calib_dataset = draw_labels(calib_dataset, model, device, config.seed, most, **options)
     if eval_dataset is not None:
         options["name"] = "eval_dataset"
-        eval_dataset = draw_labels(eval_dataset, model, device, config.seed + 1, keep=True, **options)
+        eval_dataset = draw_labels(eval_dataset, model, device, config.seed + 1, most, keep=True, **options)
     return calib_dataset, eval_dataset

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Mapping
@@ -106,13 +107,15 @@ def plan_memory(
     limit: int,
     refits: bool,
     keeps: bool = False,
+    one_file: bool = False,
 ) -> tuple[MemoryPlan, list[Key]]:
     """Decide how the statistics are collected, where they and the factors are kept, and how much a refit may hold.
 
     Where all of it fits, that is one pass, and memory. Else the activations of the first batch are measured, and
     layers are taken in windows whose second moments fit beside them; statistics and factors go to disk. Where blocks
     that run again in the backward pass leave so much more room that it takes less time, they do. Where the batches
-    that wait in a refit do not fit beside what is in memory then, it takes as many as do.
+    that wait in a refit do not fit beside what is in memory then, statistics and factors go to disk if more of these
+    batches fit so, and the refit takes as many as do.
 
     Args:
         model: the dense model, on the accelerator's device.
@@ -122,6 +125,7 @@ def plan_memory(
         limit: bytes that a process may have.
         refits: whether the layers will be refitted.
         keeps: whether statistics and factors are kept on disk in any case.
+        one_file: whether the statistics stay in memory if they fit, to be written to one file.
 
     Returns:
         The plan, and the layers of each pass; the same on each process.
@@ -139,10 +143,13 @@ def plan_memory(
     limit = -int(_largest(-limit, accelerator))  # one plan for all processes
     whole = base + statistics + factors + 2 * layers + work
     disk = statistics * 9 // 16 + factors
+    in_memory = None
     if whole <= limit:
         taken = _taken(limit - whole, held, batches)
         expected = whole + held * (batches if taken is None else taken[0])
-        return MemoryPlan(limit, expected, 1, disk if keeps else 0, refit_batches=taken), [tuple(targets)]
+        in_memory = MemoryPlan(limit, expected, 1, disk if keeps else 0, refit_batches=taken)
+        if taken is None or one_file:
+            return in_memory, [tuple(targets)]
     kept = {name: each.statistics for name, each in needs.items()}
     free = limit - base - max(kept.values())  # of one product
     activations, seconds = _first_batch(model, targets, parts, accelerator)
@@ -158,7 +165,16 @@ def plan_memory(
     expected = max(limit - max(room, 0) + min(room, statistics), refitting)
     passed = -(-len(parts.calibration) // accelerator.num_processes)
     seconds *= len(windows) * passed
-    return MemoryPlan(limit, expected, len(windows), disk, seconds, taken, recomputes), windows
+    on_disk = MemoryPlan(limit, expected, len(windows), disk, seconds, taken, recomputes)
+    if in_memory is not None and _refits_as_much(in_memory, on_disk):
+        return in_memory, [tuple(targets)]
+    return on_disk, windows
+
+
+def _refits_as_much(plan: MemoryPlan, other: MemoryPlan) -> bool:
+    """Return whether a plan takes no fewer batches for the refit than another, and keeps to the limit if that does."""
+    taken, others = (math.inf if each.refit_batches is None else each.refit_batches[0] for each in (plan, other))
+    return taken >= others and (plan.expected <= plan.limit or other.expected > other.limit)
 
 
 def _saves_time(statistics: Mapping[str, int], room: int, more: int) -> bool:

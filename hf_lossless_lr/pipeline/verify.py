@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint import LosslessLowRankConfig
 from ..data import combined_digest, draw_labels, examine, make_dataloader
-from ..errors import CertificateError
+from ..errors import CertificateError, TargetError
 from ..layers import check_whole, on_device
 from ..processes import make_accelerator
 from ..renamed import refusing_old_names
@@ -57,7 +58,7 @@ def verify(
         ConfigurationError: if an option has a value that cannot be used.
         DataError: if the data has no labels, or the models do not answer the same questions.
         NumericalError: if a loss is not finite.
-        TargetError: if a model is wrapped, spread over processes, or another one in each.
+        TargetError: if a model is none, wrapped, spread over processes, or another one in each, or both are one.
     """
     LosslessLowRankConfig(  # refuses values that cannot be used
         loss_margin=loss_margin,
@@ -68,7 +69,14 @@ def verify(
     )
     options = {"batch_size": batch_size, "data_collator": data_collator, "processing_class": processing_class}
     accelerator = make_accelerator()
+    if dense is compressed:
+        raise TargetError(
+            "this is one model twice, which is as good as itself. compress() changes the model in place: load the "
+            "dense one once more, or take a deepcopy of it before."
+        )
     for model in (dense, compressed):
+        if not isinstance(model, nn.Module):
+            raise TargetError(f"verify() takes two models, got {type(model).__name__}; load it with from_pretrained.")
         check_whole(model)
         check_same(model)
     if labels == "model":

@@ -1,11 +1,13 @@
-r"""Calibration statistics from one forward and backward pass over the data.
+r"""Calibration statistics from one pass over the data, forward and backward (with G, backward twice).
 
 For each target layer `y = W x + b` and a loss `L` in nats per labelled unit:
 
 * `weight_grad` `G = E[∂L/∂W]`, over labelled units, where it is asked for,
 * `input_covariance` `A = E[x xᵀ]`, uncentred, over real tokens (rows that the attention mask keeps),
-* `grad_covariance` `B = (1/units) Σ_t g_t g_tᵀ` with `g_t` the gradient of the *summed* loss of a batch by the layer's
-  output, so that `½ tr(B D A Dᵀ)` predicts nats per labelled unit for a change `D` of the weight.
+* `grad_covariance` `B = (1/units) Σ_t g_t g_tᵀ` with `g_t = J_tᵀ v` by the layer's output, and `v` by the logits so
+  that `E[v vᵀ]` is the Hessian of the *summed* loss of a batch (`data/curvature.py`; for losses that are not known
+  there, `g_t` is the gradient of the loss). So `½ tr(B D A Dᵀ)` predicts nats per labelled unit for a change `D` of
+  the weight.
 
 Sums and counts are accumulated (float32 within a batch; across batches float64, from `LARGE` features on float32)
 and reduced once over processes, so the result does not depend on how the data is split into batches or over processes.
@@ -94,13 +96,13 @@ def collect_statistics(
         for hook in hooks:
             hook.remove()
     collector.warn_of_padding()
-    collector.reduce(accelerator)
+    collector.sums.reduce(accelerator, collector.known)
     totals = accelerator.reduce(totals, "sum")
     total_units = int(totals[1])
     if total_units == 0:
         raise DataError("no batch has a labelled unit: every label is -100.")
     digest = _combined(digests)
-    layers = collector.layer_statistics(total_units)
+    layers = collector.sums.layer_statistics(total_units)
     uncalled = tuple(name for name in targets if name not in layers)
     groups = collector.groups()
     mean_loss, examples = float(totals[0]) / total_units, int(totals[2])

@@ -1,4 +1,4 @@
-"""What one process sums over its batches: the only hooks and the only backward of the package."""
+"""What one process sees of its batches: the only hooks and the only backward of the package."""
 
 from __future__ import annotations
 
@@ -11,18 +11,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..data import PaddingMasks, batch_examples, comes_apart, forward_loss, learn_steady_rows
+from ..data import (
+    PaddingMasks,
+    batch_examples,
+    comes_apart,
+    forward_loss,
+    gauss_newton_directions,
+    learn_steady_rows,
+)
 from ..errors import NumericalError
-from ..layers import Layout, called_with, layout_of, weight_matrices
-from .records import Key, LayerStatistics
-from .rows import gram, precision_of, real_rows
+from ..layers import Layout, called_with, layout_of
+from .records import Key
+from .rows import gram, real_rows
 from .shared_rows import layers_with_shared_rows, one_by_one
+from .sums import Sums
 
 logger = logging.get_logger(__name__)
 
@@ -48,7 +55,7 @@ class _Input:
 
 
 class Collector:
-    """Sums of one process over its batches.
+    """Hooks and passes of one process, which fill its sums.
 
     Args:
         model: the model.
@@ -72,21 +79,13 @@ class Collector:
         self.inputs: list[_Input] = []
         self.received: dict[Hashable, _Input] = {}  # the last one of each key: a tensor may be gone, and its id used
         self.recording = False
+        self.of_curvature = True  # whether gradients of outputs that come now belong to B
         self.index = 0  # of the batch
         self.one_by_one = False  # whether examples go through the model alone
         self.copies = False  # whether inputs are copied, for the model changes some of them in place
         self.order: list[Key] = []  # of the inputs in a forward pass, also of those that only some batches have
-        self.input_sums: dict[Key, torch.Tensor] = {}
-        self.input_counts: dict[Key, int] = {}
         self.repeated: set[str] = set()  # targets called more than once in a forward pass
-        self.grad_sums: dict[str, torch.Tensor] = {}
-        self.weight_grads: dict[str, torch.Tensor] = {}
-        for name, module in targets.items():
-            matrices = weight_matrices(module)
-            groups, out, _ = matrices.shape
-            self.grad_sums[name] = matrices.new_zeros((groups, out, out), dtype=precision_of(out))
-            if weight_grads:
-                self.weight_grads[name] = torch.zeros_like(matrices, dtype=torch.float64)
+        self.sums = Sums(targets, weight_grads)
 
     def hook(self, name: str) -> Any:
         """Return a forward hook that notes the layer's input and waits for the gradient of its output."""
@@ -125,9 +124,11 @@ class Collector:
 
     @torch.no_grad()
     def _add_output_grad(self, name: str, grad: torch.Tensor, mask: RowMask) -> None:
+        if not self.of_curvature:
+            return
         rows = real_rows(self.layouts[name].output_rows(self.targets[name], grad), mask())
         self._check_gradient(name, rows)
-        self.grad_sums[name] += gram(rows)
+        self.sums.output_grads[name] += gram(rows)
 
     def _check_gradient(self, name: str, gradient: torch.Tensor) -> None:
         if not torch.isfinite(gradient.sum()):
@@ -149,12 +150,7 @@ class Collector:
             if not rows.shape[-2]:  # of an expert that got padding alone
                 continue
             keys.append(key)
-            product = gram(rows)
-            if key in self.input_sums:
-                self.input_sums[key] += product
-            else:
-                self.input_sums[key] = product.to(precision_of(product.shape[-1]))
-            self.input_counts[key] = self.input_counts.get(key, 0) + rows.shape[-2]
+            self.sums.add_inputs(key, rows)
         _insert(self.order, keys)
         self._forget_inputs()
 
@@ -178,7 +174,7 @@ class Collector:
         self.masks.start(batch)
         self.index = index
         self.recording = True
-        loss, outputs, units, asked, _ = forward_loss(self.model, batch, index)
+        forward = forward_loss(self.model, batch, index)
         self.recording = False
         if not self.one_by_one and (self._hides_padding(batch) or (index == 0 and self._shares_rows(batch))):
             self.one_by_one = True
@@ -189,15 +185,28 @@ class Collector:
             self._forget_inputs()
             return None
         self.add_inputs()
-        if units:
-            del outputs, asked
-            if loss.requires_grad:  # false where the batch reaches no target
-                (loss * units).backward()
-                self._add_weight_grads()
-        examples = batch_examples(batch)
-        return torch.tensor([loss.item() * units if units else 0.0, units, examples], dtype=torch.float64).to(
-            loss.device
-        )
+        units, loss, device = forward.units, forward.loss.item(), forward.loss.device
+        if units and forward.loss.requires_grad:  # false where the batch reaches no target
+            directions = gauss_newton_directions(self.model, batch, forward)
+            total = forward.loss * units
+            del forward  # what only it needs is freed on the way
+            self._go_backward(total, directions)
+        totals = [loss * units if units else 0.0, units, batch_examples(batch)]
+        return torch.tensor(totals, dtype=torch.float64).to(device)
+
+    def _go_backward(self, loss: torch.Tensor, directions: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Add gradients: those of the summed loss to G, and to B where there are no directions of the curvature."""
+        self.of_curvature = not directions
+        if self.sums.weight_grads or not directions:
+            loss.backward(retain_graph=bool(directions))
+            self._add_weight_grads()
+        self.of_curvature = True
+        if directions:
+            del loss
+            outputs, vectors = zip(*directions, strict=True)
+            torch.autograd.backward(outputs, vectors)
+            for name in self.sums.weight_grads:
+                self.targets[name].weight.grad = None
 
     def _hides_padding(self, batch: Mapping[str, Any]) -> bool:
         """Return whether rows that belong to no mask may be padding, and examples may go without."""
@@ -240,12 +249,12 @@ class Collector:
             self.masks = masks
 
     def _add_weight_grads(self) -> None:
-        for name in self.weight_grads:
+        for name in self.sums.weight_grads:
             weight: Any = self.targets[name].weight
             if weight.grad is None:
                 continue
             self._check_gradient(name, weight.grad)
-            self.weight_grads[name] += self.layouts[name].matrices(self.targets[name], weight.grad)
+            self.sums.weight_grads[name] += self.layouts[name].matrices(self.targets[name], weight.grad)
             weight.grad = None
 
     def warn_of_padding(self) -> None:
@@ -269,43 +278,6 @@ class Collector:
         repeated = set(gather_object(sorted(self.repeated)))  # an idle process has seen none
         single = [tuple(name for name in key if name not in repeated and uses[name] == 1) for key in seen]
         return tuple(key for key in single if key)
-
-    def reduce(self, accelerator: Accelerator) -> None:
-        """Sum over processes; a process that never saw some grouping of inputs contributes zeros."""
-        if accelerator.num_processes == 1:
-            return
-        for key in sorted(set(gather_object(list(self.input_sums)))):
-            if key not in self.input_sums:
-                weight = weight_matrices(self.known[key[0]])
-                groups, _, size = weight.shape
-                self.input_sums[key] = weight.new_zeros((groups, size, size), dtype=precision_of(size))
-            count = torch.tensor(self.input_counts.get(key, 0), device=accelerator.device)
-            self.input_sums[key] = accelerator.reduce(self.input_sums[key], "sum")
-            self.input_counts[key] = int(accelerator.reduce(count, "sum"))
-        for sums in (self.grad_sums, self.weight_grads):
-            for name in sums:
-                sums[name] = accelerator.reduce(sums[name], "sum")
-
-    def layer_statistics(self, units: int) -> dict[str, LayerStatistics]:
-        """Return the means of what was summed, for each target that was called; they take the place of the sums."""
-        keys = {name: [key for key in self.input_sums if name in key] for name in self.targets}
-        tokens = {name: sum(map(self.input_counts.__getitem__, found)) for name, found in keys.items()}
-        mixed = {  # of layers with several inputs, before the sums become means in their places
-            name: torch.stack([self.input_sums[key] for key in found]).sum(0) / tokens[name]
-            for name, found in keys.items()
-            if len(found) > 1
-        }
-        for key, total in self.input_sums.items():
-            total /= self.input_counts[key]
-        result = {}
-        for name, found in keys.items():
-            if not found:  # a branch that the data do not take
-                continue
-            covariance = mixed[name] if name in mixed else self.input_sums[found[0]]
-            gradients = self.weight_grads[name].div_(units) if name in self.weight_grads else None
-            moments = self.grad_sums[name].div_(units)
-            result[name] = LayerStatistics(gradients, covariance, moments, tokens[name], units)
-        return result
 
 
 def _insert(order: list[Key], keys: Sequence[Key]) -> None:

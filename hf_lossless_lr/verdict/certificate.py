@@ -108,8 +108,8 @@ def certify(
         The certificate.
 
     Raises:
-        CertificateError: if there are fewer than 30 examples with a label, or only one batch where the loss cannot be
-            told apart by example, or only one class among the labels.
+        CertificateError: if there are fewer than 30 examples with a label, or batches where the loss cannot be told
+            apart by example, or only one class among the labels.
     """
     _check(outcomes)
     temperatures, increase = at_fitted_temperatures(outcomes)
@@ -154,9 +154,10 @@ def _check(outcomes: PairedOutcomes) -> None:
     examples = outcomes.clusters if outcomes.by_example else outcomes.examples
     if examples < MIN_EXAMPLES:
         raise CertificateError(f"{examples} examples are too few for a certificate; it takes at least {MIN_EXAMPLES}.")
-    if outcomes.clusters < 2:
+    if outcomes.clusters < MIN_EXAMPLES:
         raise CertificateError(
-            "the loss of this model is known by batch only, and one batch is too few; use smaller ones."
+            f"the loss of this model is known by batch only, and {outcomes.clusters} batches are too few for a "
+            f"certificate; it takes at least {MIN_EXAMPLES}: set batch_size, as to {max(1, examples // MIN_EXAMPLES)}."
         )
     if outcomes.labels is not None and len(np.unique(outcomes.labels)) == 1:
         raise CertificateError(

@@ -1,6 +1,7 @@
 """Labels that a head cannot take are named before any work, with the example and what to do."""
 
 import itertools
+from copy import deepcopy
 from itertools import chain
 
 import pytest
@@ -12,9 +13,10 @@ from support.word_tokenizer import word_tokenizer
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor, verify
+from hf_lossless_lr.data.digests import examine
 from hf_lossless_lr.data.label_checks import position_limit
 from hf_lossless_lr.data.loaders import STREAM_LIMIT, make_dataloader
-from hf_lossless_lr.data.splits import examine, split_data
+from hf_lossless_lr.data.splits import split_data
 from hf_lossless_lr.errors import DataError
 
 COUNT = 20
@@ -97,7 +99,7 @@ class TestRefusal:
         text = "eval_dataset: example 3 has the label 9, but the model's are 0 to 2"
         assert text in refused(model, examples, eval_dataset=others)
         with pytest.raises(DataError, match=text):
-            verify(model, model, others)
+            verify(model, deepcopy(model), others)
 
     def test_sees_what_a_collator_of_the_user_makes(self):
         model, batch = TINY_MODELS[CLASSIFIER](COUNT)

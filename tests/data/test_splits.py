@@ -17,8 +17,9 @@ from support.tiny_models import (
 )
 from torch.utils.data import DataLoader, TensorDataset
 
+from hf_lossless_lr.data.digests import combined_digest, item_digests
 from hf_lossless_lr.data.loaders import dataset_size, make_dataloader, subset
-from hf_lossless_lr.data.splits import HOLDOUT_FRACTION, combined_digest, item_digests, split_holdout, without
+from hf_lossless_lr.data.splits import HOLDOUT_FRACTION, split_holdout, without
 from hf_lossless_lr.errors import DataError
 
 

@@ -381,7 +381,7 @@ class TestTheFit:
     @pytest.mark.parametrize("name", ["bert-masked-lm", "resnet"])
     def test_does_not_depend_on_the_rows_of_a_product(self, name, chunk, monkeypatch):
         """One product for all batches, which are small, or several."""
-        monkeypatch.setattr(refit_module, "CHUNK", chunk)
+        monkeypatch.setattr("hf_lossless_lr.factors.paired_rows.CHUNK", chunk)
         model, batch = in_double(MODELS[name])
         prepared = prepare(model, split_batch(batch, BATCH_SIZE))
         assert deviation(prepared.refit(split_batch(batch, 2)), refitted(name).after) <= AMPLIFIED

@@ -249,6 +249,24 @@ class TestARefit:
         assert path.exists()
         assert (compressor.report.memory.disk, compressor.report.memory.refit_batches) == (0, (1, 9))
 
+    def test_takes_more_batches_the_more_memory_there_is(self, monkeypatch):
+        """Whether statistics are in memory or on disk; and no more memory than there is."""
+        monkeypatch.setattr(memory, "resident", lambda device: 0)
+        model, batch = llama(40)
+        parts = split_data(model, split_batch(batch, 2), None, batch_size=2, seed=0, selection_fraction=0.0)
+        targets, taken = find_targets(model).chosen, []
+        needs = [memory.needs_of(module) for module in targets.values()]
+        whole = sum(each.statistics + each.factors for each in needs)
+        for share in (0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 2.0, 4.0):
+            try:
+                plan, _ = memory.plan_memory(model, targets, parts, accelerator(), int(share * whole), refits=True)
+            except ConfigurationError:
+                continue
+            taken.append(16 if plan.refit_batches is None else plan.refit_batches[0])
+            assert plan.expected <= plan.limit or taken[-1] == 1
+        assert taken == sorted(taken)
+        assert taken[-1] > taken[0] or len(taken) < 3
+
     def test_takes_all_of_them_where_these_fit(self):
         _, report = compressed()
         assert report.memory.refit_batches is None

@@ -21,8 +21,9 @@ from hf_lossless_lr import (
     TargetError,
     timing,
 )
+from hf_lossless_lr.data.digests import combined_digest, item_digests
 from hf_lossless_lr.data.loaders import make_dataloader
-from hf_lossless_lr.data.splits import combined_digest, item_digests, split_data
+from hf_lossless_lr.data.splits import split_data
 from hf_lossless_lr.layers.model_state import on_device
 from hf_lossless_lr.layers.targets import find_targets
 from hf_lossless_lr.pipeline import calibration as calibration_module

@@ -154,7 +154,8 @@ class TestData:
             other = bert()[0]
             other_report = run(other, changed)
             assert (other_report.calibration == report.calibration) is same
-            assert (tensors_fingerprint(other.state_dict()) == tensors_fingerprint(model.state_dict())) is same
+            # Labels of classes have no part in what a model is compressed to.
+            assert tensors_fingerprint(other.state_dict()) == tensors_fingerprint(model.state_dict())
 
     def test_that_is_held_out_depends_on_the_seed_alone(self):
         batch = bert()[1]
@@ -608,7 +609,7 @@ STAGES = {  # what fails, at which call, and with which error
         KeyboardInterrupt,
     ),
     "statistics, forward": ("hf_lossless_lr.statistics.collector.forward_loss", 2, KeyboardInterrupt),
-    "statistics, backward": ("torch.Tensor.backward", 2, RuntimeError),
+    "statistics, backward": ("torch.autograd.backward", 2, RuntimeError),
     "factorization": ("hf_lossless_lr.pipeline.factoring.factorize", 3, NumericalError),
     "prediction": ("hf_lossless_lr.pipeline.factoring.loss_curve", 3, RuntimeError),
     "choice of the ranks": ("hf_lossless_lr.ranks.objectives.select_budget", 1, KeyboardInterrupt),

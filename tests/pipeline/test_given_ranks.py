@@ -30,6 +30,18 @@ def test_are_those_of_the_layers_and_the_most_specific_pattern_counts():
     assert report.config["objective"] == "ranks"
 
 
+@pytest.mark.parametrize(("ranks", "options"), [({"query": 3}, {}), ([], {"formats": ["int8"]})])
+def test_are_on_the_card_of_a_model_that_is_saved_and_loads(ranks, options, tmp_path):
+    model, _ = compressed(ranks, **options)
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert ("ranks=['query=3']" in card) is bool(ranks)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert {name: layer.rank for name, layer in factorized_layers(loaded).items()} == {
+        name: layer.rank for name, layer in factorized_layers(model).items()
+    }
+
+
 def test_with_a_number_format_all_other_layers_are_rounded():
     model, report = compressed({"query": 3}, formats=["int8"])
     assert {layer.format for layer in report.layers.values()} == {"int8"}

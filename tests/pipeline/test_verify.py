@@ -7,9 +7,10 @@ import torch
 from support.compressions import certifiable
 from support.tiny_models import split_batch
 
-from hf_lossless_lr import CertificateError, ConfigurationError, DataError, verify
+from hf_lossless_lr import CertificateError, ConfigurationError, DataError, TargetError, verify
+from hf_lossless_lr.data.digests import combined_digest, item_digests
 from hf_lossless_lr.data.loaders import make_dataloader
-from hf_lossless_lr.data.splits import combined_digest, item_digests, split_data
+from hf_lossless_lr.data.splits import split_data
 
 EXAMPLES = 300  # with 200, even no change at all leaves an upper bound above one point
 
@@ -58,7 +59,7 @@ class TestVerify:
     def test_refuses_values_that_cannot_be_used(self, pair, option, value):
         model, batches = pair
         with pytest.raises(ConfigurationError, match=f"{option}: "):
-            verify(model, model, batches, **{option: value})
+            verify(model, deepcopy(model), batches, **{option: value})
 
     def test_leaves_both_models_in_their_modes(self, pair):
         model, batches = pair
@@ -72,8 +73,8 @@ class TestVerify:
         loader = make_dataloader(batches, model, batch_size=1)
         used = [combined_digest(item_digests(loader, model))]
         with pytest.raises(CertificateError, match="made from"):
-            verify(model, model, batches, used=used)
-        assert verify(model, model, batches[:-1], used=used).status == "lossless"
+            verify(model, deepcopy(model), batches, used=used)
+        assert verify(model, deepcopy(model), batches[:-1], used=used).status == "lossless"
 
     def test_refuses_the_data_that_calibrated_the_model_whole_and_in_parts(self, pair):
         model, batches = pair
@@ -82,13 +83,20 @@ class TestVerify:
         used = {digest for part, digest in data.fingerprints.items() if part != "held_out"}
         for part in (made_from, made_from[::-1], list(data.calibration), list(data.selection)):
             with pytest.raises(CertificateError, match="made from"):
-                verify(model, model, part, used=used)
-        assert verify(model, model, others, used=used).examples == sum(len(b["labels"]) for b in others)
+                verify(model, deepcopy(model), part, used=used)
+        assert verify(model, deepcopy(model), others, used=used).examples == sum(len(b["labels"]) for b in others)
 
     def test_refuses_few_examples(self, pair):
         model, batches = pair
         with pytest.raises(CertificateError, match="20 examples are too few"):
-            verify(model, model, batches[:1])
+            verify(model, deepcopy(model), batches[:1])
+
+    def test_refuses_one_model_twice_and_what_is_no_model(self, pair):
+        model, batches = pair
+        with pytest.raises(TargetError, match="one model twice"):
+            verify(model, model, batches)
+        with pytest.raises(TargetError, match="takes two models, got str"):
+            verify("folder", model, batches)
 
     def test_refuses_models_of_different_tasks(self, pair):
         model, batches = pair

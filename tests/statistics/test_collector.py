@@ -326,7 +326,7 @@ class TestInvariance:
             partial(repeated, **kwargs), x, *args, use_reentrant=reentrant
         )
         check_same(collect(model, split_batch(batch, 3)), expected, limit(model))
-        assert len(calls) == 2 * 3  # in each batch once forward and once again for the backward pass
+        assert len(calls) == 3 * 3  # in each batch once forward, and once again for the gradients of G and of B
 
 
 def padded(batch, inputs: int, targets: int | None = None):

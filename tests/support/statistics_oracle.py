@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_lossless_lr.data.curvature import random_signs, sign_seeds
 from hf_lossless_lr.layers.patches import sampled
 from support.tiny_models import IGNORED, Batch, rows
 
@@ -50,6 +51,24 @@ def count_units(model: PreTrainedModel, labels: torch.Tensor) -> int:
     if type(model).__name__ in SHIFTED:
         labels = labels[:, 1:]
     return sum(int(label) != IGNORED for label in labels.flatten())
+
+
+def curvature(model: PreTrainedModel, example: Batch, outputs, summed_loss: torch.Tensor) -> torch.Tensor:
+    """What has gradients of the second moment of the Gauss-Newton matrix: scores, by their likelihood and a sign."""
+    labels, logits = example["labels"], outputs.logits
+    if type(model).__name__.endswith("CTC") or model.config.model_type == "vilt":  # a sum of binary cross-entropies
+        return summed_loss
+    (seed,) = sign_seeds(example, model)
+    if labels.is_floating_point():
+        return (random_signs(logits[0].shape, seed) * (2 / logits[0].numel()) ** 0.5 * logits[0]).sum()
+    shift = int(type(model).__name__ in SHIFTED)
+    if labels.ndim > 1:
+        logits, labels = logits[:, : logits.shape[1] - shift], labels[:, shift:]
+    logs = logits[labels != IGNORED].log_softmax(-1)
+    signs = random_signs(logs.shape, seed)
+    if logs.shape[-1] == 2:
+        return (signs[:, 0] * logs.detach().exp().prod(-1).sqrt() * (logs[:, 0] - logs[:, 1])).sum()
+    return (signs * logs.detach().exp().sqrt() * logs).sum()
 
 
 def matrix(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
@@ -109,12 +128,14 @@ def slow_statistics(model: PreTrainedModel, names: list[str], examples: list[Bat
         calls.clear()
         model.zero_grad()
         count = count_units(model, example["labels"])
-        loss = model(**example).loss * count  # the sum over the example's labelled units
-        loss.backward()
+        answers = model(**example)
+        loss = answers.loss * count  # the sum over the example's labelled units
+        loss.backward(retain_graph=True)
         loss_sum, units = loss_sum + loss.item(), units + count
         for name, module in modules.items():
             if module.weight.grad is not None:
                 gradients[name] += matrix(module, module.weight.grad)
+        curvature(model, example, answers, loss).backward()
         for name, x, gradient in calls:
             x, g = input_rows(modules[name], x), output_rows(modules[name], gradient)
             inputs[name] += torch.einsum("ti,tj->ij", x, x)

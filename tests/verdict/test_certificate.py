@@ -517,12 +517,13 @@ class TestErrors:
         with pytest.raises(CertificateError, match="20 examples are too few"):
             certify(losses_only(noise(0.0, count=20), examples=300), 0.1, 0.01, 0.95)
 
-    def test_of_one_batch_where_examples_cannot_be_told_apart(self):
-        one = losses_only(np.array([1.0]), np.array([300]), by_example=False, examples=300)
-        with pytest.raises(CertificateError, match="known by batch only, and one batch is too few; use smaller ones"):
-            certify(one, 0.1, 0.01, 0.95)
-        two = losses_only(np.array([1.0, 1.1]), np.array([150, 150]), by_example=False, examples=300)
-        assert certify(two, 0.1, 0.01, 0.95).clusters == "batches"
+    def test_of_few_batches_where_examples_cannot_be_told_apart(self):
+        few = losses_only(np.linspace(1.0, 1.1, 29), np.full(29, 10), by_example=False, examples=290)
+        message = "known by batch only, and 29 batches are too few .* at least 30: set batch_size, as to 9"
+        with pytest.raises(CertificateError, match=message):
+            certify(few, 0.1, 0.01, 0.95)
+        enough = losses_only(np.linspace(1.0, 1.1, 30), np.full(30, 10), by_example=False, examples=300)
+        assert certify(enough, 0.1, 0.01, 0.95).clusters == "batches"
 
     def test_of_one_class(self):
         with pytest.raises(CertificateError, match="all labels of the held-out data are 7: one class cannot show"):
