@@ -44,7 +44,8 @@ PRESETS: dict[str, Preset] = {
     "fwsvd": Preset(
         _published("fisher"),
         "Hsu et al. 2022, arXiv 2207.00112",
-        "the Fisher information of a row is that of its output, without the size of the inputs; no fine-tuning",
+        "the Fisher information of a row is that of its output under the model's own predictions, without the size of "
+        "the inputs; no fine-tuning",
     ),
     "asvd": Preset(
         _published("activation-diagonal"),

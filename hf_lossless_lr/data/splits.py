@@ -150,7 +150,7 @@ def split_data(
     calibration = make_dataloader(calib_dataset, model, max_examples=max_examples, **options)
     if max_examples is not None:
         calibration = first_examples(calibration, max_examples)
-        check_size(calibration, "calib_dataset, with max_examples,")
+        check_size(calibration, "calib_dataset, with max_examples")
     digests, labelled = examine(calibration, model, "calib_dataset")
     fingerprints = {"calib_dataset": combined_digest(digests)}  # by which `verify` knows it again
     if eval_dataset is None:

@@ -19,7 +19,7 @@ from ..fingerprint import tensors_fingerprint
 from .checks import check_statistics
 from .records import CalibrationStatistics, LayerStatistics
 
-FORMAT_VERSION = 2  # 1 had no axis for several matrices of a layer
+FORMAT_VERSION = 3  # 1 had no axis for several matrices of a layer, 2 had B of the gradients of labels
 
 
 def save_statistics(statistics: CalibrationStatistics, path: str | os.PathLike[str], model_fingerprint: str) -> Path:

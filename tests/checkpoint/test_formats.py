@@ -287,6 +287,22 @@ def test_resized_embeddings_are_saved_with_the_rows_that_they_had(name, words, c
 
 
 @on_formats
+def test_rows_that_were_not_changed_keep_their_codes_where_another_one_was(number_format, checkpoint, tmp_path):
+    model, _, folder = checkpoint("llama", number_format)
+    model = load(model, folder)
+    layer = model.model.layers[0].mlp.down_proj
+    rounded_part = getattr(layer, "up", layer)
+    with torch.no_grad():
+        rounded_part.weight[0] *= 1.01
+    model.save_pretrained(tmp_path)
+    before, after = load_file(folder / WEIGHTS), load_file(tmp_path / WEIGHTS)
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    for name, tensor in before.items():
+        assert torch.equal(tensor[1:], after[name][1:]), name
+
+
+@on_formats
 @pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules:UserWarning")
 def test_a_dense_weight_that_is_offloaded_stays_as_it_is_stored(number_format, checkpoint, tmp_path):
     model, batch, folder = checkpoint("bert-sequence-classification", number_format)

@@ -644,6 +644,16 @@ class TestTraining:
         check_same_model(model, loaded(type(model), tmp_path), bert.batch)
 
 
+@pytest.mark.parametrize("of", [copy.deepcopy, lambda config: config], ids=["copy", "itself"])
+def test_the_configuration_of_a_compressed_model_loads_another_one(of, bert):
+    model = loaded(type(bert.model), bert.folder)
+    before = model.config.to_dict()
+    for model_class in (type(model), AutoModelForSequenceClassification):
+        again = model_class.from_pretrained(bert.folder, config=of(model.config))
+        check_same_model(model, again, bert.batch)
+    assert model.config.to_dict() == before
+
+
 def test_a_config_of_a_compressed_checkpoint_alone_loads(bert):
     config = AutoConfig.from_pretrained(bert.folder)
     assert config.quantization_config["quant_method"].startswith("lossless_lr: ")

@@ -141,6 +141,13 @@ class TestMapping:
         got = [batch["labels"].tolist() for batch in make_dataloader(renamed, model, batch_size=5)]
         assert [*chain(*got)] == [example["labels"] for example in examples]
 
+    def test_may_be_given_by_the_names_of_the_classes_alone(self):
+        model, examples = examples_of(CLASSIFIER)
+        model.config.label2id, model.config.id2label = None, {0: "bad", 1: "fair", 2: "good"}
+        named = [e | {"labels": ("bad", "fair", "good")[e["labels"]]} for e in examples]
+        got = [batch["labels"].tolist() for batch in make_dataloader(named, model, batch_size=5)]
+        assert [*chain(*got)] == [example["labels"] for example in examples]
+
     def test_of_tags_is_that_of_the_model(self):
         model, examples = examples_of(TAGGER)
         names = {f"T{number}": number for number in range(5)}
@@ -243,6 +250,20 @@ class TestStreams:
         compressor = LowRankCompressor(LosslessLowRankConfig(refit=False, max_examples=12))
         compressor.compress(model, Endless(examples), eval_dataset=StreamDataset(others))
         assert (compressor.report.calibration["examples"], compressor.report.held_out["examples"]) == (12, 12)
+
+    def test_are_judged_on_as_far_as_asked_for_without_labels(self):
+        model, examples = examples_of(CLASSIFIER)
+        others = as_examples(other_inputs(TINY_MODELS[CLASSIFIER](COUNT)[1]))
+        bare = [[{k: v for k, v in each.items() if k != "labels"} for each in part] for part in (examples, others)]
+        compressor = LowRankCompressor(LosslessLowRankConfig(refit=False, max_examples=12, labels="model"))
+        compressor.compress(model, Endless(bare[0]), eval_dataset=Endless(bare[1]))
+        assert (compressor.report.calibration["examples"], compressor.report.held_out["examples"]) == (12, 12)
+
+    def test_cut_too_short_are_refused(self):
+        model, examples = examples_of(CLASSIFIER)
+        compressor = LowRankCompressor(LosslessLowRankConfig(refit=False, max_examples=3))
+        with pytest.raises(DataError, match="with max_examples: has 3 examples; at least 8 are needed"):
+            compressor.compress(model, examples)
 
     @pytest.mark.parametrize("batches", [False, True])
     def test_need_not_be_streams_to_be_cut(self, batches):

@@ -185,6 +185,11 @@ class TestStatisticsFile:
         check_same_model(model, other)
         assert facts(compressor.report) == facts(report)
 
+    def test_in_no_folder_is_refused_before_the_pass(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(calibration_module, "collect_statistics", lambda *_: pytest.fail("a pass"))
+        with pytest.raises(ConfigurationError, match="statistics_path: there is no folder"):
+            calibrated(tmp_path / "nowhere" / "statistics.safetensors")
+
     def test_of_another_model_is_refused(self, path):
         model = build(NAME)[0]
         with torch.no_grad():

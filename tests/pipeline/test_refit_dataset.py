@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from support.tiny_models import bert_sequence_classification, split_batch
+from support.tiny_models import bert_sequence_classification, split_batch, vit
 
 import hf_lossless_lr.pipeline.trial as trials_module
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor, verify
-from hf_lossless_lr.errors import CertificateError, DataError
+from hf_lossless_lr.errors import CertificateError, DataError, NumericalError
+from hf_lossless_lr.fingerprint import tensors_fingerprint
 
 CALIBRATED, HELD_OUT = 40, 12
 
@@ -74,6 +75,17 @@ def test_nothing_else_is_an_error(parts):
         compressed(calibration, held_out, held_out)
     with pytest.raises(DataError, match="refit_dataset: is empty"):
         compressed(calibration, held_out, [])
+
+
+def test_what_is_not_finite_in_it_is_named_and_leaves_the_model():
+    model, batch = vit(CALIBRATED + HELD_OUT + 8)
+    pictures, before = split_batch(batch, 1), tensors_fingerprint(model.state_dict())
+    more = unlabelled(pictures[-8:])
+    more[3]["pixel_values"] = torch.full_like(more[3]["pixel_values"], torch.nan)
+    compressor = LowRankCompressor(LosslessLowRankConfig(batch_size=4, selection_fraction=0.5))
+    with pytest.raises(NumericalError, match=r"the refit met .* not finite .* refit_dataset"):
+        compressor.compress(model, pictures[:-8], refit_dataset=more)
+    assert tensors_fingerprint(model.state_dict()) == before
 
 
 def test_a_model_cannot_be_certified_on_it(parts):

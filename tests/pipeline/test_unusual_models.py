@@ -12,7 +12,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.pytorch_utils import Conv1D
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
-from hf_lossless_lr.errors import DataError, TargetError
+from hf_lossless_lr.errors import ConfigurationError, DataError, TargetError
 
 COUNT = 20
 
@@ -194,6 +194,16 @@ class TestRefusal:
         model, batch = make()
         with pytest.raises(TargetError, match=REFUSED[make]):
             LowRankCompressor().compress(model, as_examples(batch))
+
+    def test_is_not_of_calls_without_gradients(self):
+        model, batch = bert_sequence_classification(24)
+        with torch.no_grad():
+            LowRankCompressor().compress(model, as_examples(batch), eval_dataset=as_examples(other_inputs(batch)))
+        assert any(type(module).__name__ == "FactorizedLinear" for module in model.modules())
+
+    def test_is_of_a_configuration_that_is_none(self):
+        with pytest.raises(ConfigurationError, match="must be a LosslessLowRankConfig, got dict"):
+            LowRankCompressor({"keep_ratio": 0.5})
 
     def test_is_of_calls_under_inference_mode(self):
         model, batch = bert()
