@@ -237,5 +237,6 @@ def _compare(name: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[
         if expected[key] != found[key]:
             raise CheckpointError(
                 f"the tensor {tensor!r} has the shape {found[key]}, but the manifest asks for {expected[key]}: "
-                f"the file was edited, or another class was saved. {LOAD_THE_WHOLE}"
+                "the file was edited, another class was saved, or the configuration is for another size (num_labels, "
+                f"vocab_size). {LOAD_THE_WHOLE}"
             )

@@ -198,10 +198,34 @@ def load_examples(
         CertificateError: if the models order their classes differently.
         ConfigurationError: if no data set is named and the task has none.
     """
-    columns = () if arguments.columns is None else (arguments.columns,)
-    dataset = align(task, load_data(arguments, files, split, None if task.cuts_text else count), models, *columns)
+    dataset, given = load_data(arguments, files, split, None if task.cuts_text else count), arguments.columns
+    unlabelled = getattr(arguments, "labels", "data") == "model" and _lacks_labels(task, dataset, given)
+    if unlabelled:
+        dataset, given = _with_blank_labels(task, dataset, given)
+    columns = () if given is None else (given,)
+    dataset = align(task, dataset, models, *columns)
     examples = task.prepare(dataset, processor, arguments.max_length or task.max_length, *columns)
+    examples = examples.remove_columns("labels") if unlabelled else examples
     return examples.select(range(min(count or len(examples), len(examples))))
+
+
+def _lacks_labels(task: Task, dataset: Dataset, given: list[str] | None) -> bool:
+    """Return whether data of a kind of task, which has no columns of its own, come without a column of labels."""
+    if not task.columns or not task.labelled:
+        return False
+    if given is None:
+        return not any(name in dataset.column_names for name in task.columns[-1].split("|"))
+    return len(given) < sum("" not in names.split("|") for names in task.columns)
+
+
+def _with_blank_labels(task: Task, dataset: Dataset, given: list[str] | None) -> tuple[Dataset, list[str] | None]:
+    """Return data with a column of labels that say nothing, one for each word where these have labels."""
+    label = task.columns[-1].split("|")[0]
+    blank: list[Any] = [0] * len(dataset)
+    if task.auto_model == "AutoModelForTokenClassification":
+        words = given[0] if given else next(n for n in task.columns[0].split("|") if n in dataset.column_names)
+        blank = [[0] * len(row) for row in dataset[words]]
+    return dataset.add_column(label, blank), None if given is None else [*given, label]
 
 
 def names_held_out(arguments: Any) -> bool:

@@ -119,7 +119,8 @@ def check_labels(model: PreTrainedModel, batch: Mapping[str, Any]) -> str:
     if not names:
         raise DataError(
             f"the data has no labels: {type(model).__name__} takes {' or '.join(label_names(model))}, the batch has "
-            f"{', '.join(batch)}. For a language model use DataCollatorForLanguageModeling, or labels=input_ids."
+            f"{', '.join(batch)}. For a language model use DataCollatorForLanguageModeling, or labels=input_ids; "
+            "others need none with labels='model'."
         )
     if _is_ctc(model) and model.config.ctc_loss_reduction != "mean":
         raise ConfigurationError(

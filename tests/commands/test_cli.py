@@ -162,6 +162,18 @@ class TestCompress:
         assert (report.calibration["examples"], report.held_out["examples"]) == (16, 4)
         assert "measured on 4 held-out examples" in capsys.readouterr().out
 
+    @pytest.mark.parametrize("named", [False, True])
+    def test_needs_no_labels_where_the_model_gives_them(self, named, command, tmp_path):
+        kept = "text" if named else "sentence"
+        bare = [{kept: row["sentence"]} for row in text_rows()]
+        given = ["--columns", kept] if named else []
+        train = write_lines(tmp_path / "bare.jsonl", bare)
+        bare = changed(command, data_files=train, eval_data_files=None)
+        assert main([*bare, "--labels", "model", *given]) == 0
+        report = CompressionReport.from_json((tmp_path / "out" / "compression_report.json").read_text())
+        assert report.config["labels"] == "model"
+        assert report.calibration["examples"] + report.held_out["examples"] == COUNT
+
     def test_reads_the_splits_of_a_folder(self, place, tmp_path):
         folder = tmp_path / "data"
         folder.mkdir()
@@ -348,6 +360,13 @@ class TestTasks:
         again = getattr(transformers, TASKS[task].auto_model).from_pretrained(tmp_path / "out")
         assert factorized_layers(again).keys() == {name for name, layer in report.layers.items() if layer.rank}
         getattr(transformers, TASKS[task].processor).from_pretrained(tmp_path / "out")
+
+    def test_of_words_need_no_tags_where_the_model_gives_them(self, tmp_path):
+        arguments, _ = token_case(tmp_path)
+        rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+        write_lines(tmp_path / "a.jsonl", [{"tokens": row["tokens"]} for row in rows])
+        given = ["--task", "token-classification", "--labels", "model", "--output", str(tmp_path / "out")]
+        assert main(["compress", str(tmp_path / "model"), *given, *arguments]) == 0
 
     def test_have_each_an_end_to_end_case(self):
         assert {*CASES, "text-classification"} == set(TASKS)
