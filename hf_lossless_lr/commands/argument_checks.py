@@ -11,6 +11,15 @@ from ..files import check_writable
 from ..report import check_figure
 from .data_options import ALL_TASKS, names_held_out
 
+SPLITS = {
+    "split": "data_files",
+    "calibration_split": "data_files",
+    "eval_split": "eval_data_files",
+    "refit_split": "refit_data_files",
+}
+"""Options that name a split, and those that name the files instead."""
+DEFAULT_SPLITS = {"split": "validation", "calibration_split": "train"}
+
 
 def check_arguments(arguments: Any) -> None:
     """Check, before any work is done, what the parser cannot.
@@ -48,14 +57,16 @@ def _check_sources(given: dict[str, Any]) -> None:
     dataset = given.get("dataset")
     if is_format(dataset) and "data_files" not in given:
         raise ConfigurationError(f"--data_files: name the files; --dataset {dataset} is a format.")
-    if "eval_split" not in given or "eval_data_files" in given:
-        return
-    if is_format(dataset):
-        raise ConfigurationError(
-            f"--eval_split: files in a format ({dataset}) have no splits. Name the held-out files with "
-            "--eval_data_files, or leave both out to hold out a fifth of the calibration examples."
-        )
-    if is_single(dataset):
+    for name, files in SPLITS.items():
+        named = given.get(name) not in (None, DEFAULT_SPLITS.get(name))
+        if (
+            named and is_format(dataset) and (files == "data_files" or files not in given)
+        ):  # else it is what to call them
+            raise ConfigurationError(
+                f"--{name}: files in a format ({dataset}) have no splits. Name the files with --{files}"
+                + (", or leave both out to hold out a fifth of the calibration examples." if "eval" in name else ".")
+            )
+    if "eval_split" in given and "eval_data_files" not in given and is_single(dataset):
         raise ConfigurationError(
             f"--eval_split: the data set in {dataset} is one split. Leave the option out to hold out a fifth of the "
             "calibration examples, or give a folder of several splits."

@@ -126,7 +126,7 @@ def test_compares_representations_of_models_without_a_head(place, tmp_path, caps
     for name, model in zip(("dense", "other"), models, strict=True):
         model.save_pretrained(tmp_path / name)
         word_tokenizer().save_pretrained(tmp_path / name)
-    options = ["--task", "feature-extraction", "--dataset", "json", "--data_files", place.data, "--split", "train"]
+    options = ["--task", "feature-extraction", "--dataset", "json", "--data_files", place.data]
     found = {}
     for name in ("dense", "other"):
         paths = [str(tmp_path / "dense"), str(tmp_path / name)]

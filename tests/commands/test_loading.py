@@ -133,11 +133,12 @@ class TestData:
         output = ["--output", str(tmp_path / "out")]
         return ["compress", str(trained), "--task", "text-classification", *output, "--dataset"]
 
-    @pytest.mark.parametrize("split", ["train", "validation", "test"])
-    def test_of_a_split_of_files_are_refused(self, split, command, tmp_path, capsys):
+    @pytest.mark.parametrize("option", ["calibration_split", "eval_split", "refit_split"])
+    @pytest.mark.parametrize("split", ["validation", "test"])
+    def test_of_a_split_of_files_are_refused(self, option, split, command, tmp_path, capsys):
         files = ["--data_files", lines(tmp_path / "a.jsonl", rows())]
-        assert main([*command, "json", *files, "--eval_split", split]) == 1
-        assert "--eval_split: files in a format (json) have no splits. Name" in capsys.readouterr().err
+        assert main([*command, "json", *files, f"--{option}", split]) == 1
+        assert f"--{option}: files in a format (json) have no splits. Name" in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize("options", [[], ["--eval_split", "validation"], ["--eval_data_files", "train.jsonl"]])
