@@ -104,12 +104,21 @@ def run_batch(model: PreTrainedModel, batch: Mapping[str, Any], index: int = 0, 
         What the model returns, with its parts as attributes.
 
     Raises:
-        DataError: if the model returns a tuple, whose parts have no names.
+        DataError: if the model returns a tuple, whose parts have no names, or its tables have no row for an input.
+        IndexError: if the model raises one for another reason.
     """
     extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     inputs = {name: _outside_inference(value) for name, value in {**extra, **model_inputs(batch)}.items()}
-    with quick_products(model) if quick else nullcontext():
-        outputs = model(**inputs)
+    try:
+        with quick_products(model) if quick else nullcontext():
+            outputs = model(**inputs)
+    except IndexError as error:
+        if "index out of range" not in str(error):
+            raise
+        raise DataError(
+            f"batch {index}: it has a token, a position or a type that {type(model).__name__} has no row for in its "
+            "tables. Is the tokenizer that of this model, and are inputs not longer than it takes?"
+        ) from error
     if isinstance(outputs, Mapping) and not hasattr(outputs, "loss"):
         return SimpleNamespace(**outputs)
     if isinstance(outputs, (tuple, list)) and not hasattr(outputs, "loss"):

@@ -122,6 +122,11 @@ class LabelChecks:
         elif self.head == "TokenClassification":
             self._check_length(labels, ids, lead)
             self._check_range(labels, self.classes, lead)
+        elif self.vocabulary is not None and labels.ndim == 0 and ids is not None:
+            raise DataError(
+                f"{lead} the label {labels}, one for all of it, but {type(self.model).__name__} answers for each "
+                "token. Leave the column out, or (a language model) give labels=input_ids."
+            )
         elif self.vocabulary is not None and labels.ndim == 1 and labels.dtype.kind != "f":
             alone = not self.encoder_decoder and not any("pixel" in name or "feature" in name for name in example)
             if alone and ids is not None and ids.ndim == 1:

@@ -101,6 +101,18 @@ class TestRefusal:
         with pytest.raises(DataError, match=text):
             verify(model, deepcopy(model), others)
 
+    def test_is_of_tokens_that_the_model_does_not_know(self):
+        model, examples = examples_of(CLASSIFIER)
+        examples = [example | {"input_ids": [10**6, *example["input_ids"][1:]]} for example in examples]
+        assert "batch 0: it has a token, a position or a type that BertForSequenceClassification has" in refused(
+            model, examples
+        )
+
+    def test_is_of_one_class_for_a_whole_text_where_each_token_has_a_label(self):
+        model, examples = examples_of("llama")
+        text = "example 0 has the label 1, one for all of it, but LlamaForCausalLM answers for each token"
+        assert text in refused(model, [example | {"labels": 1} for example in examples])
+
     def test_sees_what_a_collator_of_the_user_makes(self):
         model, batch = TINY_MODELS[CLASSIFIER](COUNT)
         rows = [{"row": index} for index in range(COUNT)]
