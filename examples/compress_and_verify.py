@@ -51,7 +51,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForSequenceClassification.from_pretrained(arguments.model, dtype=torch.float32)
     calibration, validation = load_data(arguments.data)
-    calibration = calibration.select(range(arguments.calibration_examples))
+    calibration = calibration.select(range(min(arguments.calibration_examples, len(calibration))))
 
     def tokenize(batch):
         return tokenizer(batch["sentence"], truncation=True, max_length=128)

@@ -1,10 +1,10 @@
 """Compress a model that Transformers does not know: your own head, loss, data set and collator.
 
     python examples/your_own_task.py --model ENCODER --data FOLDER --epochs 3 --keep-ratio 0.7 --output DIR
-    python examples/your_own_task.py --model TRAINED --data FOLDER --epochs 0 --keep-ratio 0.7 --output DIR
+    python examples/your_own_task.py --model DIR/dense --data FOLDER --epochs 0 --keep-ratio 0.5 --output OTHER
 
 The task is to rate a text with a number. FOLDER holds `train.jsonl` and `validation.jsonl`, one
-`{"text": ..., "score": 3.5}` a line. ENCODER is any BERT; its head is new, so it is trained first. What a model must
+`{"text": ..., "score": 3.5}` a line. ENCODER is any BERT; its head is new, so it is trained first, and kept in `DIR/dense`. What a model must
 have: a `forward` that takes `labels` and returns a `loss`, the mean over the batch. Nothing else here is special.
 """
 
@@ -89,7 +89,7 @@ def mean_error(model, data):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="a BERT encoder, or a folder that this script has written")
+    parser.add_argument("--model", required=True, help="a BERT encoder, or a dense model that this script has trained")
     parser.add_argument("--data", type=Path, required=True, help="folder with train.jsonl and validation.jsonl")
     parser.add_argument("--epochs", type=int, default=3, help="epochs of training before the compression; default 3")
     parser.add_argument("--keep-ratio", type=float, default=0.7)
@@ -101,6 +101,8 @@ def main() -> None:
     training, held_out = (Ratings(arguments.data / f"{name}.jsonl", tokenizer) for name in ("train", "validation"))
     train(model, training, arguments.epochs)
     before = mean_error(model, held_out)
+    for part in (model, tokenizer):
+        part.save_pretrained(Path(arguments.output) / "dense")
 
     # The head stays dense: only attention and MLP projections are targets, unless `target_modules` names others.
     # Only batches have a loss here, so a batch is what the verdict takes as independent. It wants at least 30 of them.
