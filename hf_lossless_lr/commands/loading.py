@@ -9,6 +9,7 @@ from typing import Any
 
 import transformers
 from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigurationError, LosslessLowRankError
 
@@ -41,11 +42,11 @@ def load_auto(auto_class: str, name: str, **options: Any) -> Any:
         What was loaded.
 
     Raises:
-        ConfigurationError: if it cannot be loaded.
+        ConfigurationError: if it cannot be loaded, or is a tokenizer without any words.
         LosslessLowRankError: if it is a compressed checkpoint with a mistake in it.
     """
     try:
-        return getattr(transformers, auto_class).from_pretrained(name, **options)
+        loaded = getattr(transformers, auto_class).from_pretrained(name, **options)
     except LosslessLowRankError:
         raise
     except (OSError, ImportError, SafetensorError) as error:
@@ -53,6 +54,12 @@ def load_auto(auto_class: str, name: str, **options: Any) -> Any:
     except _MISFITS as error:  # whose other lines list all that would have been right
         reason = str(error).partition("\n")[0]
         raise ConfigurationError(f"cannot load {name!r} with {auto_class}; does it fit --task? {reason}") from error
+    if isinstance(loaded, PreTrainedTokenizerBase) and len(loaded) <= len(loaded.all_special_tokens):
+        raise ConfigurationError(  # Transformers makes one of special tokens alone where the files are missing
+            f"{name!r} has no tokenizer in it: what was loaded knows {len(loaded)} tokens, and no words. Save the "
+            "model's tokenizer beside it."
+        )
+    return loaded
 
 
 def load_model(auto_class: str, name: str, dtype: str) -> Any:

@@ -109,6 +109,15 @@ class TestModels:
         change_tensors(tmp_path, lambda tensors: tensors.update({"bert.pooler.dense.bias": torch.zeros(32)}))
         assert type(load(tmp_path, "TokenClassification")).__name__ == "BertForTokenClassification"
 
+    def test_without_a_tokenizer_are_refused(self, checkpoint, tmp_path, capsys):
+        for file in checkpoint.glob("tokenizer*"):
+            file.unlink()
+        data = lines(tmp_path / "a.jsonl", rows())
+        options = ["--task", "text-classification", "--dataset", "json", "--data_files", data]
+        assert main(["compress", str(checkpoint), *options, "--output", str(tmp_path / "out")]) == 1
+        assert "has no tokenizer in it" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
     @pytest.mark.parametrize("command", ["compress", "verify", "evaluate"])
     def test_are_checked_by_every_command(self, command, checkpoint, trained, tmp_path, capsys):
         change_tensors(checkpoint, lambda tensors: tensors.pop("classifier.bias"))
