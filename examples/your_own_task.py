@@ -4,8 +4,9 @@
     python examples/your_own_task.py --model DIR/dense --data FOLDER --epochs 0 --keep-ratio 0.5 --output OTHER
 
 The task is to rate a text with a number. FOLDER holds `train.jsonl` and `validation.jsonl`, one
-`{"text": ..., "score": 3.5}` a line. ENCODER is any BERT; its head is new, so it is trained first, and kept in `DIR/dense`. What a model must
-have: a `forward` that takes `labels` and returns a `loss`, the mean over the batch. Nothing else here is special.
+`{"text": ..., "score": 3.5}` a line. ENCODER is any BERT; its head is new, so it is trained first, and the model kept
+in `DIR/dense`. What a model must have: a `forward` that takes `labels` and returns a `loss`, the mean over the batch.
+Nothing else here is special.
 """
 
 import argparse
