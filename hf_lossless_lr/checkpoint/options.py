@@ -67,8 +67,9 @@ class CompressionOptions(Renamed):
             and then a pointwise one, or `spatial`, `kh × 1` and then `1 × kw`. Default: both with the metric
             `kronecker`, and `channel` for other metrics, which have no spatial form, and for the paper's objectives.
         embeddings: number format of the embeddings, and of what shares their weights.
-        rank_multiple: ranks are multiples of this. Default: what the device multiplies well, 8 on a CPU and 64 on
-            others, or the largest power of two that leaves 32 ranks to choose from.
+        rank_multiple: ranks that are chosen are multiples of this; given ones are what they are. Default: what the
+            device multiplies well, 8 on a CPU and 64 on others, or the largest power of two that leaves 32 ranks to
+            choose from.
         refit: whether to fit each layer's factors to the inputs that it gets in the compressed model. Default: with
             the metric `kronecker`, except for the paper's objectives; `activation` has it, too.
         selection_fraction: share of the calibration examples kept apart, to measure whether the refit helps and which
@@ -219,6 +220,11 @@ class CompressionOptions(Renamed):
             check_choice("formats", name, NUMBER_FORMATS)
         self.formats = [name for name in NUMBER_FORMATS if name in names]  # finest first
         check_choice("embeddings", self.embeddings, NUMBER_FORMATS)
+        if paper and self.embeddings != FLOAT:
+            raise ConfigurationError(
+                f"embeddings={self.embeddings!r} contradicts objective={self.objective!r}: the paper's algorithms "
+                "choose ranks alone."
+            )
         rounds = self.formats != [FLOAT]
         self.size = ("bytes" if rounds else "parameters") if self.size is None else self.size
         if not rounds:

@@ -292,6 +292,7 @@ def test_given_ranks_make_an_objective_of_their_own(cls, given, found):
         ({"ranks": ["query=3", "query=4"]}, "ranks: 'query' is given twice"),
         ({"objective": "ranks"}, "objective='ranks' takes the ranks of layers"),
         ({"objective": "uniform", "ranks": {"query": 3}}, "ranks contradicts objective='uniform'"),
+        ({"objective": "paper-lossless", "embeddings": "int8"}, "embeddings='int8' contradicts objective='paper-loss"),
         ({"keep_ratio": 0.5, "ranks": {"query": 3}}, "keep_ratio=0.5 contradicts objective='ranks'"),
     ],
 )
