@@ -17,6 +17,7 @@ on the process. Source: Schraudolph 2002 and Martens 2020 for the matrix, Hutchi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -45,16 +46,15 @@ def gauss_newton_directions(
         forward: its way through the model.
 
     Returns:
-        Pairs of the same shapes; none where the loss is of another kind, with class weights for one: then its own
-        gradient has to serve.
+        Pairs of the same shapes; none where the loss is of another kind, with class weights for one, or not known to
+        come from these outputs: then its own gradient has to serve.
     """
     if NOISE in batch or not forward.units:
         return []
     loss = main_loss(model, forward.outputs, forward.loss)
     asked = [question for question in forward.questions if isinstance(question, Question)]
     if asked:
-        entropies = [cross_entropy(question.logits.float(), question.labels) for question in asked]
-        if not _same(loss, torch.stack(entropies).mean()):
+        if not _same(loss, torch.stack([_entropy(question) for question in asked]).mean()):
             return []
         parts = [(question.logits, question.examples) for question in asked]
         direction: Direction = _of_classes
@@ -66,7 +66,7 @@ def gauss_newton_directions(
         direction = found
         parts = [(logits, torch.arange(len(logits), device=logits.device))]
     seeds = sign_seeds(batch, model)
-    if any(len(examples) and int(examples.max()) >= len(seeds) for _, examples in parts):
+    if not all(outputs.requires_grad and int(examples.max()) < len(seeds) for outputs, examples in parts):
         return []
     share = len(parts) ** -0.5  # the loss is the mean over its parts
     return [
@@ -78,6 +78,14 @@ def gauss_newton_directions(
 def sign_seeds(batch: Mapping[str, Any], model: PreTrainedModel) -> list[int]:
     """Return the seed of the signs of each example, from its content."""
     return [int(digest[:15], 16) for digest in example_digests(batch, model)]
+
+
+def _entropy(question: Question) -> torch.Tensor:
+    """Return the mean cross-entropy; not a number where a label is no class, as of a span beyond the tokens."""
+    logits, labels = question.logits.float(), question.labels
+    if int(labels.min()) < 0 or int(labels.max()) >= logits.shape[-1]:
+        return torch.full((), math.nan, device=logits.device)
+    return cross_entropy(logits, labels)
 
 
 def _same(loss: torch.Tensor, other: torch.Tensor) -> bool:

@@ -112,6 +112,12 @@ class TestWhichLosses:
         expected = 0.5 * (p * (1 - p)).sum()  # half of the trace of the Hessian, in the mean over signs
         assert 0.5 * expected < start[1].square().sum() < 2 * expected
 
+    def test_a_span_beyond_the_tokens_is_left_to_the_loss_which_passes_over_it(self):
+        model, batch = TINY_MODELS["bert-question-answering"](COUNT)
+        batch["start_positions"][1] = batch["end_positions"][1] = batch["input_ids"].shape[1]
+        assert not self.directions(model, batch)
+        assert moments(model, batch)
+
     def test_weighted_classes_are_left_to_the_gradients_of_labels(self):
         model, batch = TINY_MODELS["bert-sequence-classification"](COUNT)
         plain = model.forward
@@ -124,6 +130,18 @@ class TestWhichLosses:
         assert self.directions(model, batch)
         model.forward = weighted
         assert not self.directions(model, batch)
+
+    def test_outputs_that_a_model_cuts_off_from_its_loss_are_left_to_it(self):
+        model, batch = TINY_MODELS["bert-sequence-classification"](COUNT)
+        plain = model.forward
+
+        def cut_off(**inputs):
+            outputs = plain(**inputs)
+            return {"logits": outputs.logits.detach(), "loss": outputs.loss}
+
+        model.forward = cut_off
+        assert not self.directions(model, batch)
+        assert moments(model, batch)
 
     def test_what_is_added_for_a_router_makes_no_difference(self):
         model = mixture("Mixtral", output_router_logits=True, router_aux_loss_coef=0.5)
