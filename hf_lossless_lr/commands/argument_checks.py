@@ -59,9 +59,8 @@ def _check_sources(given: dict[str, Any]) -> None:
         raise ConfigurationError(f"--data_files: name the files; --dataset {dataset} is a format.")
     for name, files in SPLITS.items():
         named = given.get(name) not in (None, DEFAULT_SPLITS.get(name))
-        if (
-            named and is_format(dataset) and (files == "data_files" or files not in given)
-        ):  # else it is what to call them
+        called = files != "data_files" and files in given  # what files of their own are to be called
+        if named and is_format(dataset) and not called:
             raise ConfigurationError(
                 f"--{name}: files in a format ({dataset}) have no splits. Name the files with --{files}"
                 + (", or leave both out to hold out a fifth of the calibration examples." if "eval" in name else ".")

@@ -188,21 +188,22 @@ class Collector:
         units, loss, device = forward.units, forward.loss.item(), forward.loss.device
         if units and forward.loss.requires_grad:  # false where the batch reaches no target
             directions = gauss_newton_directions(self.model, batch, forward)
-            total = forward.loss * units
+            total = forward.loss * units if self.sums.weight_grads or not directions else None
             del forward  # what only it needs is freed on the way
             self._go_backward(total, directions)
         totals = [loss * units if units else 0.0, units, batch_examples(batch)]
         return torch.tensor(totals, dtype=torch.float64).to(device)
 
-    def _go_backward(self, loss: torch.Tensor, directions: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def _go_backward(
+        self, total: torch.Tensor | None, directions: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
         """Add gradients: those of the summed loss to G, and to B where there are no directions of the curvature."""
-        self.of_curvature = not directions
-        if self.sums.weight_grads or not directions:
-            loss.backward(retain_graph=bool(directions))
+        if total is not None:
+            self.of_curvature = not directions
+            total.backward(retain_graph=bool(directions))
+            self.of_curvature = True
             self._add_weight_grads()
-        self.of_curvature = True
         if directions:
-            del loss
             outputs, vectors = zip(*directions, strict=True)
             torch.autograd.backward(outputs, vectors)
             for name in self.sums.weight_grads:
