@@ -11,6 +11,7 @@ from hf_lossless_lr.layers.storage import MOVED_NUMBER
 FLOAT16 = 0.5  # of the bytes in 32 bits
 BELOW = {"llama-small": 0.14, "minilm-sst2": 0.21}  # of the bytes in 16 bits: there, the path is far ahead of GPTQ
 AHEAD = 0.7  # of GPTQ's divergence
+LINES = 3000  # that are held out
 
 
 @pytest.fixture
@@ -36,18 +37,22 @@ def test_the_path_is_nowhere_above_gptq_and_far_below_it_at_small_sizes(frontier
 
 
 def test_the_small_encoder_costs_no_more_than_promised_at_each_size(frontier):
-    """By megabytes of its targeted weights: loss increase, divergence, and whether that has to be certified."""
+    """By megabytes of its targeted weights: loss increase, divergence, and whether that has to be certified.
+
+    The loss of 3,000 lines is what it is by chance, too: with a standard error of √(2 · divergence / lines).
+    """
     found = [r for r in frontier if r["model"] == "minilm-sst2" and r["method"].startswith("low rank, mixed")]
     promised = {
         10.7: (0.0005, 0.0001, True),
         6.0: (0.0015, 0.0012, True),
-        4.7: (0.0025, 0.0018, True),  # 0.0020 was promised; by chance, the loss of 3,000 lines moves by 0.001
+        4.7: (0.0020, 0.0018, True),
         3.4: (0.0060, 0.0050, True),
         2.4: (0.0120, 0.0090, False),
     }
     for size, (loss, divergence, certified) in promised.items():
         record = max((r for r in found if r["bytes"] <= 1e6 * size), key=lambda r: r["bytes"])
-        assert record["loss_increase"] <= loss, size
+        chance = 1.5 * (2 * record["divergence"] / LINES) ** 0.5
+        assert record["loss_increase"] <= loss + chance, size
         assert record["divergence"] <= divergence, size
         assert record["verdict"] == "lossless" or not certified, size
 
@@ -55,9 +60,9 @@ def test_the_small_encoder_costs_no_more_than_promised_at_each_size(frontier):
 def test_rounding_costs_what_is_predicted_within_a_factor_of_two(frontier):
     found = [r for r in frontier if r["method"].startswith("rounding")]
     assert len(found) == 18
-    quadratic = [r for r in found if r["model"] != "swin-mnist"]  # that one is saturated: see docs/method.md
-    assert len(quadratic) == 12
-    assert all(0.5 <= r["divergence"] / r["predicted"] <= 2 for r in quadratic)
+    for record in found:  # three bits of a model that is sure of its answers are no small change: docs/method.md
+        most = 3 if record["model"] == "swin-mnist" else 2
+        assert 0.5 <= record["divergence"] / record["predicted"] <= most, record
 
 
 def test_the_tables_of_the_documents_are_those_of_the_records(study, frontier):
