@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from ..checkpoint import LosslessLowRankConfig
 from ..errors import CertificateError, ConfigurationError
-from ..evaluation import EVALUATION_TASKS, TASKS, EvaluationTask, Task, load_split, mmlu
+from ..evaluation import EVALUATION_TASKS, TASKS, EvaluationTask, Task, first_rows, load_split, mmlu
 from ..renamed import RENAMED
 from ..report import Certificate
 from ..verdict import CERTIFIED
@@ -206,7 +206,7 @@ def load_examples(
     dataset = align(task, dataset, models, *columns)
     examples = task.prepare(dataset, processor, arguments.max_length or task.max_length, *columns)
     examples = examples.remove_columns("labels") if unlabelled else examples
-    return examples.select(range(min(count or len(examples), len(examples))))
+    return first_rows(examples, count)
 
 
 def _lacks_labels(task: Task, dataset: Dataset, given: list[str] | None) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..checkpoint import LosslessLowRankConfig
 from ..errors import CertificateError
-from ..evaluation import EVALUATION_TASKS, ScoringOptions, summarize
+from ..evaluation import EVALUATION_TASKS, ScoringOptions, first_rows, summarize
 from ..files import write_atomically
 from ..pipeline import verify
 from ..report import certificate_sentence, plain, score_table
@@ -85,7 +85,7 @@ def evaluate(arguments: Any) -> int:
             certificate = verify(
                 models[0],
                 models[1],
-                examples.select(range(min(blocks or len(examples), len(examples)))),
+                first_rows(examples, blocks),
                 confidence=arguments.confidence,
                 batch_size=arguments.batch_size,
                 data_collator=task.collator(processor),

@@ -29,6 +29,11 @@ def main_loss(model: PreTrainedModel, outputs: Any, loss: torch.Tensor) -> torch
     return loss - share * auxiliary.to(loss)
 
 
+def relative_gap(loss: torch.Tensor, entropy: torch.Tensor) -> float:
+    """Return how far a loss is from what it may be, relative to that; up to `TOLERANCE` it is rounding."""
+    return float((entropy - loss.float()).abs() / entropy.abs().clamp_min(SMALLEST))
+
+
 @torch.no_grad()
 def measured_shift(logits: torch.Tensor, labels: torch.Tensor, loss: torch.Tensor, ignored: int) -> int | None:
     """Return by how many positions the labels are ahead of the logits that answer to them: 0 or 1.
@@ -53,7 +58,7 @@ def measured_shift(logits: torch.Tensor, labels: torch.Tensor, loss: torch.Tenso
             gaps[shift] = float("inf") if torch.isfinite(loss) or len(target) else 0.0
         elif int(target.min()) >= 0 and int(target.max()) < scores.shape[-1]:
             entropy = torch.nn.functional.cross_entropy(scores, target)
-            gaps[shift] = float((entropy - loss.float()).abs() / entropy.abs().clamp_min(SMALLEST))
+            gaps[shift] = relative_gap(loss, entropy)
     best = min(gaps, key=lambda shift: gaps[shift], default=None)
     return best if best is not None and gaps[best] <= TOLERANCE else None
 

@@ -25,7 +25,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 from transformers import PreTrainedModel
 
-from .alignment import SMALLEST, TOLERANCE, main_loss
+from .alignment import TOLERANCE, main_loss, relative_gap
 from .digests import example_digests
 from .forward import ForwardPass
 from .labels import Question, check_labels
@@ -89,7 +89,7 @@ def _entropy(question: Question) -> torch.Tensor:
 
 
 def _same(loss: torch.Tensor, other: torch.Tensor) -> bool:
-    return bool((loss - other).abs() <= TOLERANCE * other.abs().clamp_min(SMALLEST))
+    return relative_gap(loss, other) <= TOLERANCE  # not where one is no number
 
 
 def _directions(outputs: torch.Tensor, examples: torch.Tensor, seeds: list[int], direction: Direction) -> torch.Tensor:

@@ -5,7 +5,7 @@ from .mmlu import MMLU, mmlu
 from .pipelines import TASKS
 from .registry import EVALUATION_TASKS
 from .scores import Score, Scores, compare, summarize
-from .sources import choose_columns, is_format, is_single, load_split
+from .sources import choose_columns, first_rows, is_format, is_single, load_split
 from .speed import MOST_THREADS, measure_speed, random_batch
 from .task import EvaluationTask, ScoringOptions, Task
 
@@ -23,6 +23,7 @@ __all__ = [
     "Task",
     "choose_columns",
     "compare",
+    "first_rows",
     "is_format",
     "is_single",
     "load_split",

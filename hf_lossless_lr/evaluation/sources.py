@@ -139,4 +139,9 @@ def load_split(
         if split not in data:
             raise DataError(f"the data set {path!r} has no split {split!r}; it has {', '.join(data)}.")
         data = data[split]
-    return data if examples is None else data.select(range(min(examples, len(data))))
+    return first_rows(data, examples)
+
+
+def first_rows(dataset: Dataset, count: int | None) -> Dataset:
+    """Return so many rows of a data set from the start, or as many as there are; None for all."""
+    return dataset if count is None else dataset.select(range(min(count, len(dataset))))

@@ -81,10 +81,9 @@ def _upper_times(upper: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 
 def _root(metric: torch.Tensor | None, weight: torch.Tensor) -> _Root:
     """Return a root of a metric: triangular where it is positive definite beyond rounding, else symmetric."""
-    channels = _channels(metric, weight)
-    if metric is None or channels is None:
+    if metric is None:
         return _Root()
-    scale = channels.clamp_min(0.0).sqrt()
+    scale = _channels(metric, weight).clamp_min(0.0).sqrt()
     if metric.ndim < weight.ndim:
         return _Root(scale)
     scale = torch.where(scale > 0, scale, 1.0)
@@ -110,11 +109,11 @@ def _check_metric(name: str, metric: torch.Tensor | None, size: int, weight: tor
             f"metric_svd: W is {(out, in_)}, so A must be ({in_}, {in_}) and B ({out}, {out}) (or their diagonals); "
             f"{name} is {tuple(metric.shape[len(matrices) :])}. For Conv1D pass the transposed weight."
         )
-    if not _is_finite(metric):
+    if not is_finite(metric):
         raise NumericalError(f"metric_svd: {name} has entries that are not finite.")
 
 
-def _is_finite(matrix: torch.Tensor) -> bool:
+def is_finite(matrix: torch.Tensor) -> bool:
     """Return whether all entries are finite: the extremes are, much faster to find, and not where one is no number."""
     return bool(torch.isfinite(torch.stack(matrix.aminmax())).all())
 
@@ -153,7 +152,7 @@ def metric_svd(
     out_features, in_features = weight.shape[-2:]
     _check_metric("A", input_metric, in_features, weight)
     _check_metric("B", output_metric, out_features, weight)
-    if not _is_finite(weight):
+    if not is_finite(weight):
         raise NumericalError("metric_svd: W has entries that are not finite.")
     if out_features > in_features:
         factors = _svd(weight.mT, output_metric, input_metric, rank)
@@ -164,7 +163,7 @@ def metric_svd(
 def _svd(weight: torch.Tensor, A: torch.Tensor | None, B: torch.Tensor | None, rank: int | None) -> MetricFactors:
     """Factorize a matrix that has no more rows than columns."""
     if weight.shape[-2] >= LARGE:
-        sizes = [_size(weight), _size(_channels(A, weight)), _size(_channels(B, weight))]
+        sizes = [_size(weight), *(1.0 if side is None else _size(_channels(side, weight)) for side in (A, B))]
         W, A_unit, B_unit = (
             None if matrix is None else (matrix.to(torch.promote_types(matrix.dtype, torch.float32)) / size).float()
             for matrix, size in zip((weight, A, B), sizes, strict=True)
@@ -189,14 +188,14 @@ def _svd_in_dtype(W: Any, A: torch.Tensor | None, B: torch.Tensor | None, *, ran
     return MetricFactors(root.solve(U), U.mT @ PW, values.clamp_min(0.0).sqrt())
 
 
-def _channels(metric: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor | None:
+def _channels(metric: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return the diagonal of a metric."""
-    return metric if metric is None or metric.ndim < weight.ndim else metric.diagonal(dim1=-2, dim2=-1)
+    return metric if metric.ndim < weight.ndim else metric.diagonal(dim1=-2, dim2=-1)
 
 
-def _size(numbers: torch.Tensor | None) -> float:
+def _size(numbers: torch.Tensor) -> float:
     """Return the mean magnitude of numbers; above 0."""
-    return 1.0 if numbers is None else float(numbers.abs().mean(dtype=torch.float64)) or 1.0
+    return float(numbers.abs().mean(dtype=torch.float64)) or 1.0
 
 
 def _residual(factors: MetricFactors, weight: torch.Tensor, A: torch.Tensor | None, B: torch.Tensor | None) -> float:

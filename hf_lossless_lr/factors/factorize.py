@@ -12,7 +12,7 @@ import torch
 from ..errors import ConfigurationError, NumericalError
 from ..statistics import LayerStatistics
 from .curves import LossCurve
-from .decomposition import MetricFactors, metric_svd
+from .decomposition import MetricFactors, is_finite, metric_svd
 from .linalg import pivoted_form, quadratic_tails
 from .metrics import METRICS
 
@@ -103,7 +103,7 @@ def factorize(weight: torch.Tensor, stats: LayerStatistics, metric: str, damping
         raise ConfigurationError(f"metric: {metric!r} is unknown; choose one of {', '.join(METRICS)}.")
     input_metric, output_metric = METRICS[metric](stats, damping)
     factors = metric_svd(weight, input_metric, output_metric)
-    if not all(torch.isfinite(factor).all() for factor in factors):
+    if not all(is_finite(factor) for factor in factors):
         raise NumericalError(f"the factorization of a {tuple(weight.shape)} weight is not finite; raise `damping`.")
     return Factorization(factors)
 

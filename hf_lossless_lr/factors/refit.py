@@ -50,7 +50,7 @@ from ..statistics import (
     rows_of,
 )
 from ..timing import Clock
-from .decomposition import metric_svd
+from .decomposition import is_finite, metric_svd
 from .factorize import Factorization
 from .filling import fill
 from .linalg import damped, shifted_weight
@@ -206,7 +206,7 @@ class _Products(NamedTuple):
 
 
 def _check_finite(group: Group, products: _Products) -> None:
-    if not all(torch.isfinite(each).all() for each in (products.input_gram, *products.output_cross)):
+    if not all(is_finite(each) for each in (products.input_gram, *products.output_cross)):
         raise NumericalError(
             f"the refit met inputs or outputs of {group[0]!r} that are not finite (NaN or infinity); check the data "
             "that it takes: the calibration data and refit_dataset."
