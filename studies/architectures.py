@@ -10,13 +10,15 @@ default, built without its numbers. A few minutes on one core.
 import argparse
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from transformers.utils import logging
 
 from hf_lossless_lr import CompressionReport
-from hf_lossless_lr.errors import LosslessLowRankError
+from hf_lossless_lr.errors import LosslessLowRankError, TargetError
+from hf_lossless_lr.layers import replace_modules, unfused
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -54,12 +56,14 @@ def share_of(architecture: Architecture, report: CompressionReport) -> str:
             model = architecture.model_class(architecture.model_class.config_class())
         except (ImportError, ValueError, TypeError, AttributeError):  # these sizes need more than they say
             return "–"
+    whole = model.num_parameters()
+    for name, module in list(model.named_modules()):
+        with suppress(TargetError):  # most have no fused weights
+            replace_modules(model, {name: unfused(module)})
     layers = {re.sub(r"\d+", "#", name) for name in report.layers}
-    fused = {name.rpartition(".#.")[0] for name in layers if name.endswith((".#.in_proj", ".#.out_proj"))}
-    modules = [(re.sub(r"\d+", "#", name), module) for name, module in model.named_modules()]
-    weights = [getattr(module, "weight", None) for name, module in modules if name in layers]
-    weights += [w for name, module in modules if name in fused for w in module.parameters(recurse=False) if w.ndim > 2]
-    return f"{100 * sum(w.numel() for w in weights if w is not None) / model.num_parameters():.0f} %"
+    modules = [module for name, module in model.named_modules() if re.sub(r"\d+", "#", name) in layers]
+    weights = [getattr(module, "weight", None) for module in modules]  # numbers may lead to others there
+    return f"{100 * sum(weight.numel() for weight in weights if weight is not None) / whole:.0f} %"
 
 
 def row_of(architecture: Architecture) -> str:

@@ -9,6 +9,7 @@
 * `blocks`: factors and norms of each block trained, one block after the other, so that its outputs become those of
   the dense one (of a Llama).
 * `curvature`: B of the gradients of the labels, instead of the Gauss-Newton matrix.
+* `rounding`: what the predicted cost of rounding counts for beside that of truncation; shares are of the bytes.
 * `removal`: most of the ranks of one layer are taken away, in the hope that the loss falls.
 
 Models are calibrated on the first lines of the calibration data, and judged on others. Factors are stored as two.
@@ -35,6 +36,7 @@ from hf_lossless_lr.factors import factorize
 from hf_lossless_lr.layers import in_place, is_factorized, weight_matrices
 from hf_lossless_lr.pipeline import verify
 from hf_lossless_lr.processes import make_accelerator
+from hf_lossless_lr.ranks import path
 from hf_lossless_lr.report import CompressionReport
 from hf_lossless_lr.statistics import collector
 
@@ -42,6 +44,7 @@ LIMITS = (None, 2.0, 1.4)
 RIDGES = (1.0, 10.0, 100.0)
 RATES, STEPS = (1e-4, 3e-4), 200
 SHARES = (0.25, 0.02)
+ROUNDING = (1 / 6, 1 / 3, 2 / 3, 1.0)
 
 
 class Place(NamedTuple):
@@ -204,6 +207,18 @@ def curvature(place: Place, keep_ratio: float) -> Iterator[Record]:
             yield {"setting": setting, **judged(place, compressed(place, keep_ratio)[0])}
 
 
+def rounding(place: Place, keep_ratio: float) -> Iterator[Record]:
+    """Yield what the choice of ranks and formats costs, by what rounding counts for."""
+    for share in ROUNDING:
+        model = deepcopy(place.model)
+        with patch.object(path, "ROUNDING_SHARE", share):
+            compressor = LowRankCompressor(LosslessLowRankConfig(keep_ratio=keep_ratio, formats="auto"))
+            compressor.compress(
+                model, place.calibration, eval_dataset=place.others, processing_class=place.processing_class
+            )
+        yield {"setting": share, **judged(place, model)}
+
+
 def removal(place: Place, keep_ratio: float) -> Iterator[Record]:
     """Yield what the layer costs of which the calibration loss falls most, if only a share of it is kept.
 
@@ -235,6 +250,7 @@ VARIATIONS: dict[str, tuple[Callable[[Place, float], Iterator[Record]], tuple[st
     "singular values": (singular_values, ("minilm-sst2",), (0.5, 0.35)),
     "blocks": (blocks, ("llama-small",), (0.5, 0.35)),
     "curvature": (curvature, ("minilm-sst2", "llama-small"), (0.7, 0.5, 0.35)),
+    "rounding": (rounding, ("minilm-sst2", "llama-small"), (0.141, 0.111, 0.08, 0.057)),
     "removal": (removal, ("minilm-sst2", "llama-small"), (1.0,)),
 }
 
@@ -256,12 +272,13 @@ def main() -> None:
     parser.add_argument("--testbed", type=Path, help="folder of the trained models and their data")
     parser.add_argument("--records", type=Path, default=RESULTS / "variations.jsonl")
     parser.add_argument("--variations", nargs="+", choices=list(VARIATIONS), default=list(VARIATIONS))
-    parser.add_argument("--models", nargs="+", help="default all that a variation has")
+    names = sorted({model for _, models, _ in VARIATIONS.values() for model in models})
+    parser.add_argument("--models", nargs="+", choices=names, default=names, help="those of them that a variation has")
     arguments = parser.parse_args()
     records = known_records(arguments.records)
     for name in arguments.variations if arguments.testbed else ():
         run, models, keep_ratios = VARIATIONS[name]
-        for model in models:
+        for model in (m for m in models if m in arguments.models):
             for keep_ratio in keep_ratios:
                 key = {"variation": name, "model": model, "keep_ratio": keep_ratio}
                 if any(key.items() <= record.items() for record in records):

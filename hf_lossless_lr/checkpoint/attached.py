@@ -20,7 +20,7 @@ from ..errors import CheckpointError, LosslessLowRankError, TargetError
 from ..files import replacing
 from ..fingerprint import tensors_fingerprint
 from ..layers import (
-    UnfusedExperts,
+    Unfused,
     at_hand,
     check_offloaded,
     check_whole,
@@ -195,7 +195,7 @@ def _to_dense(model: PreTrainedModel) -> None:
         )
     if factorized:
         replace_modules(model, {name: to_dense(module) for name, module in factorized.items()})
-    unfused = {name: module for name, module in model.named_modules() if isinstance(module, UnfusedExperts)}
+    unfused = {name: module for name, module in model.named_modules() if isinstance(module, Unfused)}
     replace_modules(model, {name: module.fused() for name, module in unfused.items()})
     restore_grids(model, {})
 

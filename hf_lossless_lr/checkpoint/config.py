@@ -58,7 +58,7 @@ class LosslessLowRankConfig(CompressionOptions, QuantizationConfigMixin):
         modules: the manifest, module name to `{"rank": int, "storage": str}`, with `"format": str` where numbers are
             rounded and `"form": str` where factors are those of a spatial form; rank and storage are None where the
             module is dense. Empty until a model is compressed.
-        unfused: names of the modules whose fused experts are one linear layer each; see `UnfusedExperts`.
+        unfused: names of the modules whose fused weights are a layer each; see `Unfused`.
         compute: what the weights in memory are: `dequantized` when the model is loaded to the floating-point numbers
             that they stand for, or, for `int8`, as they are `stored`.
         format_version: version of the checkpoint format.

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import CheckpointError
-from ..layers import METHOD, Factorized, Stored, UnfusedExperts, called_with, is_factorized, stored_in
+from ..layers import METHOD, Factorized, Stored, Unfused, called_with, is_factorized, stored_in
 
 try:
     from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -26,7 +26,7 @@ except ImportError:  # a torch without processes, or a Transformers whose rules 
 
 logger = logging.get_logger(__name__)
 
-COMPRESSED = (Factorized, Stored, UnfusedExperts)
+COMPRESSED = (Factorized, Stored, Unfused)
 RULE = "_lossless_lr_rule"
 """Attribute of a module whose rule waits for its numbers."""
 
@@ -52,7 +52,7 @@ def adapt_plan(model: PreTrainedModel, plan: dict[str, str]) -> None:
         plan: name with wildcards to style; changed in place.
 
     Raises:
-        CheckpointError: if experts are to be spread that are one layer each.
+        CheckpointError: if fused modules are to be spread that are several layers here.
     """
     if tensor_parallel is None:
         return
@@ -167,7 +167,7 @@ class _Style:
     def install_forward(self, module: Any, mesh: Any) -> Any:
         if not isinstance(module, COMPRESSED):
             return self.style.install_forward(module, mesh)
-        if not isinstance(module, UnfusedExperts):  # these are whole in each process
+        if not isinstance(module, Unfused):  # these are whole in each process
             vars(module)[RULE] = self.style, mesh
         return module
 

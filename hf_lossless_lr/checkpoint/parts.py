@@ -42,7 +42,7 @@ def _configs_in(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 
 def config_of_part(config: LosslessLowRankConfig, path: str) -> LosslessLowRankConfig:
-    """Return what a configuration says of a part: its experts and the records of its modules, by their names in it.
+    """Return what a configuration says of a part: what is unfused, and the records of modules, by their names in it.
 
     Args:
         config: the configuration of a compressed model.

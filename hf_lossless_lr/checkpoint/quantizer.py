@@ -19,7 +19,7 @@ from transformers.quantizers import auto as quantizer_registry
 
 from ..errors import CheckpointError, ConfigurationError, TargetError
 from ..formats import FLOAT
-from ..layers import METHOD, Factorized, Stored, UnfusedExperts, layout_of, replace_modules
+from ..layers import METHOD, Factorized, Stored, Unfused, layout_of, replace_modules, unfused
 from .attached import attach_saved_card, dequantize, mark_compressed, mark_loaded
 from .config import WRITTEN_METHOD, LosslessLowRankConfig, ModuleRecord
 from .contents import LOAD_THE_WHOLE, check_files, check_loaded, check_read
@@ -139,7 +139,7 @@ def put_layers(model: PreTrainedModel, config: LosslessLowRankConfig, files: lis
     check_files(built, files, unused=len(config.modules) - len(built), part=config.part)
     replace_modules(model, {path_of[name]: module for name, module in built.items()})
     config.modules = {path: config.modules[name] for name, path in path_of.items()}  # as this class has them
-    kinds = (Factorized, Stored, UnfusedExperts)  # a device map must not split them
+    kinds = (Factorized, Stored, Unfused)  # a device map must not split them
     whole = {type(module).__name__ for module in model.modules() if isinstance(module, kinds)}
     model._no_split_modules = whole.union(model._no_split_modules or ())
 
@@ -197,7 +197,7 @@ def _empty(module: Any, record: ModuleRecord) -> Factorized | Stored:
 def _unfuse(model: PreTrainedModel, names: list[str], part: str | None) -> list[str]:
     paths = list(paths_in(model, names, part).values()) if names else []
     try:
-        replace_modules(model, {path: UnfusedExperts(model.get_submodule(path)) for path in paths})
+        replace_modules(model, {path: unfused(model.get_submodule(path)) for path in paths})
     except TargetError as error:
         raise CheckpointError(f"the manifest does not fit the model: {error}.") from error
     return paths

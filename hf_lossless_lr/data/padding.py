@@ -47,7 +47,7 @@ class PaddingMasks:
     def __init__(self, model: PreTrainedModel) -> None:
         self.encoder = model.get_encoder() if model.config.is_encoder_decoder else None
         self.in_encoder = set(map(id, self.encoder.modules())) if self.encoder is not None else set()
-        tokens_first = (module for module in model.modules() if type(module).__name__ in TOKENS_FIRST)
+        tokens_first = (module for module in model.modules() if _takes_tokens_first(module))
         self.in_tokens_first = {id(inner) for module in tokens_first for inner in module.modules()}
         self.around = _around(model)
         self.unmatched: set[int] = set()
@@ -178,6 +178,10 @@ def leaves_out(mask: Any) -> bool:
     return isinstance(mask, torch.Tensor) and not bool(mask.all())
 
 
+def _takes_tokens_first(module: nn.Module) -> bool:
+    return type(module).__name__ in TOKENS_FIRST or getattr(module, "batch_first", True) is False
+
+
 def _is_mask(name: str) -> bool:
     return name.endswith("attention_mask")
 
@@ -220,7 +224,9 @@ def _spread(mask: torch.Tensor | None, shape: torch.Size, tokens_first: bool) ->
 
 
 def _keys_seen(mask: torch.Tensor, sequences: int, zero_is_seen: bool) -> torch.Tensor | None:
-    """Return which keys anything attends to.  # shape: (sequences, keys).
+    """Return which keys anything attends to; None if that cannot be.  # shape: (sequences, keys).
+
+    In a mask that hides all keys of all sequences, true stands for padding (Mask2Former), or for something else.
 
     Args:
         mask: true, 1 or, where it is added to scores, 0 for what is seen.  # shape: (sequences or 1, …, keys)
@@ -233,7 +239,7 @@ def _keys_seen(mask: torch.Tensor, sequences: int, zero_is_seen: bool) -> torch.
     seen = mask > -1 if (zero_is_seen if own is None else own) else mask > 0
     if mask.ndim > 2:
         seen = seen.flatten(1, -2).any(1)
-    return seen.expand(sequences, -1)
+    return seen.expand(sequences, -1) if bool(seen.any()) else None
 
 
 def _fills_up(mask: torch.Tensor, sequences: int) -> bool:

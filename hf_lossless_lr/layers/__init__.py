@@ -8,7 +8,7 @@ from .adapters import lora_targets
 from .chain import ConvolutionChain, Step
 from .convolution import FactorizedConv1d, FactorizedConv2d
 from .coverage import other_weights
-from .experts import Routed, UnfusedExperts, projections, routed_rows, unfuse
+from .experts import Routed, UnfusedExperts, projections, routed_rows
 from .factorized import METHOD, Factorized, called_with, is_factorized, layers_in
 from .layout import Layout, find_layout, layout_of, to_dense, weight_matrices
 from .linear import FactorizedLinear
@@ -51,6 +51,8 @@ from .storage import (
 )
 from .stored import Stored, is_complete, stored_in
 from .targets import HEADS, Targets, check_gradients, check_model, find_targets
+from .unfused import Unfused
+from .unfusing import unfuse, unfused
 from .whole import check_whole
 
 __all__ = [
@@ -73,6 +75,7 @@ __all__ = [
     "Step",
     "Stored",
     "Targets",
+    "Unfused",
     "UnfusedExperts",
     "as_matrix",
     "at_hand",
@@ -120,6 +123,7 @@ __all__ = [
     "stored_in",
     "to_dense",
     "unfuse",
+    "unfused",
     "values_of",
     "weight_bytes",
     "weight_matrices",

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .experts import why_fused
 from .targets import Targets
+from .unfused import Unfused
+from .unfusing import why_fused
 
 
 def other_weights(model: nn.Module, targets: Targets) -> dict[str, tuple[str, int]]:
@@ -52,7 +53,8 @@ def _reason(name: str, module: nn.Module, parameter: nn.Parameter, size: int) ->
         return "embeddings"
     if isinstance(module, ParametrizationList) or _is_original(name.rpartition(".")[2], module):
         return "a weight is computed from it"
-    return f"not supported: {why_fused(module) or f'{parameter.ndim}-D weight of {type(module).__name__}'}"
+    kind = type(module.template if isinstance(module, Unfused) else module).__name__
+    return f"not supported: {why_fused(module) or f'{parameter.ndim}-D weight of {kind}'}"
 
 
 def _is_original(name: str, module: nn.Module) -> bool:

@@ -11,15 +11,12 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from copy import copy
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 
-from ..errors import TargetError
-from .model_state import evaluating, random_state_kept
-from .offloaded import without_hook
+from .unfused import Unfused, linear
 
 PROJECTIONS = {"in_proj": ("gate_up_proj", "up_proj"), "out_proj": ("down_proj",)}
 """Layers of an expert to the fused parameters that they may come from."""
@@ -61,58 +58,87 @@ class Expert(nn.Module):
     out_proj: nn.Module
 
 
-class UnfusedExperts(nn.Module):
+class UnfusedExperts(Unfused):
     """A module in the place of fused experts, with layers `0.in_proj`, `0.out_proj`, `1.in_proj` and so on.
 
     `in_proj` has the outputs of gate and up in the order of the fused weight. How they are joined, and what else the
-    fused class has (activations, a norm), stays its own. Weights are views of the fused ones, until `own_weights`.
+    fused class has (activations, a norm), stays its own.
 
-    The fused parameters are left as guards, two by two numbers for each expert and half: Transformers may split and
-    merge them as it does fused weights when it saves and loads (older versions lose dimensions of one number), and one
-    that does not know this package refuses the checkpoint.
-
-    Args:
-        fused: the fused module; unchanged.
-
-    Raises:
-        TargetError: if its parameters are not those of fused experts.
+    The guards have two by two numbers for each expert and half: Transformers may split and merge them as it does fused
+    weights when it saves and loads (older versions lose dimensions of one number).
     """
 
-    def __init__(self, fused: Any) -> None:
-        super().__init__()
-        refusal = _unknown_structure(fused)
-        if refusal is not None:
-            raise TargetError(refusal)
-        self.num_experts: int = fused.num_experts
-        self.names = {layer: _parameter_of(fused, layer) for layer in PROJECTIONS}
-        self.transposed = _is_transposed(fused)
-        template, parameters = without_hook(copy(fused)), dict(fused.named_parameters(recurse=False))
-        template._parameters = {name: nn.Parameter(p.to("meta"), p.requires_grad) for name, p in parameters.items()}
-        template._modules = dict(fused._modules)
-        vars(self)["template"] = template  # no submodule: its parameters are not those of a checkpoint
-        for name, child in fused.named_children():
-            self.add_module(name, child)
-        self.config = getattr(fused, "config", None)
+    def unfuse(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Make two layers for each expert, and the guards."""
+        self.num_experts: int = self.template.num_experts
+        self.names = {layer: _parameter_of(self.template, layer) for layer in PROJECTIONS}
+        self.transposed = _is_transposed(self.template)
+        self.config = getattr(self.template, "config", None)
         for number in range(self.num_experts):
             expert = Expert()
             for layer, name in self.names.items():
-                setattr(expert, layer, _linear(parameters, name, number, self.transposed))
+                weight, bias = parameters[name][number], parameters.get(f"{name}_bias")
+                weight = weight.mT if self.transposed else weight
+                setattr(expert, layer, linear(weight, None if bias is None else bias[number], parameters[name]))
             self.add_module(str(number), expert)
         for layer, name in self.names.items():
             halves = 2 if layer == "in_proj" and name == "gate_up_proj" else 1
             shape = (self.num_experts, 2, 2 * halves) if self.transposed else (self.num_experts, 2 * halves, 2)
-            self.register_buffer(name, torch.zeros_like(parameters[name][:, :1, :1].expand(shape)).detach())
+            self.guard(name, parameters[name], shape)
 
-    @property
-    def template(self) -> Any:
-        """The fused module, without numbers."""
-        return vars(self)["template"]
+    @classmethod
+    def is_kind(cls, module: nn.Module) -> bool:
+        """Return whether a module has a fused parameter of experts, and says how many there are."""
+        return "down_proj" in module._parameters and isinstance(getattr(module, "num_experts", None), int)
+
+    @classmethod
+    def refusal(cls, fused: Any) -> str | None:
+        """Return what is unlike fused experts in the parameters of a module."""
+        kind, parameters = type(fused).__name__, dict(fused.named_parameters(recurse=False))
+        if not cls.is_kind(fused):
+            return f"{kind} has no fused experts"
+        if "forward" in vars(fused):
+            return f"{kind} is called through a hook"
+        names = {name for layer in PROJECTIONS if (name := _parameter_of(fused, layer)) is not None}
+        biases = {f"{name}_bias" for name in names if f"{name}_bias" in parameters}
+        if len(names) < len(PROJECTIONS) or names | biases != set(parameters) or len(biases) not in (0, len(names)):
+            return f"{kind} has other parameters than fused experts: {', '.join(sorted(parameters))}"
+        if any(p.ndim != (2 if n in biases else 3) or len(p) != fused.num_experts for n, p in parameters.items()):
+            return f"{kind} has parameters of other shapes than fused experts"
+        return None
 
     def layers(self) -> Iterator[tuple[str, Any]]:
         """Yield the layers of all experts, with their names below this module."""
         for number in range(self.num_experts):
             for layer in PROJECTIONS:
                 yield f"{number}.{layer}", getattr(self.get_submodule(str(number)), layer)
+
+    def fused_parameters(self) -> dict[str, torch.Tensor]:
+        """Return the weights, and biases, of all experts together."""
+        values, experts = {}, [self.get_submodule(str(number)) for number in range(self.num_experts)]
+        for layer, name in self.names.items():
+            own: list[Any] = [getattr(expert, layer) for expert in experts]
+            weight = torch.stack([each.weight for each in own])
+            values[name] = weight.mT.contiguous() if self.transposed else weight
+            if own[0].bias is not None:
+                values[f"{name}_bias"] = torch.stack([each.bias for each in own])
+        return values
+
+    def fused(self) -> nn.Module:
+        """Return the fused module with the weights of the experts, which are dense again."""
+        module: Any = super().fused()
+        if self.config is not None:
+            module.config = self.config
+        return module
+
+    def trials(self, like: torch.Tensor) -> Iterator[tuple[Any, ...]]:
+        """Yield rows for all experts; each gets at least one of them."""
+        count, hidden = self.num_experts, self.get_submodule("0.in_proj").in_features
+        x: torch.Tensor = like.new_empty(count, cast(int, hidden)).normal_()
+        shares, first = like.new_empty(count, min(2, count)).uniform_(), torch.arange(count, device=like.device)
+        index = torch.stack([first, (first + 1) % count][: shares.shape[1]], dim=1)
+        routed = len(inspect.signature(self.template.forward).parameters) > 1
+        yield (x, index, shares) if routed else (x.repeat(2, 1).index_fill(0, first[:1], 0),)
 
     def forward(
         self,
@@ -183,90 +209,20 @@ class UnfusedExperts(nn.Module):
         gate, up = y.chunk(2, dim=-1)
         return self.template.act_fn(gate) * up
 
-    @torch.no_grad()
-    def own_weights(self) -> None:
-        """Let weights no longer be views of fused ones, which cannot be let go of otherwise."""
-        for _, layer in self.layers():
-            for parameter in layer.parameters() if type(layer) is nn.Linear else ():
-                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
-
-    @torch.no_grad()
-    def fused(self) -> nn.Module:
-        """Return the fused module with the weights of the experts, which are dense again."""
-        module, experts = copy(self.template), [self.get_submodule(str(n)) for n in range(self.num_experts)]
-        module._modules, module._parameters = dict(module._modules), dict(module._parameters)
-        for layer, name in self.names.items():
-            linears: list[Any] = [getattr(expert, layer) for expert in experts]
-            weight = torch.stack([linear.weight for linear in linears])
-            values = {name: weight.mT.contiguous() if self.transposed else weight}
-            if linears[0].bias is not None:
-                values[f"{name}_bias"] = torch.stack([linear.bias for linear in linears])
-            for key, value in values.items():
-                module._parameters[key] = nn.Parameter(value, self.template._parameters[key].requires_grad)
-        if self.config is not None:
-            module.config = self.config
-        return module.train(self.training)
-
 
 def _exporting() -> bool:
     """Return whether a graph is made for `torch.export`; PyTorch 2.6 cannot tell that from one to compile."""
     return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
 
 
-def unfuse(model: nn.Module) -> dict[str, UnfusedExperts]:
-    """Return what may take the place of each module of fused experts, by its name; the model is unchanged.
-
-    Args:
-        model: the dense model, with its weights.
-
-    Returns:
-        The unfused experts, of those modules only for which they compute the same.
-    """
-    modules = {name: module for name, module in model.named_modules() if _has_experts(module)}
-    return {name: UnfusedExperts(module) for name, module in modules.items() if why_fused(module) is None}
-
-
-def projections(experts: Mapping[str, UnfusedExperts]) -> list[tuple[str, ...]]:
+def projections(unfused: Mapping[str, Unfused]) -> list[tuple[str, ...]]:
     """Return the names of the layers that stand beside one another in all experts of a module, module by module."""
     return [
         tuple(f"{path}.{number}.{layer}" for number in range(module.num_experts))
-        for path, module in experts.items()
+        for path, module in unfused.items()
+        if isinstance(module, UnfusedExperts)
         for layer in PROJECTIONS
     ]
-
-
-def why_fused(module: nn.Module) -> str | None:
-    """Return why a module of fused experts has to stay as it is; None if `UnfusedExperts` computes the same.
-
-    Args:
-        module: a module of the dense model, with its weights; in evaluation mode for a moment.
-    """
-    if not _has_experts(module):
-        return None
-    refusal = _unknown_structure(module)
-    if refusal is None and not _computes_the_same(module, UnfusedExperts(module)):
-        return f"{type(module).__name__} computes something else than its experts one by one"
-    return refusal
-
-
-def _has_experts(module: nn.Module) -> bool:
-    return "down_proj" in module._parameters and isinstance(getattr(module, "num_experts", None), int)
-
-
-def _unknown_structure(fused: Any) -> str | None:
-    """Return what is unlike fused experts in the parameters of a module."""
-    kind, parameters = type(fused).__name__, dict(fused.named_parameters(recurse=False))
-    if not _has_experts(fused):
-        return f"{kind} has no fused experts"
-    if "forward" in vars(fused):
-        return f"{kind} is called through a hook"
-    names = {name for layer in PROJECTIONS if (name := _parameter_of(fused, layer)) is not None}
-    biases = {f"{name}_bias" for name in names if f"{name}_bias" in parameters}
-    if len(names) < len(PROJECTIONS) or names | biases != set(parameters) or len(biases) not in (0, len(names)):
-        return f"{kind} has other parameters than fused experts: {', '.join(sorted(parameters))}"
-    if any(p.ndim != (2 if name in biases else 3) or len(p) != fused.num_experts for name, p in parameters.items()):
-        return f"{kind} has parameters of other shapes than fused experts"
-    return None
 
 
 def _parameter_of(fused: nn.Module, layer: str) -> Any:
@@ -277,38 +233,3 @@ def _is_transposed(fused: Any) -> bool:
     """Return whether inputs come before outputs in the fused weights; where a class does not say so, sizes do."""
     inner, outer = (fused._parameters[_parameter_of(fused, layer)] for layer in PROJECTIONS)
     return bool(getattr(fused, "is_transposed", hasattr(fused, "gate_up_proj") and inner.shape[1] == outer.shape[2]))
-
-
-def _linear(parameters: Mapping[str, nn.Parameter], name: str, number: int, transposed: bool) -> nn.Linear:
-    """Return the layer of one expert, whose weight and bias are views."""
-    fused, bias = parameters[name], parameters.get(f"{name}_bias")
-    weight = fused.detach()[number].mT if transposed else fused.detach()[number]
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight, fused.requires_grad)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.detach()[number], bias.requires_grad)
-    return layer
-
-
-@torch.no_grad()
-def _computes_the_same(fused: nn.Module, unfused: UnfusedExperts) -> bool:
-    """Return whether both answer random rows in the same way; each expert gets at least one of them."""
-    count, weight = unfused.num_experts, next(fused.parameters())
-    hidden: Any = unfused.get_submodule("0.in_proj").in_features
-    with random_state_kept(weight.device):
-        x = torch.randn(count, hidden, device=weight.device, dtype=weight.dtype)
-        shares = torch.rand(count, min(2, count), device=weight.device, dtype=weight.dtype)
-    first = torch.arange(count, device=weight.device)
-    index = torch.stack([first, (first + 1) % count][: shares.shape[1]], dim=1)
-    routed = len(inspect.signature(fused.forward).parameters) > 1
-    inputs = (x, index, shares) if routed else (x.repeat(2, 1).index_fill(0, first[:1], 0),)
-    with evaluating(fused), evaluating(unfused):
-        try:
-            expected = fused(*inputs)
-        except Exception:  # noqa: BLE001 # whatever a class of another kind may say to such an input
-            return False
-        found = unfused(*inputs)
-    if not isinstance(expected, torch.Tensor) or expected.shape != found.shape:
-        return False
-    tolerance = torch.finfo(expected.dtype).eps ** 0.5 * float(expected.abs().max())
-    return bool((expected - found).abs().max() <= tolerance)

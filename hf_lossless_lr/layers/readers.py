@@ -45,7 +45,7 @@ class Read(NamedTuple):
     defaults: dict[str, Any]
 
 
-def read_by_others(model: nn.Module) -> dict[int, str]:
+def read_by_others(model: nn.Module, attribute: str = "weight") -> dict[int, str]:
     """Return the layers whose weight other code reads than their own.
 
     What a module reads only in other settings than its own, or if it is called with other arguments than its defaults,
@@ -53,6 +53,7 @@ def read_by_others(model: nn.Module) -> dict[int, str]:
 
     Args:
         model: the model.
+        attribute: name of the weight.
 
     Returns:
         Id of each such layer to the type of the module that reads it.
@@ -60,7 +61,7 @@ def read_by_others(model: nn.Module) -> dict[int, str]:
     found: dict[int, str] = {}
     for module in model.modules():
         kind: Any = type(module)
-        for read in _reads_of(kind):
+        for read in _reads_of(kind, attribute):
             layer: Any = module
             for name in read.path:
                 layer = getattr(layer, name, None)
@@ -82,12 +83,12 @@ def _happens(read: Read, module: nn.Module) -> bool:
 
 
 @cache
-def _reads_of(kind: type[nn.Module]) -> tuple[Read, ...]:
+def _reads_of(kind: type[nn.Module], attribute: str) -> tuple[Read, ...]:
     found: list[Read] = []
     for name in sorted(set(dir(kind)) - set(dir(PreTrainedModel)) | {"forward"}):
         method = inspect.unwrap(getattr(kind, name))
         if inspect.isfunction(method) and not any(part in name for part in NOT_RUN):
-            found += _reads_in(method) if "weight" in _names(method.__code__) else []
+            found += _reads_in(method, attribute) if attribute in _names(method.__code__) else []
     return tuple(found)
 
 
@@ -97,14 +98,14 @@ def _names(code: CodeType) -> set[str]:
     return set(code.co_names).union(*map(_names, inner))
 
 
-def _reads_in(method: Any) -> list[Read]:
+def _reads_in(method: Any, attribute: str) -> list[Read]:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
     except (OSError, TypeError, SyntaxError):  # there is no source, or not of this function alone
         return []
     parameters = inspect.signature(method).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    visitor = _Reads(_harmless(tree))
+    visitor = _Reads(attribute, _harmless(tree))
     visitor.visit(tree)
     return [Read(path, conditions, defaults) for path, conditions in visitor.found]
 
@@ -121,15 +122,15 @@ def _harmless(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 class _Reads(ast.NodeVisitor):
-    """Finds `self.….weight`, with the tests around it."""
+    """Finds `self.….weight`, or another attribute, with the tests around it."""
 
-    def __init__(self, harmless: Iterable[ast.AST]) -> None:
-        self.harmless, self.conditions = set(harmless), list[tuple[CodeType, bool]]()
+    def __init__(self, attribute: str, harmless: Iterable[ast.AST]) -> None:
+        self.attribute, self.harmless, self.conditions = attribute, set(harmless), list[tuple[CodeType, bool]]()
         self.found: list[tuple[tuple[str, ...], tuple[tuple[CodeType, bool], ...]]] = []
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
         path = _path(node.value)
-        if node.attr == "weight" and isinstance(node.ctx, ast.Load) and path and node not in self.harmless:
+        if node.attr == self.attribute and isinstance(node.ctx, ast.Load) and path and node not in self.harmless:
             self.found.append((path, tuple(self.conditions)))
         self.generic_visit(node)
 

@@ -25,7 +25,7 @@ from ..factors import Forms, LossCurve
 from ..fingerprint import architecture_fingerprint, content_digest, tensors_fingerprint
 from ..layers import (
     Targets,
-    UnfusedExperts,
+    Unfused,
     checkpoint_bytes,
     evaluating,
     in_place,
@@ -72,7 +72,7 @@ class Dense:
         parameters: number of its parameters.
         bytes: bytes of its checkpoint.
         answers: its answers to the data that compressions are chosen by, as far as they were asked for and fit.
-        experts: what takes the place of its fused experts while it is calibrated and compressed.
+        unfused: what takes the place of its fused modules while it is calibrated and compressed.
     """
 
     model: PreTrainedModel
@@ -80,7 +80,7 @@ class Dense:
     parameters: int
     bytes: int
     answers: KeptAnswers
-    experts: Mapping[str, UnfusedExperts]
+    unfused: Mapping[str, Unfused]
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def calibrate(
     statistics_path: str | os.PathLike[str] | None = None,
     max_memory: int | str | None = None,
     work_dir: str | os.PathLike[str] | None = None,
-    experts: Mapping[str, UnfusedExperts] = MappingProxyType({}),
+    unfused: Mapping[str, Unfused] = MappingProxyType({}),
 ) -> Calibration:
     """Collect statistics and factorize every target.
 
@@ -159,7 +159,7 @@ def calibrate(
         statistics_path: file of statistics: read if it exists, else written.
         max_memory: bytes that a process may have; None for what is free, less a margin.
         work_dir: folder that keeps finished stages and layers, to go on after an interruption; None for none.
-        experts: what takes the place of fused experts meanwhile, by name.
+        unfused: what takes the place of fused modules meanwhile, by name.
 
     Returns:
         The calibration.
@@ -176,7 +176,7 @@ def calibrate(
     limit, clock = memory_limit(max_memory, accelerator.device), Clock()
     fingerprint = tensors_fingerprint(model.state_dict())
     parameters, stored = model.num_parameters(), checkpoint_bytes(model)
-    with in_place(model, experts), on_device(model, accelerator.device), ExitStack() as undo:
+    with in_place(model, unfused), on_device(model, accelerator.device), ExitStack() as undo:
         for loader in (parts.held_out, parts.selection):  # what is wrong with them shows now, not after the work
             if loader is not None:
                 _try_first(model, loader, accelerator)
@@ -187,7 +187,7 @@ def calibrate(
         )
         on_cpu = accelerator.device.type == "cpu"  # where the dense model's answers are kept, too
         room = max(0, memory.limit - memory.expected) if on_cpu else MAX_KEPT_BYTES
-        dense = Dense(model, fingerprint, parameters, stored, KeptAnswers(min(MAX_KEPT_BYTES, room)), experts)
+        dense = Dense(model, fingerprint, parameters, stored, KeptAnswers(min(MAX_KEPT_BYTES, room)), unfused)
         workspace = None
         if memory.disk or not memory.fits:
             (logger.info if memory.fits or not accelerator.is_main_process else logger.warning)(memory.sentence)
@@ -207,7 +207,7 @@ def calibrate(
             else:
                 with_gradients = OBJECTIVES[config.objective].needs_noise
                 statistics = _statistics(dense, targets, parts, accelerator, statistics_path, with_gradients)
-        statistics = with_pooled(statistics, projections(experts))
+        statistics = with_pooled(statistics, projections(unfused))
         targets = called(targets, statistics)
         with clock.timed("factorization"):
             targets = heard(config, targets, statistics)
@@ -266,7 +266,7 @@ def check_unchanged(calibration: Calibration) -> None:
         TargetError: if a layer or a weight is another one.
     """
     model = calibration.dense.model
-    with in_place(model, calibration.dense.experts):
+    with in_place(model, calibration.dense.unfused):
         for name, module in calibration.factors.targets.chosen.items():
             if model.get_submodule(name) is not module:
                 raise TargetError(

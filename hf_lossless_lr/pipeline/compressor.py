@@ -177,8 +177,8 @@ class LowRankCompressor:
         check_model(model)
         check_same(model)
         with at_hand(model):
-            config, experts = self.config, unfuse(model)
-            with in_place(model, experts):
+            config, unfused = self.config, unfuse(model)
+            with in_place(model, unfused):
                 targets = find_targets(model, config.target_modules, config.ignore)
             values_of("ranks", config.given_ranks, targets.chosen, targets.skipped)  # refuses what matches nothing
             options = {"data_collator": data_collator, "processing_class": processing_class}
@@ -190,7 +190,7 @@ class LowRankCompressor:
                 with ExitStack() as undo:
                     undo.callback(vars(model.config).update, settings)
                     calibration = calibrate(
-                        model, self.config, parts, targets, statistics_path, self.max_memory, self.work_dir, experts
+                        model, self.config, parts, targets, statistics_path, self.max_memory, self.work_dir, unfused
                     )
             except BaseException:
                 before.restore()
@@ -228,8 +228,8 @@ class LowRankCompressor:
         try:
             with at_hand(model):
                 check_unchanged(calibration)
-                unfused = replace_modules(model, calibration.dense.experts)
-                undo.append(unfused.undo)
+                replaced = replace_modules(model, calibration.dense.unfused)
+                undo.append(replaced.undo)
                 with on_device(model, calibration.accelerator.device, calibration.factors.targets.chosen.values()):
                     restore_config = own_config(model)
                     undo.append(restore_config)
@@ -239,8 +239,8 @@ class LowRankCompressor:
                         data, accelerator = calibration.parts.held_out, calibration.accelerator
                         outcomes = paired_outcomes(model, trial.layers, data, accelerator, "Evaluating", True)
                     with clock.timed("speed"):
-                        speed = measured_speed(calibration, trial.layers, unfused.originals)
-                    put_in_place(calibration, trial, config, unfused, undo)
+                        speed = measured_speed(calibration, trial.layers, replaced.originals)
+                    put_in_place(calibration, trial, config, replaced, undo)
                     kept = share_of_budget(calibration.factors.curves, trial.choices, budget)
                     found = trials, epsilon, outcomes, kept, self._certified, clock.seconds, speed
                     report = make_report(calibration, config, trial, *found)

@@ -67,13 +67,13 @@ def judge(
     Returns:
         The judgement.
     """
-    model, experts, device = calibration.dense.model, calibration.dense.experts, calibration.accelerator.device
+    model, unfused, device = calibration.dense.model, calibration.dense.unfused, calibration.accelerator.device
     targets, before, clock = calibration.factors.targets.chosen, ModelState(model), Clock()
-    fused = {path: model.get_submodule(path) for path in experts}
+    fused = {path: model.get_submodule(path) for path in unfused}
     try:
         with at_hand(model):
             check_unchanged(calibration)
-            with in_place(model, experts), on_device(model, device, targets.values()):
+            with in_place(model, unfused), on_device(model, device, targets.values()):
                 with clock.timed("making"), torch.no_grad():
                     layers = make(targets)
                 data, accelerator = calibration.parts.held_out, calibration.accelerator

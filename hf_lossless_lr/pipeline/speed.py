@@ -31,7 +31,7 @@ def measured_speed(
     Args:
         calibration: the calibration of a model, which is dense and on the accelerator's device.
         layers: the layers that compress it, by name.
-        fused: what the dense model has in the place of unfused experts, which take more time.
+        fused: what the dense model has in the place of unfused modules, which take more time.
 
     Returns:
         The record, measured on the main process; None where nothing is compressed.

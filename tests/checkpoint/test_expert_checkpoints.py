@@ -132,7 +132,7 @@ def edited(folder, target, change):
     ("change", "message"),
     [
         (lambda c: c.update(unfused=[]), "the manifest lists 'model.layers.0.mlp.experts.0.in_proj'"),
-        (lambda c: c.update(unfused=["model.layers.0.mlp"]), "MixtralSparseMoeBlock has no fused experts"),
+        (lambda c: c.update(unfused=["model.layers.0.mlp"]), "MixtralSparseMoeBlock has no fused weights"),
         (
             lambda c: c.update(unfused=["model.layers.7.mlp.experts"]),
             "the manifest lists 'model.layers.7.mlp.experts'",

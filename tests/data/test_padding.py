@@ -7,6 +7,7 @@ from support.tiny_models import IGNORED, VOCABULARY, build, class_labels, split_
 from transformers import BertConfig, BertLMHeadModel, BertModel, EncoderDecoderModel
 
 from hf_lossless_lr.data.padding import PaddingMasks
+from hf_lossless_lr.layers import replace_modules, unfuse
 from hf_lossless_lr.layers.targets import find_targets
 from hf_lossless_lr.statistics.collect import collect_statistics
 
@@ -25,6 +26,7 @@ def test_a_batch_as_large_as_its_examples_are_long_is_no_other_than_smaller_ones
     """Its mask has the same shape the other way round."""
     options = {"vocab_size": VOCABULARY, "num_labels": 3, "initializer_range": 0.2, **TOKENS_FIRST[name]}
     model = build(f"{name}ForSequenceClassification", f"{name}Config", **options)
+    replace_modules(model, unfuse(model))
     batch = text_inputs(COUNT, LENGTH) | class_labels(COUNT, 3)
     targets = find_targets(model).chosen
     square, other = (
@@ -119,3 +121,16 @@ def test_a_decoder_mask_that_is_none_is_none_at_all():
         found.append(masks.of(layer, torch.zeros(*batch["labels"].shape, 32))())
     assert torch.equal(found[0], (batch["labels"] != IGNORED).flatten())
     assert torch.equal(found[1], found[0])
+
+
+def test_a_mask_that_hides_every_key_is_about_something_else():
+    """Mask2Former has one in which true stands for padding: without any, all rows count."""
+    model = BertModel(BertConfig(hidden_size=32, vocab_size=VOCABULARY, **_LAYERS))
+    layer, masks, x = model.encoder.layer[0].output.dense, PaddingMasks(model), torch.randn(2, 5, 48)
+    for hidden in (0, 2):
+        masks.start({"input_ids": torch.ones(2, 5, dtype=torch.long)})
+        mask = torch.tensor([[True] * hidden + [False] * (5 - hidden), [hidden > 0] * 5])
+        masks.note(layer, {"attention_mask": mask})
+        counted = masks.of(layer, x)()
+        assert (counted is None) if hidden == 0 else torch.equal(counted, mask.flatten())
+        assert not masks.unmatched

@@ -10,7 +10,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from hf_lossless_lr.errors import TargetError
 from hf_lossless_lr.layers import UnfusedExperts, in_place, projections, routed_rows, unfuse
-from hf_lossless_lr.layers.experts import why_fused
+from hf_lossless_lr.layers.unfusing import why_fused
 
 on_families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -146,7 +146,7 @@ class Biased(MixtralExperts):
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [(Scaled, "computes something else than its experts one by one"), (Biased, "other parameters than fused experts")],
+    [(Scaled, "computes something else than its layers one by one"), (Biased, "other parameters than fused experts")],
 )
 def test_experts_of_another_kind_stay_fused_with_the_reason(kind, reason):
     experts = kind(MixtralConfig(hidden_size=8, intermediate_size=6, num_local_experts=3))

@@ -282,6 +282,10 @@ _MASKS = {
         **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
     },
 }
+_SEGMENTER = {
+    **dict.fromkeys(("feature_size", "mask_feature_size", "hidden_dim"), 64),
+    **{"encoder_layers": 1, "decoder_layers": 2, "num_queries": 4, "train_num_points": 16},
+}
 _DETR = {"backbone_config": _BACKBONE, "num_queries": 5, "image_size": 32}
 _VISION = _rows(
     "vision",
@@ -329,6 +333,10 @@ _VISION = _rows(
         *("MaskFormerForInstanceSegmentation", inputs.picture_and_masks, _MASKS),
         {"fpn_feature_size": 32, "mask_feature_size": 32, **_READ_ON_DISK},
     ),
+    (
+        *("Mask2FormerForUniversalSegmentation", inputs.picture_and_masks, _SEGMENTER, _READ_ON_DISK),
+        {"backbone_config": _MASKS["backbone_config"], "encoder_feedforward_dim": 32, "dim_feedforward": 32},
+    ),
     ("YolosForObjectDetection", inputs.picture_and_boxes, {"image_size": [16, 16], "num_detection_tokens": 4}),
     (
         *("DetrForObjectDetection", inputs.picture_and_boxes, _DETR),
@@ -359,7 +367,7 @@ _IMAGE_TEXT = _rows(
     "image–text",
     ("CLIPModel", inputs.picture_and_its_text, _UNLABELLED),
     ("CLIPModel", inputs.picture_and_its_text, _HEADLESS),
-    ("SiglipModel", inputs.picture_and_its_text, _HEADLESS, _READ_ON_DISK),
+    ("SiglipModel", inputs.picture_and_its_text, _HEADLESS),
     ("BertModel", inputs.text, _HEADLESS),
     ("CLIPForImageClassification", inputs.picture_and_class, QUICK),
     ("SiglipForImageClassification", inputs.picture_and_class, _READ_ON_DISK),

@@ -173,6 +173,15 @@ def unfused_experts(count: int = EXAMPLES, seed: int = 0) -> tuple[PreTrainedMod
     return model, batch | {"labels": torch.where(batch["attention_mask"].bool(), batch["input_ids"], IGNORED)}
 
 
+def unfused_heads(count: int = EXAMPLES, seed: int = 0) -> tuple[PreTrainedModel, Batch]:
+    """Projections with an axis of heads, made a layer each."""
+    sizes = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "initializer_range": 0.2}
+    model = build("XLNetForTokenClassification", "XLNetConfig", vocab_size=VOCABULARY, num_labels=3, **sizes)
+    replace_modules(model, unfuse(model))
+    batch = text_inputs(count, seed=seed)
+    return model, batch | {"labels": torch.where(batch["attention_mask"].bool(), batch["input_ids"] % 3, IGNORED)}
+
+
 def perceiver(count: int = EXAMPLES, seed: int = 0) -> tuple[PreTrainedModel, Batch]:
     """As many latents for a short text as for a long one."""
     sizes = {"num_latents": 4, "d_latents": 32, "d_model": 16, "num_blocks": 1, "num_self_attends_per_block": 1}
@@ -202,6 +211,7 @@ PADDED_MODELS: dict[str, Callable[..., tuple[PreTrainedModel, Batch]]] = {
     "funnel": funnel,
     "experts": experts,
     "unfused-experts": unfused_experts,
+    "unfused-heads": unfused_heads,
     "perceiver": perceiver,
 }
 

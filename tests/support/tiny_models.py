@@ -38,13 +38,13 @@ def build(model_class: str, config_class: str, seed: int = 0, **options: Any) ->
 
 
 def initialized(make: Callable[[], PreTrainedModel], seed: int = 0) -> PreTrainedModel:
-    """Build a model in evaluation mode; biases and norms get noise, so that losing one of them shows."""
+    """Build a model in evaluation mode; biases, norms and what is 0 get noise, so that losing it shows."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = make()
         with torch.no_grad():
             for parameter in model.parameters():
-                if parameter.ndim == 1:
+                if parameter.ndim == 1 or not parameter.any():
                     parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
 
