@@ -75,6 +75,16 @@ def test_accelerate_launch_that_starts_one_process_of_two_is_noticed(tmp_path):
     assert "starts one process only, and this is it. `torchrun --nproc-per-node 2`" in printed
 
 
+@needs_processes
+def test_an_error_of_all_processes_is_printed_once(tmp_path):
+    arguments = ["-m", "hf_lossless_lr.commands.cli", "report", str(tmp_path / "none")]
+    environment = os.environ | {"PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", *torchrun(2), *arguments]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert run.returncode != 0
+    assert run.stderr.count("hf-lossless-lr: error:") == 1
+
+
 def test_processes_that_do_not_know_of_one_another_are_an_error(monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState(cpu=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,6 +36,7 @@ OF_INPUTS = (OSError, SafetensorError, DatasetsError, RuntimeError, ValueError, 
 """What files and data can cause in the libraries that read them: a full disk, a file cut short, other shapes."""
 
 MOST_CHARACTERS = 500  # of a message from a library
+SECONDS_FOR_THE_FIRST = 5.0  # of several processes, to print an error before the others do
 
 
 def build_parser() -> HfArgumentParser:
@@ -108,12 +111,19 @@ def main(argv: list[str] | None = None) -> int:
     except LosslessLowRankError as error:
         if arguments.debug:
             raise
-        print(plain(f"hf-lossless-lr: error: {error}", lines=True), file=sys.stderr)
+        _complain(plain(str(error), lines=True))
     except OF_INPUTS as error:
         if arguments.debug:
             raise
-        print(plain(f"hf-lossless-lr: error: {_in_one_line(error)} (--debug shows where)"), file=sys.stderr)
+        _complain(plain(f"{_in_one_line(error)} (--debug shows where)"))
     return 1
+
+
+def _complain(message: str) -> None:
+    """Print an error; the first of several processes that have it does, and a launcher ends the others."""
+    if int(os.environ.get("RANK", "0")) > 0:
+        time.sleep(SECONDS_FOR_THE_FIRST)
+    print(f"hf-lossless-lr: error: {message}", file=sys.stderr)
 
 
 def _in_one_line(error: BaseException) -> str:
