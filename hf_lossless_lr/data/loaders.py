@@ -271,6 +271,13 @@ def _check_repeats(loader: DataLoader, model: PreTrainedModel, name: str) -> Non
     try:
         first, again = next(iter(loader)), next(iter(loader))
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        example = loader.dataset[0] if hasattr(loader.dataset, "__getitem__") else None
+        if isinstance(example, (tuple, list)):
+            raise DataError(
+                f"{name}: its examples are {type(example).__name__}s without names. Pass a data_collator that names "
+                "forward's arguments, such as lambda rows: dict(zip(('input_ids', 'labels'), map(torch.stack, "
+                "zip(*rows))))."
+            ) from error
         if plain_examples(loader):  # a label may be the reason
             checks, count = LabelChecks(model, name), min(dataset_size(loader), loader.batch_size or 1)
             for index in range(count):

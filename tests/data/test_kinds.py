@@ -127,6 +127,11 @@ class TestBatches:
         with pytest.raises(DataError, match="calib_dataset: its batches are lists without names, as of a TensorData"):
             LowRankCompressor().compress(model, loader)
 
+    def test_of_tuples_are_refused_with_what_to_do(self):
+        model, batch = TINY_MODELS["bert-sequence-classification"](40)
+        with pytest.raises(DataError, match=r"its examples are tuples without names\. Pass a data_collator"):
+            LowRankCompressor().compress(model, TensorDataset(*batch.values()))
+
     def test_may_have_a_dictionary_of_labels_for_each_picture(self):
         sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
         model = build("YolosForObjectDetection", "YolosConfig", image_size=[16, 16], patch_size=8, **sizes)
