@@ -130,7 +130,7 @@ def _check_kinds(modules: Mapping[str, Factorized | Stored], names: Collection[s
         if below == "permutation":
             with torch.device("cpu"):  # Transformers may be building a model on the meta device
                 order = tensors.get_tensor(key)
-            _check_permutation(order, key, file)
+            _check_permutation(order, key, [file])
         elif below in kinds:
             dtype = tensors.get_slice(key).get_dtype()
             integers = [INTEGERS[kind] for kind in kinds[below] if not kind.is_floating_point]
@@ -141,17 +141,17 @@ def _check_kinds(modules: Mapping[str, Factorized | Stored], names: Collection[s
                 )
 
 
-def _check_permutation(order: torch.Tensor, name: str, file: str) -> None:
+def _check_permutation(order: torch.Tensor, name: str, files: Sequence[str] | None) -> None:
     """Refuse an order in which a place is missing, doubled or out of range: it would move outputs silently."""
     if order.dtype != torch.int32 or order.ndim != 1:
         raise CheckpointError(
-            f"the tensor {name!r} in {file} has the dtype {order.dtype} and the shape {tuple(order.shape)}; it must "
-            "be a row of int32. The file was edited or damaged."
+            f"the tensor {name!r} in {_file_of(name, files)} has the dtype {order.dtype} and the shape "
+            f"{tuple(order.shape)}; it must be a row of int32. The file was edited or damaged."
         )
     if not torch.equal(order.sort().values, torch.arange(len(order), dtype=order.dtype, device=order.device)):
         raise CheckpointError(
-            f"the tensor {name!r} in {file} is no permutation of 0 to {len(order) - 1}: a place is missing, doubled "
-            "or out of range. The file was edited or damaged."
+            f"the tensor {name!r} in {_file_of(name, files)} is no permutation of 0 to {len(order) - 1}: a place is "
+            "missing, doubled or out of range. The file was edited or damaged."
         )
 
 
@@ -198,7 +198,7 @@ def check_loaded(model: nn.Module, files: Sequence[str] | None) -> None:
         if is_factorized(module):
             for key, buffer in module.named_buffers(recurse=False):
                 if key == "permutation" and not buffer.is_meta:
-                    _check_permutation(buffer, f"{name}.{key}", _file_of(f"{name}.{key}", files))
+                    _check_permutation(buffer, f"{name}.{key}", files)
         if isinstance(module, Stored):
             numbers[f"{name}.scale"] = module.scale.view(torch.bfloat16)
     for name, parameter in numbers.items():

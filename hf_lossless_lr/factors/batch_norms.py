@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..data import PaddingMasks, run_watching
-from ..layers import evaluating, in_place
+from ..layers import evaluating, taking_turns
 from ..statistics import Group, Pause, Rows, Stream, paired_streams, pausing
 
 SMALLEST_VARIANCE = 0.1  # of what it was
@@ -65,12 +65,12 @@ def shifted_batch_norms(
         order = _order(model, dense_norms, batches)
         shifted: dict[str, Any] = {name: deepcopy(dense_norms[name]) for name in order}
         pauses = [Pause((n,), norms[n], _input, behind=False) for norms in (dense_norms, shifted) for n in order]
-        finished: set[Group] = set()
+        finished, turn = set[Group](), taking_turns(model, {**layers, **shifted})
         with pausing(model, masks.encoder, pauses), paired_streams(model, batches, masks) as (dense, compressed):
             for name in logging.tqdm(order, desc="Shifting", disable=not accelerator.is_main_process):
                 group = (name,)
                 moments = [_moments(dense, group, finished, shifted[name], accelerator)]
-                with in_place(model, {**layers, **shifted}):
+                with turn():
                     moments.append(_moments(compressed, group, finished, shifted[name], accelerator))
                 finished.add(group)
                 _shift(shifted[name], *moments)

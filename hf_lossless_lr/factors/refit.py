@@ -35,7 +35,7 @@ from transformers.utils import logging
 from ..data import PaddingMasks
 from ..errors import NumericalError
 from ..formats import FLOAT
-from ..layers import SPATIAL, evaluating, in_place, is_factorized, weight_matrices
+from ..layers import SPATIAL, evaluating, is_factorized, taking_turns, weight_matrices
 from ..statistics import (
     CalibrationStatistics,
     Group,
@@ -131,6 +131,7 @@ def refit(
     masks = PaddingMasks(model)  # what it knows of the model serves all streams
     pauses, watches = _pauses(targets, groups), _watches(model, groups, layers, residuals)
     with evaluating(model), pausing(model, masks.encoder, pauses, watches):
+        turn = taking_turns(model, layers)
         batches = list(islice((batch for loader in loaders for batch in accelerator.prepare(loader)), most))
         finished = set[Group]()
         with paired_streams(model, batches, masks) as (dense, compressed):
@@ -143,7 +144,7 @@ def refit(
                     continue
                 with clock.timed("refit_forward"):
                     arrived = [stream.advance(group, finished) for stream in dense]
-                    with in_place(model, layers):
+                    with turn():
                         arrived = [s.advance(group, finished) and a for s, a in zip(compressed, arrived, strict=True)]
                 pairs = [(d, c) for d, c, a in zip(dense, compressed, arrived, strict=True) if a]
                 with clock.timed("refit_products"):

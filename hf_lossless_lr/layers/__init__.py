@@ -24,7 +24,7 @@ from .model_state import (
 from .offloaded import at_hand, check_offloaded, copied, files_of_offloaded
 from .patterns import matching, values_of
 from .readers import read_by_others
-from .replacement import Replacement, finish, in_place, replace_modules
+from .replacement import Replacement, finish, in_place, replace_modules, taking_turns
 from .rounded import (
     as_matrix,
     checkpoint_bytes,
@@ -121,6 +121,7 @@ __all__ = [
     "storage_in",
     "stored_bytes",
     "stored_in",
+    "taking_turns",
     "to_dense",
     "unfuse",
     "unfused",

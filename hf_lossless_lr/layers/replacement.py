@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -97,11 +97,7 @@ def replace_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> 
     Raises:
         TargetError: if a name does not exist; the model is then unchanged.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    missing = [name for name in replacements if name not in modules]
-    if missing:
-        raise TargetError(f"{type(model).__name__} has no module {missing[0]!r}.")
-    new_of = {id(modules[name]): module for name, module in replacements.items()}
+    modules, new_of = _resolved(model, replacements)
     originals = {path: module for path, module in modules.items() if id(module) in new_of}
     replacement = Replacement(model, originals, list(_elsewhere(modules.values(), new_of)))
     try:
@@ -115,6 +111,17 @@ def replace_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> 
     except BaseException:  # an interrupt, too, must not leave a model that is half replaced
         replacement.undo()
         raise
+
+
+def _resolved(
+    model: nn.Module, replacements: Mapping[str, nn.Module]
+) -> tuple[dict[str, nn.Module], dict[int, nn.Module]]:
+    """Return all modules by path, and what takes the place of each of them, by its id."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    missing = [name for name in replacements if name not in modules]
+    if missing:
+        raise TargetError(f"{type(model).__name__} has no module {missing[0]!r}.")
+    return modules, {id(modules[name]): module for name, module in replacements.items()}
 
 
 def _elsewhere(modules: Iterable[nn.Module], new_of: Mapping[int, nn.Module]) -> Iterator[Place]:
@@ -164,3 +171,48 @@ def in_place(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None
 def _take_out(replacement: Replacement | None, own: set[int]) -> None:
     if replacement is not None and any(id(module) in own for module in replacement.model.modules()):
         replacement.undo()
+
+
+def taking_turns(model: nn.Module, layers: Mapping[str, nn.Module]) -> Callable[[], AbstractContextManager[None]]:
+    """Return what puts layers into a model for the time of a body, like `in_place`, as often as it is called.
+
+    Their places are looked up once, for thousands of layers (of experts) may take thousands of turns.
+
+    Args:
+        model: the model, whose own modules stay where they are, on the same device, between two turns.
+        layers: name of a module to what takes its place, and its training flag.
+
+    Returns:
+        A function that returns the context manager of one turn.
+
+    Raises:
+        TargetError: if a name does not exist.
+    """
+    modules, new_of = _resolved(model, layers)
+    places = list(_elsewhere(modules.values(), new_of))
+    for path, module in modules.items():
+        if id(module) in new_of:
+            new_of[id(module)].train(module.training)
+            parent, _, key = path.rpartition(".")
+            places.append(Place(modules[parent]._modules, key, module))
+    others = [_swapped(place.value, new_of) for place in places]
+
+    def give_back() -> None:
+        for place, other in zip(places, others, strict=True):
+            if place.kept[place.key] is other:
+                place.kept[place.key] = place.value
+
+    @contextmanager
+    def turn() -> Iterator[None]:
+        try:
+            for place, other in zip(places, others, strict=True):
+                place.kept[place.key] = other
+            yield
+        finally:
+            try:
+                give_back()
+            except BaseException:  # an interrupt
+                give_back()
+                raise
+
+    return turn

@@ -34,6 +34,9 @@ class _Pool(NamedTuple):
     some: LayerStatistics
 
 
+POOLS = 2  # that are kept: the layers of experts are asked for in turns, those of the next module afterwards
+
+
 class PooledStatistics(Mapping[str, LayerStatistics]):
     """Statistics by layer, those with few rows filled up when they are asked for.
 
@@ -44,9 +47,9 @@ class PooledStatistics(Mapping[str, LayerStatistics]):
 
     def __init__(self, layers: Mapping[str, LayerStatistics], groups: Sequence[Key]) -> None:
         self._layers = layers
-        reached = [group for group in groups if any(name in layers for name in group)]
-        self._group_of = {name: group for group in reached for name in group}
-        self._pool: tuple[Key, _Pool] | None = None  # of the last group that was asked for
+        self._groups = [group for group in groups if any(name in layers for name in group)]
+        self._group_of = {name: number for number, group in enumerate(self._groups) for name in group}
+        self._pools: dict[int, _Pool] = {}  # of the last groups that were asked for
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names of the layers."""
@@ -69,9 +72,11 @@ class PooledStatistics(Mapping[str, LayerStatistics]):
         own = self._layers.get(name)
         if own is not None and _has_enough(own):
             return own
-        if self._pool is None or self._pool[0] != group:
-            self._pool = group, self._pooled(group)
-        return _filled(own, self._pool[1])
+        if group not in self._pools:
+            for earlier in list(self._pools)[: 1 - POOLS]:
+                del self._pools[earlier]
+            self._pools[group] = self._pooled(self._groups[group])
+        return _filled(own, self._pools[group])
 
     def _pooled(self, group: Key) -> _Pool:
         first, *rest = (name for name in group if name in self._layers)  # groups without any are left out

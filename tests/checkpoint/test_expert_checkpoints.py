@@ -1,5 +1,6 @@
 """Checkpoints with factorized experts: the same model again, a stock one after `dequantize`, never a wrong one."""
 
+import cProfile
 import json
 import subprocess
 import sys
@@ -7,10 +8,11 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.compressions import check_same_answers, check_same_model, compress, folder_content
+from support.compressions import check_same_answers, check_same_model, compress, factorized_layers, folder_content
 from support.mixtures import mixture, words
 from support.tolerances import FLOAT32
 
+from hf_lossless_lr.checkpoint import contents
 from hf_lossless_lr.checkpoint.config import FORMAT_VERSION
 from hf_lossless_lr.errors import CheckpointError
 from hf_lossless_lr.layers import UnfusedExperts, is_factorized
@@ -168,3 +170,28 @@ def test_factorized_experts_train(mixtral):
     model = load(*mixtral).train()
     model(**words(16)).loss.backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if ".experts." in name)
+
+
+def calls_for(experts, folder):
+    """How many functions are called to compress, to save and to load a mixture of so many experts."""
+    model, batch, profile = mixture("Mixtral", num_local_experts=experts), words(16), cProfile.Profile()
+    with profile:
+        compress(model, batch, keep_ratio=0.5, refit=True, **EXPERTS)
+        model.save_pretrained(folder)
+        load(model, folder)
+    return sum(entry.callcount for entry in profile.getstats())
+
+
+def test_the_work_grows_with_the_number_of_experts_and_not_with_its_square(tmp_path):
+    """Models have thousands of them: nothing is looked for in all layers for the sake of one."""
+    calls_for(4, tmp_path / "first")  # what is called once only
+    few, more, many = (calls_for(experts, tmp_path / str(experts)) for experts in (16, 32, 64))
+    assert many - more <= 2.2 * (more - few)
+
+
+def test_files_are_read_a_few_times_whatever_the_number_of_layers(mixtral, monkeypatch):
+    model, folder = mixtral
+    opened, really = [], contents.safe_open
+    monkeypatch.setattr(contents, "safe_open", lambda file, **options: opened.append(file) or really(file, **options))
+    load(model, folder)
+    assert 1 <= len(opened) <= 6 < len(factorized_layers(model))

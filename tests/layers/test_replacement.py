@@ -6,7 +6,7 @@ from support.tiny_models import albert, bert_sequence_classification
 from torch import nn
 
 from hf_lossless_lr.errors import TargetError
-from hf_lossless_lr.layers.replacement import in_place, replace_modules
+from hf_lossless_lr.layers.replacement import in_place, replace_modules, taking_turns
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 WIDE = "bert.encoder.layer.1.intermediate.dense"
@@ -242,3 +242,66 @@ def test_a_body_that_ends_puts_the_originals_back(bert):
     with in_place(model, {name: nn.Linear(32, 32)}):
         assert model.get_submodule(name) is not original
     assert model.get_submodule(name) is original
+
+
+class TestTurns:
+    def test_put_layers_in_and_back_as_often_as_asked_for(self, bert):
+        model, batch = bert
+        before, expected = identities(model), logits(model, batch)
+        new = {WIDE: Doubled(model.get_submodule(WIDE)), QUERY: nn.Linear(32, 32)}
+        with in_place(model, new):
+            there, found = identities(model), logits(model, batch)
+        turn = taking_turns(model, new)
+        for _ in range(3):
+            assert identities(model) == before
+            assert torch.equal(logits(model, batch), expected)
+            with turn():
+                assert identities(model) == there
+                assert torch.equal(logits(model, batch), found)
+        assert identities(model) == before
+
+    def test_look_for_the_places_once(self, bert, monkeypatch):
+        model, _ = bert
+        new = nn.Linear(32, 32)
+        turn = taking_turns(model, {QUERY: new})
+        monkeypatch.setattr(nn.Module, "named_modules", None)
+        with turn():
+            assert model.get_submodule(QUERY) is new
+
+    def test_reach_shared_modules_and_what_is_kept_in_lists(self):
+        model = nn.Module()
+        model.first = nn.Linear(4, 4)
+        model.again = nn.ModuleList([model.first])
+        model.kept = [model.first, (model.first, "text")]
+        old, new = model.first, nn.Linear(4, 4)
+        turn = taking_turns(model, {"first": new})
+        with turn():
+            assert [model.first, model.again[0], model.kept[0], model.kept[1][0]] == [new] * 4
+        assert [model.first, model.again[0], model.kept[0], model.kept[1][0]] == [old] * 4
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_have_the_training_flag_of_the_module(self, bert, training):
+        model, _ = bert
+        model.get_submodule(QUERY).train(training)
+        new = nn.Linear(32, 32).train(not training)
+        with taking_turns(model, {QUERY: new})():
+            assert new.training is training
+
+    def test_under_an_unknown_name_are_refused(self, bert):
+        with pytest.raises(TargetError, match="has no module 'nowhere'"):
+            taking_turns(bert[0], {"nowhere": nn.Linear(1, 1)})
+
+    def test_are_over_after_an_interrupt(self, bert):
+        model, _ = bert
+        before, turn = identities(model), taking_turns(model, {QUERY: nn.Linear(32, 32), WIDE: nn.Linear(32, 48)})
+        with pytest.raises(KeyboardInterrupt), turn():
+            raise KeyboardInterrupt
+        assert identities(model) == before
+
+    def test_that_are_collected_late_undo_nothing_of_what_came_since(self, bert):
+        model, _ = bert
+        later, body = nn.Linear(32, 32), taking_turns(model, {QUERY: nn.Linear(32, 32)})()
+        body.__enter__()
+        model.set_submodule(QUERY, later)
+        body.gen.close()
+        assert model.get_submodule(QUERY) is later

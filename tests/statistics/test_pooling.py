@@ -55,3 +55,17 @@ def test_nothing_is_known_of_experts_none_of_which_was_called():
     assert "a" not in pooled.layers
     with pytest.raises(KeyError):
         pooled.layers["a"]
+
+
+def test_experts_whose_layers_are_asked_for_in_turns_are_pooled_once(monkeypatch):
+    """As they come in the model: the sum over all experts is not made for each of them."""
+    groups = [tuple(f"{module}.{number}.{layer}" for number in range(9)) for module in "ab" for layer in ("in", "out")]
+    layers = {name: seen(2, place) for place, name in enumerate(name for group in groups for name in group)}
+    found, made = with_pooled(statistics(layers), groups).layers, []
+    pooled = type(found)._pooled
+    monkeypatch.setattr(type(found), "_pooled", lambda self, group: made.append(group) or pooled(self, group))
+    for module in "ab":
+        for number in range(9):
+            for layer in ("in", "out"):
+                found[f"{module}.{number}.{layer}"]
+    assert made == groups

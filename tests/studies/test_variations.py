@@ -100,7 +100,9 @@ def place(module, name):
     return module.Place(model, examples[:80], examples[80:], None)
 
 
-@pytest.mark.parametrize("variation", ["clamped ranks", "singular values", "blocks", "curvature", "rounding", "removal"])
+@pytest.mark.parametrize(
+    "variation", ["clamped ranks", "singular values", "blocks", "curvature", "rounding", "removal"]
+)
 def test_a_variation_is_measured_once(study, variation, monkeypatch, tmp_path, capsys):
     module, file = study("variations"), tmp_path / "records.jsonl"
     monkeypatch.setattr(module, "place", lambda name, _: place(module, name))
