@@ -35,6 +35,7 @@ class ForwardPass(NamedTuple):
         units: labelled units behind the loss.
         questions: what the labels ask; see `Reading`. Of a model without a head, its representations.
         explained: whether it is known which logits answer to which labels.
+        shift: by how many positions the labels are ahead of the logits that answer to them, where that is known.
     """
 
     loss: torch.Tensor
@@ -42,15 +43,19 @@ class ForwardPass(NamedTuple):
     units: int
     questions: list[Question] | list[Representation]
     explained: bool
+    shift: int | None = None
 
 
-def forward_loss(model: PreTrainedModel, batch: Mapping[str, Any], index: int) -> ForwardPass:
+def forward_loss(
+    model: PreTrainedModel, batch: Mapping[str, Any], index: int, known_shift: int | None = None
+) -> ForwardPass:
     """Run a batch and return its mean loss, with what the labels ask.
 
     Args:
         model: the model.
         batch: keyword arguments of its forward.
         index: number of the batch, for errors.
+        known_shift: see `read_labels`.
 
     Returns:
         The pass.
@@ -71,7 +76,7 @@ def forward_loss(model: PreTrainedModel, batch: Mapping[str, Any], index: int) -
             "with labels."
         )
     loss = loss.float().mean()
-    reading = read_labels(model, batch, outputs, loss)
+    reading = read_labels(model, batch, outputs, loss, known_shift)
     if reading.units and not torch.isfinite(loss):
         raise NumericalError(f"batch {index}: the loss is {loss.item()}; check the labels and the inputs.")
     if not reading.explained:

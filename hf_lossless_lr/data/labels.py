@@ -88,11 +88,13 @@ class Reading(NamedTuple):
             regression, multi-label and CTC heads, and for outputs without logits.
         explained: whether it is known which logits answer to which labels: those of the same position, or of the one
             before. If not, there are no questions, and units are the labels that are not `-100`.
+        shift: by how many positions the labels are ahead of these logits; None where that is not asked, or not known.
     """
 
     units: int
     questions: list[Question]
     explained: bool = True
+    shift: int | None = None
 
 
 def check_labels(model: PreTrainedModel, batch: Mapping[str, Any]) -> str:
@@ -131,7 +133,9 @@ def check_labels(model: PreTrainedModel, batch: Mapping[str, Any]) -> str:
     return names[0]
 
 
-def read_labels(model: PreTrainedModel, batch: Mapping[str, Any], outputs: Any, loss: torch.Tensor) -> Reading:
+def read_labels(
+    model: PreTrainedModel, batch: Mapping[str, Any], outputs: Any, loss: torch.Tensor, known: int | None = None
+) -> Reading:
     """Return what the labels of a batch ask.
 
     Integer labels count each entry that is not `-100`; everything else (floating-point labels, the positions of a
@@ -143,6 +147,8 @@ def read_labels(model: PreTrainedModel, batch: Mapping[str, Any], outputs: Any, 
         batch: keyword arguments of its forward, with labels.
         outputs: what the forward returned.
         loss: its loss.
+        known: the shift of another model of the same class, whose loss may show another one by chance (one that
+            predicts several tokens, for example); None to find it.
 
     Returns:
         The units and the questions behind them.
@@ -163,13 +169,15 @@ def read_labels(model: PreTrainedModel, batch: Mapping[str, Any], outputs: Any, 
         return Reading(int(labelled.sum()), [], explained=labels.ndim == 1)
     if labels.ndim == 1:
         return Reading(int(labelled.sum()), [_question(logits, labels)])
-    shift = measured_shift(logits, labels, main_loss(model, outputs, loss), IGNORE_INDEX)
+    shift = known
+    if shift is None:
+        shift = measured_shift(logits, labels, main_loss(model, outputs, loss), IGNORE_INDEX)
     if shift is None:
         shift = shift_by_gradient(model, batch, outputs, loss, labels, IGNORE_INDEX)
     if shift is None:
         return Reading(int(labelled.sum()), [], explained=False)
     question = _question(logits[..., : logits.shape[-2] - shift, :], labels[..., shift:])
-    return Reading(len(question.labels), [question])
+    return Reading(len(question.labels), [question], shift=shift)
 
 
 def _question(logits: torch.Tensor, labels: torch.Tensor) -> Question:

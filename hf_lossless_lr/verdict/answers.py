@@ -20,6 +20,7 @@ class Answer(NamedTuple):
     units: int
     asked: list[Any]  # of questions, or of representations
     explained: bool
+    shift: int | None = None
 
     @property
     def total(self) -> float:
@@ -59,16 +60,17 @@ class KeptAnswers:
         return given
 
 
-def answer_of(model: PreTrainedModel, batch: Mapping[str, Any], index: int) -> Answer:
+def answer_of(model: PreTrainedModel, batch: Mapping[str, Any], index: int, known_shift: int | None = None) -> Answer:
     """Let a model answer a batch.
 
     Args:
         model: the model.
         batch: the arguments of its forward pass.
         index: number of the batch, for errors.
+        known_shift: that of another answer to it, by a model of the same class.
 
     Returns:
         The answer.
     """
-    passed = forward_loss(model, batch, index)
-    return Answer(passed.loss.item(), passed.units, passed.questions, passed.explained)
+    passed = forward_loss(model, batch, index, known_shift)
+    return Answer(passed.loss.item(), passed.units, passed.questions, passed.explained, passed.shift)

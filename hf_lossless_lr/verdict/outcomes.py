@@ -164,10 +164,11 @@ def paired_outcomes(
         for index, batch in enumerate(batches):
             before = dense_answers.answer(dense, batch, index)
             if isinstance(compressed, nn.Module):
-                after = answer_of(compressed, batch, index)
+                known = before.shift if type(compressed) is type(dense) else None
+                after = answer_of(compressed, batch, index, known)
             else:
                 with in_place(dense, compressed):
-                    after = answer_of(dense, batch, index)
+                    after = answer_of(dense, batch, index, before.shift)
             records.append(_record(before, after, batch_examples(batch), index, temperatures))
     by_process = gather_object([records])  # batches were dealt out in turn
     return _combine([record for turn in zip_longest(*by_process) for record in turn if record is not None])

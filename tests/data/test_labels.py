@@ -284,6 +284,17 @@ class TestAlignment:
         assert torch.equal(found.questions[0].labels, batch["labels"][:, shift:][batch["labels"][:, shift:] != N])
         assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
+    def test_is_not_asked_for_where_it_is_known(self):
+        """From a model of the same class: a loss of several tokens may show another one for another model."""
+        model, batch = TINY_MODELS["llama"]()
+        with torch.no_grad():
+            outputs = model(**batch)
+        for shift in (0, 1):
+            found = read_labels(model, batch, outputs, outputs.loss, known=shift)
+            assert found.shift == shift
+            assert found.units == int((batch["labels"][:, shift:] != N).sum())
+        assert read_labels(model, batch, outputs, outputs.loss).shift == 1
+
     def test_that_is_none_leaves_no_accuracy_and_says_so(self):
         model, batch = TINY_MODELS["bert-token-classification"]()
         found = reading(Shifting(model, of_states), batch)

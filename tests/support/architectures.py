@@ -181,6 +181,7 @@ _CAUSAL = (
     *("FalconForCausalLM", "CohereForCausalLM", "StableLmForCausalLM", "OlmoForCausalLM", "Olmo2ForCausalLM"),
     *("MptForCausalLM", "GPTBigCodeForCausalLM", "Starcoder2ForCausalLM", "GraniteForCausalLM", "SmolLM3ForCausalLM"),
     *("OpenAIGPTLMHeadModel", "XGLMForCausalLM", "BioGptForCausalLM", "GlmForCausalLM", "PersimmonForCausalLM"),
+    "ProphetNetForCausalLM",
 )
 _DECODERS = _rows(
     "decoder",
