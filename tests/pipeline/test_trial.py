@@ -304,9 +304,9 @@ class TestTheDenseModel:
         first = run_trial(calibration, choices, config, Clock())
         batches, calls = len(calibration.parts.selection), []
 
-        def count(model, batch, index):
-            calls.append(index)
-            return forward_loss(model, batch, index)
+        def count(*arguments):
+            calls.append(1)
+            return forward_loss(*arguments)
 
         monkeypatch.setattr("hf_lossless_lr.verdict.answers.forward_loss", count)
         second = run_trial(calibration, choices, config, Clock())
