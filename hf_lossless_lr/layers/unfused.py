@@ -137,10 +137,9 @@ def computes_the_same(fused: nn.Module, unfused: Unfused) -> bool:
 
 def _answers_agree(fused: nn.Module, unfused: Unfused, inputs: tuple[Any, ...]) -> bool:
     try:
-        expected = _tensors(fused(*inputs))
-    except Exception:  # noqa: BLE001 # whatever a class of another kind may say to such an input
+        expected, found = (_tensors(module(*inputs)) for module in (fused, unfused))
+    except Exception:  # noqa: BLE001 # whatever a class of another kind may say to such an input, or methods of it
         return False
-    found = _tensors(unfused(*inputs))
     return len(expected) == len(found) and all(_agree(x, y) for x, y in zip(expected, found, strict=True))
 
 

@@ -94,6 +94,19 @@ class TestHeads:
         assert all(torch.equal(again.state_dict()[key], value) for key, value in fused.state_dict().items())
         assert all(parameter.is_contiguous() for parameter in again.parameters())
 
+    def test_attention_that_calls_more_of_its_own_stays_fused(self):
+        fused = xlnet().layer[0].rel_attn
+
+        class More(type(fused)):
+            def rel_attn_core(self, *args, **kwargs):
+                return self.more(super().rel_attn_core(*args, **kwargs))
+
+            def more(self, found):
+                return found
+
+        fused.__class__ = More
+        assert why_fused(fused) == "More computes something else than its layers one by one"
+
     def test_attention_that_computes_something_else_stays_fused(self):
         fused = xlnet().layer[0].rel_attn
 
