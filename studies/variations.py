@@ -12,7 +12,8 @@
 * `rounding`: what the predicted cost of rounding counts for beside that of truncation; shares are of the bytes.
 * `removal`: most of the ranks of one layer are taken away, in the hope that the loss falls.
 
-Models are calibrated on the first lines of the calibration data, and judged on others. Factors are stored as two.
+Models are calibrated on the first lines of the calibration data, and judged on others. Factors are stored as two (of
+`rounding`: as by default).
 Records that the file has are not measured again; without --testbed, the table is printed from the file as it is.
 """
 

@@ -48,13 +48,11 @@ class UnfusedHeads(Unfused):
         return set(HEADS) <= module._parameters.keys() and hasattr(module, "rel_attn_core")
 
     @classmethod
-    def refusal(cls, fused: Any) -> str | None:
+    def unlike(cls, fused: Any) -> str | None:
         """Return what is unlike XLNet's attention."""
-        kind, shapes = type(fused).__name__, {fused._parameters[name].shape for name in HEADS}
-        if "forward" in vars(fused):
-            return f"{kind} is called through a hook"
+        shapes = {fused._parameters[name].shape for name in HEADS}
         if len(shapes) != 1 or len(next(iter(shapes))) != 3:
-            return f"{kind} has parameters of other shapes than (features, heads, features of a head)"
+            return "has parameters of other shapes than (features, heads, features of a head)"
         return None
 
     def layers(self) -> Iterator[tuple[str, Any]]:
@@ -168,15 +166,13 @@ class UnfusedMultiheadAttention(Unfused):
         return isinstance(module, nn.MultiheadAttention)
 
     @classmethod
-    def refusal(cls, fused: Any) -> str | None:
+    def unlike(cls, fused: Any) -> str | None:
         """Return what of the class is not covered: other widths of keys and values, keys that are no inputs."""
         parameters = {name for name, _ in fused.named_parameters(recurse=False)}
-        if "forward" in vars(fused):
-            return f"{type(fused).__name__} is called through a hook"
         if "in_proj_weight" not in parameters or parameters - {"in_proj_weight", "in_proj_bias"}:
-            return f"{type(fused).__name__} has other parameters than one for queries, keys and values"
+            return "has other parameters than one for queries, keys and values"
         if fused.add_zero_attn:
-            return f"{type(fused).__name__} attends to a key that is no input"
+            return "attends to a key that is no input"
         return None
 
     def layers(self) -> Iterator[tuple[str, Any]]:

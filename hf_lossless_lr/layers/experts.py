@@ -92,19 +92,17 @@ class UnfusedExperts(Unfused):
         return "down_proj" in module._parameters and isinstance(getattr(module, "num_experts", None), int)
 
     @classmethod
-    def refusal(cls, fused: Any) -> str | None:
+    def unlike(cls, fused: Any) -> str | None:
         """Return what is unlike fused experts in the parameters of a module."""
-        kind, parameters = type(fused).__name__, dict(fused.named_parameters(recurse=False))
+        parameters = dict(fused.named_parameters(recurse=False))
         if not cls.is_kind(fused):
-            return f"{kind} has no fused experts"
-        if "forward" in vars(fused):
-            return f"{kind} is called through a hook"
+            return "has no fused experts"
         names = {name for layer in PROJECTIONS if (name := _parameter_of(fused, layer)) is not None}
         biases = {f"{name}_bias" for name in names if f"{name}_bias" in parameters}
         if len(names) < len(PROJECTIONS) or names | biases != set(parameters) or len(biases) not in (0, len(names)):
-            return f"{kind} has other parameters than fused experts: {', '.join(sorted(parameters))}"
+            return f"has other parameters than fused experts: {', '.join(sorted(parameters))}"
         if any(p.ndim != (2 if n in biases else 3) or len(p) != fused.num_experts for n, p in parameters.items()):
-            return f"{kind} has parameters of other shapes than fused experts"
+            return "has parameters of other shapes than fused experts"
         return None
 
     def layers(self) -> Iterator[tuple[str, Any]]:

@@ -59,9 +59,15 @@ class Unfused(nn.Module):
         """Return whether a module seems to be of the kind that this class takes the place of."""
 
     @classmethod
-    @abstractmethod
     def refusal(cls, fused: Any) -> str | None:
-        """Return what is unlike its kind in the parameters of a fused module."""
+        """Return why a module is not unfused, by its parameters and by how it is called; None if nothing speaks."""
+        reason = "is called through a hook" if "forward" in vars(fused) else cls.unlike(fused)
+        return None if reason is None else f"{type(fused).__name__} {reason}"
+
+    @classmethod
+    @abstractmethod
+    def unlike(cls, fused: Any) -> str | None:
+        """Return what is unlike its kind in the parameters of a fused module, in words that follow its name."""
 
     @abstractmethod
     def unfuse(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -137,8 +143,12 @@ def computes_the_same(fused: nn.Module, unfused: Unfused) -> bool:
 
 def _answers_agree(fused: nn.Module, unfused: Unfused, inputs: tuple[Any, ...]) -> bool:
     try:
-        expected, found = (_tensors(module(*inputs)) for module in (fused, unfused))
-    except Exception:  # noqa: BLE001 # whatever a class of another kind may say to such an input, or methods of it
+        expected = _tensors(fused(*inputs))
+    except Exception:  # noqa: BLE001 # whatever a class of another kind may say to such an input
+        return False
+    try:
+        found = _tensors(unfused(*inputs))
+    except AttributeError:  # a method of the fused class that is used calls one that is not
         return False
     return len(expected) == len(found) and all(_agree(x, y) for x, y in zip(expected, found, strict=True))
 

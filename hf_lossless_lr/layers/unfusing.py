@@ -26,7 +26,8 @@ def unfuse(model: nn.Module) -> dict[str, Unfused]:
     readers = read_by_others(model, "in_proj_weight") if modules else {}
     read = {place for place, reader in readers.items() if reader != nn.TransformerEncoderLayer.__name__}  # as it may
     free = {name: module for name, module in modules.items() if id(module) not in read}
-    return {name: unfused(module) for name, module in free.items() if why_fused(module) is None}
+    tried = {name: _tried(module) for name, module in free.items()}
+    return {name: found for name, found in tried.items() if isinstance(found, Unfused)}
 
 
 def unfused(module: nn.Module) -> Unfused:
@@ -47,11 +48,19 @@ def why_fused(module: nn.Module) -> str | None:
     Args:
         module: a module of the dense model, with its weights; in evaluation mode for a moment.
     """
-    kind = _kind_of(module)
-    refusal = None if kind is None else kind.refusal(module)
-    if kind is not None and refusal is None and not computes_the_same(module, kind(module)):
-        return f"{type(module).__name__} computes something else than its layers one by one"
-    return refusal
+    found = None if _kind_of(module) is None else _tried(module)
+    return found if isinstance(found, str) else None
+
+
+def _tried(module: nn.Module) -> Unfused | str:
+    """Return what may take the place of a fused module, or why nothing may."""
+    try:
+        found = unfused(module)
+    except TargetError as error:
+        return str(error)
+    if computes_the_same(module, found):
+        return found
+    return f"{type(module).__name__} computes something else than its layers one by one"
 
 
 def _kind_of(module: nn.Module) -> type[Unfused] | None:

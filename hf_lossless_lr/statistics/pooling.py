@@ -73,8 +73,8 @@ class PooledStatistics(Mapping[str, LayerStatistics]):
         if own is not None and _has_enough(own):
             return own
         if group not in self._pools:
-            for earlier in list(self._pools)[: 1 - POOLS]:
-                del self._pools[earlier]
+            while len(self._pools) >= POOLS:
+                del self._pools[next(iter(self._pools))]  # the earliest
             self._pools[group] = self._pooled(self._groups[group])
         return _filled(own, self._pools[group])
 

@@ -14,7 +14,7 @@ WIDTH, HEADS = 16, 4
 PROJECTIONS = ["q_proj", "k_proj", "v_proj"]
 
 
-def close(x, y, tolerance=FLOAT32):
+def check_close(x, y, tolerance=FLOAT32):
     torch.testing.assert_close(x, y, rtol=0, atol=tolerance * float(y.detach().abs().max()))
 
 
@@ -60,21 +60,21 @@ class TestHeads:
             found = model(**batch, output_attentions=True)
             found.last_hidden_state.square().sum().backward()
         assert all(model.get_submodule(name) is module for name, module in fused.items())
-        close(found.last_hidden_state, expected.last_hidden_state)
+        check_close(found.last_hidden_state, expected.last_hidden_state)
         for ours, theirs in zip(found.attentions, expected.attentions, strict=True):
             for own, other in zip(ours, theirs, strict=True) if isinstance(theirs, tuple) else [(ours, theirs)]:
-                close(own, other)
+                check_close(own, other)
         for name, module in heads.items():
             for letter in "qkvo":
                 whole = gradients[f"{name}.{letter}"].flatten(1)
-                close(module.get_parameter(f"{letter}_proj.weight").grad, whole if letter == "o" else whole.mT)
+                check_close(module.get_parameter(f"{letter}_proj.weight").grad, whole if letter == "o" else whole.mT)
 
     def test_memories_of_earlier_tokens_count(self):
         model, batch = xlnet(), text_inputs(3)
         first = model(**batch, use_mems=True)
         expected = model(**batch, mems=first.mems).last_hidden_state
         replace_modules(model, unfuse(model))
-        close(model(**batch, mems=first.mems).last_hidden_state, expected)
+        check_close(model(**batch, mems=first.mems).last_hidden_state, expected)
         assert not torch.allclose(expected, first.last_hidden_state)
 
     def test_the_projections_of_tokens_are_targets_and_that_of_positions_is_not(self):
@@ -144,17 +144,20 @@ class TestMultiheadAttention:
             options = {**given, "need_weights": need_weights, "average_attn_weights": average}
             expected, weights = fused(*inputs, **options)
             found, own = unfused(fused)(*inputs, **options)
-            close(found, expected)
+            check_close(found, expected)
             assert (own is None) == (weights is None) == (not need_weights)
             if need_weights:
-                close(own, weights)
+                check_close(own, weights)
 
     @pytest.mark.parametrize("need_weights", [False, True])
     def test_one_sequence_needs_no_axis_of_sequences(self, need_weights):
         fused, query, key = attention(), torch.randn(3, WIDTH), torch.randn(5, WIDTH)
-        for mine, other in zip(unfused(fused)(query, key, key, None, need_weights), fused(query, key, key)):  # noqa: B905
-            if mine is not None:
-                close(mine, other)
+        found, own = unfused(fused)(query, key, key, None, need_weights)
+        expected, weights = fused(query, key, key, None, need_weights)
+        check_close(found, expected)
+        assert (own is None) == (weights is None) == (not need_weights)
+        if need_weights:
+            check_close(own, weights)
 
     def test_it_learns_as_before(self):
         fused, x = attention(batch_first=True), torch.randn(2, 3, WIDTH)
@@ -162,7 +165,7 @@ class TestMultiheadAttention:
         expected = fused.in_proj_weight.grad.clone()
         module = unfused(fused)
         module(x, x, x)[0].square().sum().backward()
-        close(torch.cat([module.get_parameter(f"{name}.weight").grad for name in PROJECTIONS]), expected)
+        check_close(torch.cat([module.get_parameter(f"{name}.weight").grad for name in PROJECTIONS]), expected)
 
     def test_it_drops_weights_in_training(self):
         module, x = unfused(attention(dropout=0.5, batch_first=True).train()), torch.randn(2, 3, WIDTH)
@@ -171,7 +174,7 @@ class TestMultiheadAttention:
 
     def test_it_rounds_in_bfloat16_as_before(self):
         fused, x = attention(batch_first=True).bfloat16(), torch.randn(2, 3, WIDTH).bfloat16()
-        close(unfused(fused)(x, x, x)[0], fused(x, x, x)[0], BFLOAT16)
+        check_close(unfused(fused)(x, x, x)[0], fused(x, x, x)[0], BFLOAT16)
 
     def test_an_encoder_of_pytorch_calls_it(self):
         layer, x = nn.TransformerEncoderLayer(WIDTH, HEADS, batch_first=True).eval(), torch.randn(2, 3, WIDTH)
@@ -181,7 +184,7 @@ class TestMultiheadAttention:
             layer.self_attn.v_proj.weight.data.mul_(0)
             assert not torch.allclose(layer(x), expected)  # nothing reads a fused weight any more
             layer.self_attn = layer.self_attn.fused()
-            close(layer(x), unfused_twice(layer)(x))
+            check_close(layer(x), unfused_twice(layer)(x))
 
     def test_fusing_gives_the_same_numbers_back(self):
         fused = attention()
