@@ -7,7 +7,7 @@ from support.tiny_models import IGNORED, VOCABULARY, build, class_labels, split_
 from transformers import BertConfig, BertLMHeadModel, BertModel, EncoderDecoderModel
 
 from hf_lossless_lr.data.padding import PaddingMasks
-from hf_lossless_lr.layers import replace_modules, unfuse
+from hf_lossless_lr.layers import replace_modules, unfuse, unfused
 from hf_lossless_lr.layers.targets import find_targets
 from hf_lossless_lr.statistics.collect import collect_statistics
 
@@ -134,3 +134,14 @@ def test_a_mask_that_hides_every_key_is_about_something_else():
         counted = masks.of(layer, x)()
         assert (counted is None) if hidden == 0 else torch.equal(counted, mask.flatten())
         assert not masks.unmatched
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_attention_of_pytorch_says_whether_tokens_come_first(batch_first):
+    """A mask of as many sequences as tokens has the same shape the other way round."""
+    model = BertModel(BertConfig(hidden_size=32, vocab_size=VOCABULARY, **_LAYERS))
+    model.extra = unfused(torch.nn.MultiheadAttention(32, 4, batch_first=batch_first))
+    mask, masks = torch.ones(4, 4, dtype=torch.long).tril(), PaddingMasks(model)
+    masks.start({"input_ids": torch.ones(4, 4, dtype=torch.long), "attention_mask": mask})
+    found = masks.of(model.extra.get_submodule("q_proj"), torch.randn(4, 4, 32))()
+    assert torch.equal(found, (mask if batch_first else mask.T).bool().flatten())
