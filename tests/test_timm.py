@@ -26,6 +26,7 @@ NETWORKS = {
     "resnetv2_50": ({"layers": (1, 1, 1, 1)}, ["re:.*stages\\.[01]\\..*"], 1.0),
     "tf_efficientnet_b0": ({}, None, 0.3),  # pads by itself; squeezes to a pixel; depthwise
     "convnext_atto": ({"depths": (1, 1, 1, 1), "dims": (16, 32, 48, 64)}, None, 0.2),
+    "vit_tiny_patch16_224": ({"img_size": SIZE, "embed_dim": 48, "depth": 2}, None, 0.05),
 }
 
 

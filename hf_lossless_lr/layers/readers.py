@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 GUARDED = ("dtype", "device", "requires_grad")  # of a factorized layer, its guard answers these as a weight would
-NOT_RUN = ("init", "reset", "tie_", "resize")  # in the names of methods that are over once a model is built
+NOT_RUN = ("init", "reset", "tie_", "resize", "set_input_size")  # in names of methods that build or change a model
 SETTINGS: tuple[type[ast.AST], ...] = (
     ast.expr_context,
     ast.operator,
