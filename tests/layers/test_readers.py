@@ -27,13 +27,17 @@ class Reader(nn.Module):
         self.called, self.asked, self.read, self.shape, self.fused = (nn.Linear(4, 4) for _ in range(5))
         self.sliced, self.other, self.by_argument = (nn.Linear(4, 4) for _ in range(3))
         self.inner = Inner()
-        self.of_init = nn.Linear(4, 4)
+        self.of_init, self.replaced = nn.Linear(4, 4), nn.Linear(4, 4)
         self.reset_parameters()
 
     def reset_parameters(self):
         nn.init.zeros_(self.of_init.weight)
 
+    def set_input_size(self, size):  # as networks of timm have it, which no pass calls
+        self.replaced = nn.Linear(size, 4).to(self.replaced.weight[0, 0])
+
     def forward(self, x, given=None):
+        x = self.replaced(x)
         x = self.called(x).to(self.asked.weight.dtype)
         if isinstance(self.asked.weight, torch.Tensor) and self.asked.weight is not None:
             x = self.asked(x).to(self.asked.weight.device)
@@ -82,7 +86,8 @@ def test_such_layers_stay_dense_and_the_reader_is_named():
             self.post_init()
 
     targets = find_targets(Whole(PreTrainedConfig()))
-    assert {n.removeprefix("part.") for n in targets.chosen} == {"called", "asked", "sliced", "by_argument", "of_init"}
+    chosen = {name.removeprefix("part.") for name in targets.chosen}
+    assert chosen == {"called", "asked", "sliced", "by_argument", "of_init", "replaced"}
     assert set(targets.skipped.values()) == {"Reader reads its weight instead of calling it"}
 
 
