@@ -5,6 +5,7 @@ Also what hangs on a compressed model. Sees no data, statistics or verdict.
 
 from .attached import attach_card, dequantize, mark_compressed, unmark_compressed
 from .config import LosslessLowRankConfig, record_of
+from .manifest import narrow_records
 from .merging import merge_dense_adapter
 from .options import DEFAULT_SELECTION, FEWEST_JUDGES, MEASURED_OBJECTIVES, CompressionOptions
 from .presets import PRESETS
@@ -25,6 +26,7 @@ __all__ = [
     "dequantize",
     "mark_compressed",
     "merge_dense_adapter",
+    "narrow_records",
     "record_of",
     "unmark_compressed",
 ]

@@ -20,6 +20,7 @@ from ..errors import CheckpointError, LosslessLowRankError, TargetError
 from ..files import replacing
 from ..fingerprint import tensors_fingerprint
 from ..layers import (
+    NarrowLinear,
     Unfused,
     at_hand,
     check_offloaded,
@@ -36,7 +37,7 @@ from .cards import base_model_in, card_of, hub_name, is_replaceable, place_card
 from .config import LosslessLowRankConfig
 from .conversions import CONVERSIONS, harmless_conversions
 from .encoding import dequantize_stored, encoded_state, load_encoded, tied_again
-from .manifest import current_records, module_at
+from .manifest import current_records, module_at, narrow_records
 from .parallel import warn_before_sharding
 from .parts import config_of_part, parts_of
 
@@ -84,7 +85,8 @@ def refresh_manifest(model: PreTrainedModel) -> None:
         return
     config.modules = current_records(model, config.modules)
     config.unfused = [name for name in config.unfused if module_at(model, name) is not None]
-    if config.modules:
+    config.narrowed = narrow_records(model)
+    if config.is_of_compressed:
         mark_parts(model, config)
     else:
         unmark_compressed(model)
@@ -99,7 +101,7 @@ def mark_parts(model: PreTrainedModel, config: LosslessLowRankConfig) -> None:
     """
     for path, part in parts_of(model).items():
         of_part = config_of_part(config, path)
-        if of_part.modules:
+        if of_part.is_of_compressed:
             part.config.quantization_config = of_part
         else:
             part.config.__dict__.pop("quantization_config", None)
@@ -142,7 +144,7 @@ def mark_loaded(model: PreTrainedModel, config: LosslessLowRankConfig) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config.__dict__.pop("_is_quantized", None)
-    if config.modules:
+    if config.is_of_compressed:
         mark_compressed(model, config)
     else:
         unmark_compressed(model)
@@ -189,12 +191,14 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
 def _to_dense(model: PreTrainedModel) -> None:
     dequantize_stored(model)
     factorized = {name: module for name, module in model.named_modules() if is_factorized(module)}
-    if not factorized and not grids_in(model):
+    narrow = {name: module for name, module in model.named_modules() if isinstance(module, NarrowLinear)}
+    if not factorized and not narrow and not grids_in(model):
         raise TargetError(
             f"this {type(model).__name__} has no factorized or rounded layers; there is nothing to dequantize."
         )
     if factorized:
         replace_modules(model, {name: to_dense(module) for name, module in factorized.items()})
+    replace_modules(model, {name: module.dense() for name, module in narrow.items()})
     unfused = {name: module for name, module in model.named_modules() if isinstance(module, Unfused)}
     replace_modules(model, {name: module.fused() for name, module in unfused.items()})
     restore_grids(model, {})

@@ -13,12 +13,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError, ConfigurationError
 from ..formats import FLOAT, FORMATS
-from ..layers import CHANNEL, FORMS, METHOD, STORAGES, format_of, grid_of, is_factorized, storage_in
+from ..layers import CHANNEL, FORMS, METHOD, SIDES, STORAGES, format_of, grid_of, is_factorized, storage_in
 from ..renamed import with_present_names
 from .options import CompressionOptions
 from .presets import preset
 
-FORMAT_VERSION = 5  # 1 had other names of some options, 2 no number formats, 3 no forms, 4 no unfused experts
+FORMAT_VERSION = 6  # 1: other names of options; later ones: number formats, forms, unfused experts, narrow layers
 COMPUTES = ("dequantized", "stored")
 WRITTEN_METHOD = f"{METHOD}: pip install hf-lossless-lr, then import hf_lossless_lr"
 """What a `config.json` calls the method. Where it is unknown, Transformers prints it, which says what is missing."""
@@ -59,6 +59,8 @@ class LosslessLowRankConfig(CompressionOptions, QuantizationConfigMixin):
             rounded and `"form": str` where factors are those of a spatial form; rank and storage are None where the
             module is dense. Empty until a model is compressed.
         unfused: names of the modules whose fused weights are a layer each; see `Unfused`.
+        narrowed: names of the layers with fewer outputs or inputs inside, to `{"side": str, "features": int}`; see
+            `NarrowLinear`. The layer inside is `NAME.inner`.
         compute: what the weights in memory are: `dequantized` when the model is loaded to the floating-point numbers
             that they stand for, or, for `int8`, as they are `stored`.
         format_version: version of the checkpoint format.
@@ -72,6 +74,7 @@ class LosslessLowRankConfig(CompressionOptions, QuantizationConfigMixin):
 
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)
     unfused: list[str] = field(default_factory=list)
+    narrowed: dict[str, dict[str, Any]] = field(default_factory=dict)
     compute: str = COMPUTES[0]
     format_version: int = FORMAT_VERSION
     part: str | None = None
@@ -96,11 +99,20 @@ class LosslessLowRankConfig(CompressionOptions, QuantizationConfigMixin):
             raise CheckpointError(f"modules: the manifest must map names to records, got {self.modules!r}.")
         if not isinstance(self.unfused, list) or not all(isinstance(name, str) for name in self.unfused):
             raise CheckpointError(f"unfused: must be a list of names of modules, got {self.unfused!r}.")
+        if not isinstance(self.narrowed, Mapping):
+            raise CheckpointError(f"narrowed: must map names of modules to records, got {self.narrowed!r}.")
+        for name, record in self.narrowed.items():
+            _check_narrow(name, record)
         self.modules = {name: _checked_record(name, record) for name, record in self.modules.items()}
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return a field as a dictionary would: Transformers asks so of a configuration that a caller hands on."""
         return vars(self).get(name, default)
+
+    @property
+    def is_of_compressed(self) -> bool:
+        """Whether it is that of a compressed model."""
+        return bool(self.modules or self.narrowed)
 
     @classmethod
     def from_dict(
@@ -146,7 +158,9 @@ class LosslessLowRankConfig(CompressionOptions, QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """Return what `config.json` has of the configuration."""
         written = super().to_dict() | {"quant_method": WRITTEN_METHOD}
-        return {name: value for name, value in written.items() if (name, value) != ("part", None)}
+        return {
+            name: value for name, value in written.items() if (name, value) not in (("part", None), ("narrowed", {}))
+        }
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Return what the configuration given to `from_pretrained` says of a checkpoint that has its own."""
@@ -162,6 +176,16 @@ def record_of(layer: Any) -> ModuleRecord | None:
     if is_factorized(layer):
         return ModuleRecord(layer.rank, layer.storage, format_of(layer.down), layer.form)
     return None if grid_of(layer) is None else ModuleRecord(None, None, format_of(layer))
+
+
+def _check_narrow(name: str, record: Any) -> None:
+    if not isinstance(record, Mapping) or record.keys() != {"side", "features"} or record["side"] not in SIDES:
+        raise CheckpointError(
+            f"narrowed[{name!r}]: expected a side ({' or '.join(SIDES)}) and a number of features, got {record!r}."
+        )
+    features = record["features"]
+    if isinstance(features, bool) or not isinstance(features, int) or features < 1:
+        raise CheckpointError(f"narrowed[{name!r}]: features must be a positive integer, got {features!r}.")
 
 
 def _checked_record(name: str, record: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..errors import CheckpointError
-from ..layers import Factorized, Stored, is_complete, is_factorized, layers_in
+from ..layers import Factorized, NarrowLinear, Stored, is_complete, is_factorized, layers_in
 
 LOAD_THE_WHOLE = "Load the class that was saved, which the config.json names, and take this model from it."
 DENSE = (
@@ -174,7 +174,7 @@ def check_read(model: nn.Module, files: Sequence[str] | None) -> None:
         CheckpointError: if a tensor of a compressed layer was not loaded.
     """
     for name, module in model.named_modules() if files else ():
-        if is_factorized(module) or isinstance(module, Stored):
+        if is_factorized(module) or isinstance(module, (Stored, NarrowLinear)):
             for tensor in (*module.parameters(), *module.buffers()):
                 if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
                     raise CheckpointError(
@@ -199,6 +199,13 @@ def check_loaded(model: nn.Module, files: Sequence[str] | None) -> None:
             for key, buffer in module.named_buffers(recurse=False):
                 if key == "permutation" and not buffer.is_meta:
                     _check_permutation(buffer, f"{name}.{key}", files)
+        if isinstance(module, NarrowLinear) and not module.places.is_meta:
+            refusal = module.refusal()
+            if refusal is not None:
+                raise CheckpointError(
+                    f"the tensor {name + '.places'!r} in {_file_of(f'{name}.places', files)} {refusal}. The file was "
+                    "edited or damaged."
+                )
         if isinstance(module, Stored):
             numbers[f"{name}.scale"] = module.scale.view(torch.bfloat16)
     for name, parameter in numbers.items():

@@ -8,7 +8,7 @@ from functools import partial
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..layers import Stored, is_factorized
+from ..layers import NarrowLinear, Stored, is_factorized
 
 
 def mark_loading(model: PreTrainedModel) -> None:
@@ -36,7 +36,7 @@ def unmark_loading(model: PreTrainedModel) -> None:
 
 
 def _is_compressed(module: nn.Module) -> bool:
-    return is_factorized(module) or isinstance(module, Stored)
+    return is_factorized(module) or isinstance(module, (Stored, NarrowLinear))
 
 
 def _init_rest(init_weights: Callable[..., None], model: PreTrainedModel, module: nn.Module) -> None:

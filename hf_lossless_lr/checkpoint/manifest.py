@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..layers import Stored, find_layout, is_factorized
+from ..layers import NarrowLinear, Stored, find_layout, is_factorized
 from .config import record_of
 
 
@@ -38,6 +38,12 @@ def current_records(model: nn.Module, records: Mapping[str, dict[str, Any]]) -> 
             found[name] = new.to_dict()
             listed |= {id(part) for part in module.modules()}
     return found
+
+
+def narrow_records(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return the records of the layers with fewer outputs or inputs inside, by name."""
+    narrow = {name: module for name, module in model.named_modules() if isinstance(module, NarrowLinear)}
+    return {name: {"side": module.side, "features": module.features} for name, module in narrow.items()}
 
 
 def module_at(model: nn.Module, name: str) -> nn.Module | None:

@@ -18,6 +18,7 @@ from ..errors import TargetError
 from ..factors import Factorization, MetricFactors
 from ..layers import (
     CHANNEL,
+    NarrowLinear,
     Stored,
     break_even_rank,
     check_whole,
@@ -174,6 +175,10 @@ def _like(old: nn.Module, new: nn.Module) -> nn.Module:
 
 def _merged(old: Any, lora: Any) -> nn.Module:
     """Return a layer with what an adapter adds to it."""
+    if isinstance(old, NarrowLinear):  # the adapter changes what is not in use, too
+        whole: Any = copied(old)
+        whole.inner = to_dense(whole.inner) if is_factorized(whole.inner) else whole.inner
+        old = whole.dense()
     if not is_factorized(old):
         new = copied(old)
         wide = torch.promote_types(new.weight.dtype, torch.float32)

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import ConfigurationError
 from ..factors import METRICS
 from ..formats import FLOAT, FORMATS
-from ..layers import CHANNEL, FORMS, STORAGE_CHOICES
+from ..layers import CHANNEL, DIMENSIONS, FORMS, STORAGE_CHOICES
 from ..ranks import OBJECTIVES
 from ..renamed import Renamed
 from .values import check_choice, check_number, checked_patterns, refuse_unknown_names
@@ -22,6 +22,7 @@ AUTO = "auto"
 LABELS = ("data", "model")
 SCOPES = ("targeted", "model")
 DEFAULT_KEEP_RATIO = 0.5
+FORM_CHOICES = (*FORMS, DIMENSIONS)
 DEFAULT_OBJECTIVE, GIVEN = "budget", "ranks"
 DEFAULT_SELECTION = 1 / 16  # for judging a refit, where that is enough examples to judge it
 FEWEST_JUDGES = 16  # examples of a selection split that may judge a refit; below, one outlier decides
@@ -110,7 +111,9 @@ class CompressionOptions(Renamed):
         None, "number formats that layers may be stored in; default float", choices=(*NUMBER_FORMATS, AUTO)
     )
     forms: list[str] | None = _option(
-        None, "forms of a convolution's kernel: channel, spatial; default both with kronecker", choices=FORMS
+        None,
+        "forms of a convolution's kernel: channel, spatial; default both with kronecker. And dimensions: fewer of them in attention",
+        choices=FORM_CHOICES,
     )
     embeddings: str = _option(FLOAT, "number format of the embeddings", choices=NUMBER_FORMATS)
     rank_multiple: int | None = _option(
@@ -250,8 +253,13 @@ class CompressionOptions(Renamed):
         possible = self.metric == "kronecker" and not paper
         names = checked_patterns("forms", self.forms, "form") or (list(FORMS) if possible else [CHANNEL])
         for name in names:
-            check_choice("forms", name, FORMS)
-        self.forms = [name for name in FORMS if name in names]
+            check_choice("forms", name, FORM_CHOICES)
+        self.forms = [name for name in FORM_CHOICES if name in names]
+        if DIMENSIONS in self.forms and (self.objective != DEFAULT_OBJECTIVE or self.size == "latency"):
+            raise ConfigurationError(
+                f"forms={self.forms!r} contradicts objective={self.objective!r}, size={self.size!r}: fewer dimensions "
+                "of attention are chosen by objective='budget', in other sizes than latency."
+            )
         if CHANNEL not in self.forms:
             raise ConfigurationError("forms: 'channel' must be among them; it is the only form of a pointwise kernel.")
         if len(self.forms) > 1 and not possible:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import CheckpointError
-from ..layers import METHOD, Factorized, Stored, Unfused, called_with, is_factorized, stored_in
+from ..layers import METHOD, Factorized, NarrowLinear, Stored, Unfused, called_with, is_factorized, stored_in
 
 try:
     from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -26,7 +26,7 @@ except ImportError:  # a torch without processes, or a Transformers whose rules 
 
 logger = logging.get_logger(__name__)
 
-COMPRESSED = (Factorized, Stored, Unfused)
+COMPRESSED = (Factorized, NarrowLinear, Stored, Unfused)
 RULE = "_lossless_lr_rule"
 """Attribute of a module whose rule waits for its numbers."""
 
@@ -93,7 +93,10 @@ def split_layers(model: PreTrainedModel, waiting: dict[str, nn.Module]) -> None:
     for name, was in waiting.items():
         style, mesh = vars(was).pop(RULE)
         module: Any = model.get_submodule(name)
-        if not is_factorized(module):
+        if isinstance(module, NarrowLinear):
+            _keep_whole(module, style, mesh)
+            whole.append(name)
+        elif not is_factorized(module):
             for parameter in dict(module.named_parameters(recurse=False)):
                 style.shard_param(module, parameter, mesh)
             style.install_forward(module, mesh)

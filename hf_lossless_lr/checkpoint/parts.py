@@ -51,7 +51,8 @@ def config_of_part(config: LosslessLowRankConfig, path: str) -> LosslessLowRankC
     prefix = f"{path}."
     modules = {n.removeprefix(prefix): record for n, record in config.modules.items() if n.startswith(prefix)}
     unfused = [name.removeprefix(prefix) for name in config.unfused if name.startswith(prefix)]
-    return replace(config, modules=modules, unfused=unfused, part=path)
+    narrowed = {n.removeprefix(prefix): record for n, record in config.narrowed.items() if n.startswith(prefix)}
+    return replace(config, modules=modules, unfused=unfused, narrowed=narrowed, part=path)
 
 
 def take_from_parts(model: PreTrainedModel, config: LosslessLowRankConfig, files: Sequence[str] | None = None) -> bool:
@@ -79,6 +80,7 @@ def take_from_parts(model: PreTrainedModel, config: LosslessLowRankConfig, files
         records = {f"{path}.{name}": r for path, own in found.items() for name, r in own.modules.items()}
         config.modules = records if files is None else with_formats_of(files, records)
         config.unfused = [f"{path}.{name}" for path, own in found.items() for name in own.unfused]
+        config.narrowed = {f"{path}.{name}": r for path, own in found.items() for name, r in own.narrowed.items()}
         config.part = None
     return bool(found)
 

@@ -19,7 +19,17 @@ from transformers.quantizers import auto as quantizer_registry
 
 from ..errors import CheckpointError, ConfigurationError, TargetError
 from ..formats import FLOAT
-from ..layers import METHOD, Factorized, Stored, Unfused, layout_of, replace_modules, unfused
+from ..layers import (
+    METHOD,
+    OUTPUTS,
+    Factorized,
+    NarrowLinear,
+    Stored,
+    Unfused,
+    layout_of,
+    replace_modules,
+    unfused,
+)
 from .attached import attach_saved_card, dequantize, mark_compressed, mark_loaded
 from .config import WRITTEN_METHOD, LosslessLowRankConfig, ModuleRecord
 from .contents import LOAD_THE_WHOLE, check_files, check_loaded, check_read
@@ -121,10 +131,11 @@ def put_layers(model: PreTrainedModel, config: LosslessLowRankConfig, files: lis
     Raises:
         CheckpointError: if the manifest does not fit the model or the files.
     """
-    if take_from_parts(model, config, files) and not config.modules:  # it has plain numbers throughout
+    if take_from_parts(model, config, files) and not config.is_of_compressed:  # it has plain numbers throughout
         return
     config.unfused = _unfuse(model, config.unfused, config.part)
-    path_of = paths_in(model, config.modules, config.part)
+    config.narrowed = _narrow(model, config.narrowed, config.part)
+    path_of = paths_in(model, config.modules, config.part) if config.modules or not config.narrowed else {}
     names = {name for name, _ in model.named_modules()} - set(path_of.values())
     for name, written in records_beside(config, files).items():
         if name in names:  # as the projection beside a tower
@@ -139,7 +150,7 @@ def put_layers(model: PreTrainedModel, config: LosslessLowRankConfig, files: lis
     check_files(built, files, unused=len(config.modules) - len(built), part=config.part)
     replace_modules(model, {path_of[name]: module for name, module in built.items()})
     config.modules = {path: config.modules[name] for name, path in path_of.items()}  # as this class has them
-    kinds = (Factorized, Stored, Unfused)  # a device map must not split them
+    kinds = (Factorized, Stored, Unfused, NarrowLinear)  # a device map must not split them
     whole = {type(module).__name__ for module in model.modules() if isinstance(module, kinds)}
     model._no_split_modules = whole.union(model._no_split_modules or ())
 
@@ -201,6 +212,23 @@ def _unfuse(model: PreTrainedModel, names: list[str], part: str | None) -> list[
     except TargetError as error:
         raise CheckpointError(f"the manifest does not fit the model: {error}.") from error
     return paths
+
+
+def _narrow(
+    model: PreTrainedModel, records: Mapping[str, dict[str, Any]], part: str | None
+) -> dict[str, dict[str, Any]]:
+    paths = paths_in(model, records, part) if records else {}
+    narrow: dict[str, nn.Module] = {}
+    for name, path in paths.items():
+        dense: Any = model.get_submodule(path)
+        side, features = records[name]["side"], records[name]["features"]
+        if type(dense) is not nn.Linear or features >= (dense.out_features if side == OUTPUTS else dense.in_features):
+            raise CheckpointError(
+                f"the manifest's record of {name!r} does not fit the model: it has {features} {side}, of {dense}."
+            )
+        narrow[path] = NarrowLinear(dense, features, side)
+    replace_modules(model, narrow)
+    return {path: records[name] for name, path in paths.items()}
 
 
 def paths_in(model: PreTrainedModel, names: Iterable[str], part: str | None = None) -> dict[str, str]:

@@ -6,6 +6,7 @@
 from .batch_norms import batch_norms, shifted_batch_norms
 from .curves import LossCurve, RoundingCost
 from .decomposition import MetricFactors, metric_svd
+from .dimensions import DenseLayer, FewerDimensions, NarrowLayer, dimension_counts, fewer_dimensions
 from .factorize import Factorization, factorize, loss_curve
 from .filling import fill
 from .linalg import damped
@@ -27,10 +28,13 @@ from .spatial import (
 
 __all__ = [
     "METRICS",
+    "DenseLayer",
     "Factorization",
+    "FewerDimensions",
     "Forms",
     "LossCurve",
     "MetricFactors",
+    "NarrowLayer",
     "RefitTarget",
     "RefittedLayers",
     "RoundedFactors",
@@ -39,8 +43,10 @@ __all__ = [
     "SpatialFactorization",
     "batch_norms",
     "damped",
+    "dimension_counts",
     "factorize",
     "factorize_spatially",
+    "fewer_dimensions",
     "fill",
     "loss_curve",
     "metric_svd",

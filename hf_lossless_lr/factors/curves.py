@@ -49,6 +49,10 @@ class LossCurve:
         form: which matrix of a kernel this is about: `channel`, or `spatial`, of `(out · kw, in · kh)`.
         width: `kw` in the spatial form.
         others: the curves of the other forms that the layer may take.
+        pair: names of the two layers, of which this is one, that may take a form together; else nothing.
+        paired: the curves of such forms; see `dimensions`.
+        base: predicted cost of the form itself, which is part of that of every rank, in nats.
+        places_bytes: bytes of what a form stores beside the weight: where its features belong.
     """
 
     out_features: int
@@ -64,10 +68,14 @@ class LossCurve:
     form: str = CHANNEL
     width: int = 1
     others: Mapping[str, LossCurve] = field(default_factory=dict)
+    pair: tuple[str, ...] = ()
+    paired: Mapping[str, LossCurve] = field(default_factory=dict)
+    base: float = 0.0
+    places_bytes: int = 0
 
     def in_form(self, form: str) -> LossCurve:
         """Return the curve of a form of the layer."""
-        return self if form == self.form else self.others[form]
+        return self if form == self.form else {**self.others, **self.paired}[form]
 
     @property
     def dense_parameters(self) -> int:
@@ -89,7 +97,7 @@ class LossCurve:
 
     def predicted_loss(self, rank: int | None, number_format: str = FLOAT) -> float:
         """Return the second-order term and the cost of the rounding at `rank`, or of the dense weight, in nats."""
-        truncation = 0.0 if rank is None else float(self.second_order[rank])
+        truncation = self.base if rank is None else float(self.second_order[rank])
         rounding = self.rounding[number_format]
         return truncation + (0.0 if rounding is None else rounding.at(rank))
 

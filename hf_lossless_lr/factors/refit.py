@@ -51,6 +51,7 @@ from ..statistics import (
 )
 from ..timing import Clock
 from .decomposition import is_finite, metric_svd
+from .dimensions import NarrowLayer
 from .factorize import Factorization
 from .filling import fill
 from .linalg import damped, shifted_weight
@@ -72,12 +73,14 @@ class RefitTarget:
         grad_covariance: returns B of the layer, which need not stay in memory, or None for a metric without it.
             # shape: (groups, out, out)
         number_format: the format that its numbers are rounded to.
+        narrow: what it is with fewer dimensions, where `layer` is such a one.
     """
 
     dense: nn.Module
     layer: Any
     grad_covariance: Callable[[], torch.Tensor | None]
     number_format: str = FLOAT
+    narrow: NarrowLayer | None = None
 
 
 def refit_groups(statistics: CalibrationStatistics, targets: Mapping[str, RefitTarget]) -> list[Group]:
@@ -261,16 +264,19 @@ def _products(
 
 
 def _solve(target: RefitTarget, products: _Products, place: int, damping: float) -> None:
-    input_gram, output_cross = products.input_gram, products.output_cross[place]
-    weight = shifted_weight(weight_matrices(target.dense), output_cross, input_gram, products.ridge)
+    input_gram, output_cross, layer = products.input_gram, products.output_cross[place], target.layer
+    dense = weight_matrices(target.dense)
+    if target.narrow is not None:
+        dense, layer = target.narrow.weight, target.layer.inner
+        output_cross, input_gram = target.narrow.seen(output_cross, input_gram)
+    weight = shifted_weight(dense, output_cross, input_gram, products.ridge)
     inputs, factorization = damped(input_gram, damping), None
     moments = target.grad_covariance()
-    if moments is not None and is_factorized(target.layer) and target.layer.form == SPATIAL:
-        kernel, rank = target.layer.kernel_size, target.layer.rank
-        spatial = factorize_spatially(weight, input_gram, moments, kernel, damping, rank)
-        fill(target.layer, weight, spatial, inputs, target.number_format)
+    if moments is not None and is_factorized(layer) and layer.form == SPATIAL:
+        spatial = factorize_spatially(weight, input_gram, moments, layer.kernel_size, damping, layer.rank)
+        fill(layer, weight, spatial, inputs, target.number_format)
         return
-    if is_factorized(target.layer):
+    if is_factorized(layer):
         outputs = None if moments is None else damped(moments, damping)
-        factorization = Factorization(metric_svd(weight, inputs, outputs, target.layer.rank))
-    fill(target.layer, weight, factorization, inputs, target.number_format)
+        factorization = Factorization(metric_svd(weight, inputs, outputs, layer.rank))
+    fill(layer, weight, factorization, inputs, target.number_format)

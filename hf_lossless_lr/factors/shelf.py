@@ -30,7 +30,8 @@ class ShelvedFactorizations(Shelved[Forms]):
         curve = f"curve of {name}"
         if curve not in self.shelf:
             return False
-        return all(f"{form} factors of {name}" in self.shelf for form in self.shelf.get(curve)[1])
+        forms = (form for form in self.shelf.get(curve)[1] if form in FORMS)  # of others there are curves alone
+        return all(f"{form} factors of {name}" in self.shelf for form in forms)
 
     def put(self, name: str, forms: Forms, curve: LossCurve) -> None:
         """Write the factors and the curve of a layer."""
@@ -40,7 +41,7 @@ class ShelvedFactorizations(Shelved[Forms]):
                 tensors |= {"lower": factorization.lower, "solved": factorization.solved}
                 numbers["width"] = factorization.width
             self.shelf.put(f"{form} factors of {name}", tensors, numbers)
-        curves = {curve.form: curve, **curve.others}
+        curves = {curve.form: curve, **curve.others, **curve.paired}
         packed = {form: _packed(each) for form, each in curves.items()}
         tensors = {f"{form} {key}": array for form, (arrays, _) in packed.items() for key, array in arrays.items()}
         # The last of all: with it, the layer is finished.
@@ -55,7 +56,8 @@ class ShelvedFactorizations(Shelved[Forms]):
             prefix = f"{form} "
             held = {key.removeprefix(prefix): t.numpy() for key, t in tensors.items() if key.startswith(prefix)}
             curves[form] = _unpacked(held, numbers)
-        return replace(curves.pop(CHANNEL), others=curves)
+        others = {form: curves.pop(form) for form in FORMS if form in curves and form != CHANNEL}
+        return replace(curves.pop(CHANNEL), others=others, paired=curves)
 
     def __getitem__(self, name: str) -> Forms:
         """Read the factors of a layer."""
@@ -74,7 +76,7 @@ def _packed(curve: LossCurve) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Return the arrays and the numbers of a curve, without those of other forms."""
     arrays = {field: getattr(curve, field) for field in ARRAYS}
     costs = {f"rounding {kind}": cost.by_rank for kind, cost in curve.rounding.items() if cost is not None}
-    apart = {*ARRAYS, "rounding", "others"}
+    apart = {*ARRAYS, "rounding", "others", "paired"}
     numbers = {field.name: getattr(curve, field.name) for field in fields(curve) if field.name not in apart}
     numbers["rounding"] = {kind: cost and cost.dense for kind, cost in curve.rounding.items()}
     return {key: torch.from_numpy(array) for key, array in (arrays | costs).items() if array is not None}, numbers
@@ -86,4 +88,4 @@ def _unpacked(arrays: Mapping[str, np.ndarray], numbers: Mapping[str, Any]) -> L
         for kind, dense in numbers["rounding"].items()
     }
     others: dict[str, Any] = {field: arrays.get(field) for field in ARRAYS}
-    return LossCurve(**{**numbers, **others, "rounding": rounding})
+    return LossCurve(**{**numbers, **others, "rounding": rounding, "pair": tuple(numbers["pair"])})

@@ -21,6 +21,7 @@ from .model_state import (
     own_forward,
     random_state_kept,
 )
+from .narrow import INPUTS, OUTPUTS, PLACE_BYTES, SIDES, NarrowLinear
 from .offloaded import at_hand, check_offloaded, copied, files_of_offloaded
 from .patterns import matching, values_of
 from .readers import read_by_others
@@ -39,6 +40,7 @@ from .rounded import (
 )
 from .storage import (
     CHANNEL,
+    DIMENSIONS,
     FORMS,
     SPATIAL,
     STORAGE_CHOICES,
@@ -57,9 +59,14 @@ from .whole import check_whole
 
 __all__ = [
     "CHANNEL",
+    "DIMENSIONS",
     "FORMS",
     "HEADS",
+    "INPUTS",
     "METHOD",
+    "OUTPUTS",
+    "PLACE_BYTES",
+    "SIDES",
     "SPATIAL",
     "STORAGES",
     "STORAGE_CHOICES",
@@ -70,6 +77,7 @@ __all__ = [
     "FactorizedLinear",
     "Layout",
     "ModelState",
+    "NarrowLinear",
     "Replacement",
     "Routed",
     "Step",

@@ -9,8 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import TargetError
-from .factorized import is_factorized
+from .factorized import Factorized, is_factorized
 from .layout import find_layout
+from .narrow import NarrowLinear
 from .patterns import check_patterns, match_specificity
 from .stored import Stored
 from .targets import default_skips
@@ -60,18 +61,22 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the layers that a pattern may mean; a factor of a layer is none."""
     layers: list[Any] = [module for module in model.modules() if is_factorized(module)]
     factors = {id(factor) for layer in layers for factor in (layer.down, layer.up)}
+    factors |= {id(module.inner) for module in model.modules() if isinstance(module, NarrowLinear)}
     for name, module in model.named_modules():
-        known = is_factorized(module) or isinstance(module, Stored) or find_layout(module) is not None
+        known = isinstance(module, (Factorized, NarrowLinear, Stored)) or find_layout(module) is not None
         if known and id(module) not in factors:
             yield name, module
 
 
 def _matches(pattern: str, name: str, module: Any) -> bool:
     """Return whether a pattern means a layer; a factorized one is also of the type that it replaced."""
+    if isinstance(module, NarrowLinear):
+        return bool(match_specificity(pattern, name, module)) or pattern == "Linear"
     return bool(match_specificity(pattern, name, module)) or (is_factorized(module) and pattern == module.layer_type)
 
 
 def _is_linear(module: Any) -> bool:
+    module = module.inner if isinstance(module, NarrowLinear) else module
     plain = module.down if is_factorized(module) else module
     plain = plain.template if isinstance(plain, Stored) else plain
     layout = find_layout(plain)
@@ -85,6 +90,8 @@ def _plain(name: str, module: Any) -> list[str]:
             f"target_modules: {name!r} holds codes, beside which no adapter can be put. Load the checkpoint without "
             '`compute="stored"`; its numbers are then floating-point ones.'
         )
+    if isinstance(module, NarrowLinear):
+        return _plain(f"{name}.inner", module.inner)
     if not is_factorized(module):
         return [name]
     pivots_are_outputs = module.permutation is not None and not module.pivots_inputs

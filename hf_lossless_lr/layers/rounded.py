@@ -11,6 +11,7 @@ from torch import nn
 from ..formats import FLOAT, FORMATS, Grid
 from .factorized import is_factorized
 from .layout import find_layout
+from .narrow import NarrowLinear
 
 ATTRIBUTE = "number_grid"  # no buffer: neither a cast nor a state dict is to see it
 
@@ -98,6 +99,7 @@ def checkpoint_bytes(model: nn.Module) -> int:
 
 def stored_bytes(layer: Any) -> int:
     """Return the bytes that a checkpoint holds of the weight of a layer, factorized or dense: no bias and no guard."""
-    guard = layer.weight.itemsize if is_factorized(layer) or grid_of(layer) is not None else 0
+    parts = (layer, layer.inner) if isinstance(layer, NarrowLinear) else (layer,)
+    guarded = [part for part in parts if is_factorized(part) or isinstance(part, NarrowLinear) or grid_of(part)]
     bias = 0 if layer.bias is None else layer.bias.numel() * layer.bias.itemsize
-    return checkpoint_bytes(layer) - guard - bias
+    return checkpoint_bytes(layer) - sum(part.weight.itemsize for part in guarded) - bias

@@ -7,6 +7,9 @@ from ..formats import FLOAT, FORMATS
 CHANNEL, SPATIAL = FORMS = ("channel", "spatial")
 """Which matrix of a kernel is factorized: `(out, in * kh * kw)`, or `(out * kw, in * kh)`; a plain weight has one."""
 
+DIMENSIONS = "dimensions"
+"""A form that the two layers around the contexts of attention take together: fewer dimensions between them."""
+
 PERMUTATION_BYTES = 4  # for each output, or input
 STORAGES = ("pivoted", "two-factor")
 STORAGE_CHOICES = ("auto", "fastest", *STORAGES)

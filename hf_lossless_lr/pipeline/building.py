@@ -8,12 +8,22 @@ from typing import Any
 import torch
 
 from ..checkpoint import LosslessLowRankConfig
-from ..factors import damped, fill
+from ..factors import NarrowLayer, damped, factorize, fill
 from ..formats import FLOAT
-from ..layers import choose_storage, copied, layout_of, storage_in, weight_matrices
+from ..layers import (
+    INPUTS,
+    OUTPUTS,
+    NarrowLinear,
+    choose_storage,
+    copied,
+    layout_of,
+    storage_in,
+    weight_matrices,
+)
 from ..ranks import Choice
 from .calibration import Calibration
 from .embeddings import rounded_embeddings
+from .value_pairs import form_of, narrowed
 
 
 def build_layers(
@@ -36,6 +46,10 @@ def build_layers(
         module: Any = factors.targets.chosen[name]
         if choice == Choice():
             continue
+        narrow = narrow_layer(calibration, name, choice, config.damping)
+        if narrow is not None:
+            layers[name] = _narrow(calibration, name, choice, narrow, config)
+            continue
         hessian = None
         if number_format != FLOAT:
             hessian = damped(calibration.statistics.layers[name].input_covariance, config.damping)
@@ -52,3 +66,48 @@ def build_layers(
             with torch.no_grad():
                 layers[name].bias.copy_(module.bias).requires_grad_(module.bias.requires_grad)
     return layers
+
+
+def narrow_layer(calibration: Calibration, name: str, choice: Choice, damping: float) -> NarrowLayer | None:
+    """Return what a layer is with fewer dimensions between it and its pair; None where it keeps all.
+
+    Args:
+        calibration: the calibration of a model.
+        name: name of the layer.
+        choice: what it becomes.
+        damping: relative damping of the second moments.
+    """
+    curve = calibration.factors.curves[name]
+    if choice.form not in curve.paired:
+        return None
+    pair, narrow = calibration.pairs[name], curve.paired[choice.form]
+    values = name == pair.values
+    count = narrow.out_features if values else narrow.in_features * pair.heads[1] // pair.heads[0]
+    assert choice.form == form_of(count)
+    found = narrowed(pair, count, calibration.factors.targets, calibration.statistics, damping)
+    return found.values if values else found.output
+
+
+@torch.no_grad()
+def _narrow(
+    calibration: Calibration, name: str, choice: Choice, narrow: NarrowLayer, config: LosslessLowRankConfig
+) -> NarrowLinear:
+    module: Any = calibration.factors.targets.chosen[name]
+    layer = NarrowLinear(module, len(narrow.places), INPUTS if narrow.rows is None else OUTPUTS)
+    layer.place(narrow.places)
+    statistics, factorization, hessian = narrow.statistics, None, None
+    bias = module.bias
+    if choice.format != FLOAT:
+        hessian = damped(statistics.input_covariance, config.damping)
+    if choice.rank is not None:
+        curve = calibration.factors.curves[name].paired[choice.form]
+        storage = storage_in(choice.format, curve.storage)
+        stored = choose_storage(curve.out_features, curve.in_features, choice.rank, storage)
+        layer.inner = layout_of(layer.inner).factorized(layer.inner, choice.rank, stored)
+        factorization = factorize(narrow.weight, statistics, str(config.metric), config.damping)
+    fill(layer.inner, narrow.weight, factorization, hessian, choice.format)
+    layer.requires_grad_(module.weight.requires_grad)
+    if bias is not None:
+        layer.inner.bias.copy_(bias if narrow.rows is None else narrow.rows.to(bias.device) @ bias.double())
+        layer.inner.bias.requires_grad_(bias.requires_grad)
+    return layer

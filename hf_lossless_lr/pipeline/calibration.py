@@ -24,6 +24,7 @@ from ..errors import CheckpointError, ConfigurationError, TargetError
 from ..factors import Forms, LossCurve
 from ..fingerprint import architecture_fingerprint, content_digest, tensors_fingerprint
 from ..layers import (
+    DIMENSIONS,
     Targets,
     Unfused,
     checkpoint_bytes,
@@ -55,6 +56,7 @@ from .heads import layers_behind
 from .memory import memory_limit, plan_memory
 from .narrowing import called, heard, skipped_weights, without_heads
 from .residual_stream import residual_stream
+from .value_pairs import ValuePair, value_pairs
 from .workspace import Workspace
 
 logger = logging.get_logger(__name__)
@@ -114,6 +116,7 @@ class Calibration:
         memory: what was planned to be held in memory, and what on disk.
         residuals: what the outputs of targets are added to, where a refit makes up for its error.
         heads: dense layers behind all targets, which a refit fits, too.
+        pairs: of each layer that may have fewer dimensions together with another one.
         workspace: the folder of what is on disk, if anything is.
     """
 
@@ -126,6 +129,7 @@ class Calibration:
     memory: MemoryPlan
     residuals: Mapping[str, Residual]
     heads: Mapping[str, nn.Module]
+    pairs: Mapping[str, ValuePair]
     workspace: Workspace | None = None
 
     def close(self) -> None:
@@ -212,12 +216,16 @@ def calibrate(
         with clock.timed("factorization"):
             targets = heard(config, targets, statistics)
             skipped = skipped_weights(model, targets)
-            factors = Factors(targets, skipped, *factorize_targets(config, targets, statistics, accelerator, shelf))
+            pairs = {}
+            if DIMENSIONS in (config.forms or ()):
+                pairs = value_pairs(model, targets, statistics, parts, accelerator)
+            found = factorize_targets(config, targets, statistics, accelerator, shelf, pairs)
+            factors = Factors(targets, skipped, *found)
         residuals = residual_stream(model, targets, statistics, parts, accelerator) if config.refit else {}
         heads = layers_behind(model, targets, parts, accelerator) if config.refit else {}
         undo.pop_all()
     return Calibration(
-        dense, parts, statistics, factors, accelerator, clock.seconds, memory, residuals, heads, workspace
+        dense, parts, statistics, factors, accelerator, clock.seconds, memory, residuals, heads, pairs, workspace
     )
 
 

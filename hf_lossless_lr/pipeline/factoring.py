@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ..factors import (
     RoundingCost,
     ShelvedFactorizations,
     SpatialFactorization,
+    dimension_counts,
     factorize,
     factorize_spatially,
     loss_curve,
@@ -30,9 +32,10 @@ from ..factors import (
     spatial_metric,
 )
 from ..formats import FLOAT
-from ..layers import CHANNEL, SPATIAL, Targets, layout_of, weight_matrices
+from ..layers import CHANNEL, PLACE_BYTES, SPATIAL, Targets, layout_of, weight_matrices
 from ..ranks import OBJECTIVES, default_multiple
 from ..statistics import CalibrationStatistics, LayerStatistics, Shelf
+from .value_pairs import ValuePair, form_of, narrowed
 
 
 def factorize_targets(
@@ -41,6 +44,7 @@ def factorize_targets(
     statistics: CalibrationStatistics,
     accelerator: Accelerator,
     shelf: Shelf | None,
+    pairs: Mapping[str, ValuePair] = MappingProxyType({}),
 ) -> tuple[Mapping[str, Forms], dict[str, LossCurve]]:
     """Factorize every target, and predict its loss at every rank.
 
@@ -52,19 +56,25 @@ def factorize_targets(
         statistics: their statistics.
         accelerator: the processes.
         shelf: where factors are kept; None to keep them in memory.
+        pairs: of a layer that has one.
 
     Returns:
-        Factors and curves by name.
+        Factors and curves by name; of forms that pairs take together, curves alone.
 
     Raises:
         NumericalError: if a decomposition is not finite; it names the layer.
     """
     curves: dict[str, LossCurve] = {}
     is_main = accelerator.is_main_process
+
+    def factorized(name: str) -> tuple[Forms, LossCurve]:
+        forms, curve = _factorized(name, targets.chosen[name], statistics.layers[name], config)
+        return forms, _in_pair(name, curve, pairs[name], targets, statistics, config) if name in pairs else curve
+
     if shelf is None:
         factorizations: dict[str, Forms] = {}
-        for name, module in logging.tqdm(targets.chosen.items(), desc="Factorizing", disable=not is_main):
-            forms, curves[name] = _factorized(name, module, statistics.layers[name], config)
+        for name in logging.tqdm(targets.chosen, desc="Factorizing", disable=not is_main):
+            forms, curves[name] = factorized(name)
             factorizations[name] = {form: each.contiguous() for form, each in forms.items()}
         return factorizations, curves
     kept = ShelvedFactorizations(shelf, accelerator.device)
@@ -72,7 +82,7 @@ def factorize_targets(
     missing = [name for name in targets.chosen if owner[name] == accelerator.process_index and not kept.has(name)]
     accelerator.wait_for_everyone()
     for name in logging.tqdm(missing, desc="Factorizing", disable=not is_main):
-        kept.put(name, *_factorized(name, targets.chosen[name], statistics.layers[name], config))
+        kept.put(name, *factorized(name))
     accelerator.wait_for_everyone()
     for name in targets.chosen:
         curves[name] = kept.take(name)
@@ -111,6 +121,36 @@ def _factorized(
     if spatial is None:
         return {CHANNEL: factorization}, curve
     return {CHANNEL: factorization, SPATIAL: spatial[0]}, replace(curve, others={SPATIAL: spatial[1]})
+
+
+def _in_pair(
+    name: str,
+    curve: LossCurve,
+    pair: ValuePair,
+    targets: Targets,
+    statistics: CalibrationStatistics,
+    config: LosslessLowRankConfig,
+) -> LossCurve:
+    """Return the curve of a layer with those of the forms that it takes together with another one."""
+    features = weight_matrices(targets.chosen[pair.values]).shape[-2]
+    paired = {}
+    for count in dimension_counts(features, pair.heads[1]):
+        fewer = narrowed(pair, count, targets, statistics, config.damping)
+        side, values = (fewer.values, True) if name == pair.values else (fewer.output, False)
+        factorization = factorize(side.weight, side.statistics, str(config.metric), config.damping)
+        narrow = loss_curve(side.weight, factorization, side.statistics, curve.storage)
+        narrow = _finished(narrow, side.weight, factorization, side.statistics, config)
+        base = fewer.cost if values else 0.0
+        form = form_of(count)
+        paired[form] = replace(
+            narrow,
+            form=form,
+            base=base,
+            second_order=base + narrow.second_order,
+            pivots_inputs=narrow.in_features < narrow.out_features,
+            places_bytes=PLACE_BYTES * (features if values else narrow.in_features),
+        )
+    return replace(curve, pair=(pair.values, pair.output), paired=paired)
 
 
 def _spatial(

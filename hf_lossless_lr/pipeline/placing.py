@@ -6,8 +6,8 @@ from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 
-from ..checkpoint import LosslessLowRankConfig, mark_compressed, record_of, unmark_compressed
-from ..layers import Replacement, Unfused, replace_modules
+from ..checkpoint import LosslessLowRankConfig, mark_compressed, narrow_records, record_of, unmark_compressed
+from ..layers import NarrowLinear, Replacement, Unfused, replace_modules
 from .calibration import Calibration
 from .trial import Trial
 
@@ -34,7 +34,9 @@ def put_in_place(
     if not trial.layers:
         return
     dense = {name: model.get_submodule(name) for name in trial.layers}
-    records = {id(dense[name]): record for name, layer in trial.layers.items() if (record := record_of(layer))}
+    narrow = {name: layer for name, layer in trial.layers.items() if isinstance(layer, NarrowLinear)}
+    plain = {name: layer for name, layer in trial.layers.items() if name not in narrow}
+    records = {id(dense[name]): record for name, layer in plain.items() if (record := record_of(layer))}
     replacement = replace_modules(model, trial.layers)
     undo.append(replacement.undo)
     for path in used:
@@ -44,5 +46,8 @@ def put_in_place(
     config.modules = {
         path: records[id(old)].to_dict() for path, old in replacement.originals.items() if id(old) in records
     }
+    inner = {f"{name}.inner": record_of(layer.inner) for name, layer in narrow.items()}
+    config.modules |= {name: record.to_dict() for name, record in inner.items() if record is not None}
+    config.narrowed = narrow_records(model)
     undo.append(partial(unmark_compressed, model))
     mark_compressed(model, config)

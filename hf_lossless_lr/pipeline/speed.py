@@ -13,7 +13,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..data import batch_examples, run_batch
-from ..layers import evaluating, in_place, is_factorized
+from ..layers import NarrowLinear, evaluating, in_place, is_factorized
 from ..ranks import Run, speed_in_turns
 from ..report import Speed
 from .calibration import Calibration
@@ -52,7 +52,9 @@ def measured_speed(
             measured = [speed_in_turns(runs, shape, accelerator.device, max_seconds=MAX_SECONDS)]
     broadcast_object_list(measured)
     speed: Speed = measured[0]
-    factorized = any(is_factorized(layer) for layer in layers.values())  # rounding alone leaves the work as it was
+    factorized = any(
+        isinstance(layer, NarrowLinear) or is_factorized(layer) for layer in layers.values()
+    )  # rounding alone leaves the work as it was
     if factorized and speed.is_slower and speed.ratio is not None:
         logger.warning(
             "the compressed model takes %.2f times as long as the dense one for a batch of %s. Narrow layers and few "

@@ -195,18 +195,18 @@ def _stored_as(skipped: Mapping[str, SkippedWeight], layers: Mapping[str, Any]) 
 
 def _layer_report(module: Any, curve: LossCurve, choice: Choice, layer: Any) -> LayerReport:
     rank, number_format, form = choice
-    curve = curve.in_form(form)
+    whole, curve = curve, curve.in_form(form)
     rounding = None if choice == Choice() else curve.rounding[number_format]
     return LayerReport(
         layer_type=type(module).__name__,
         out_features=curve.out_features,
         in_features=curve.in_features,
         rank=rank,
-        storage=None if rank is None else layer.storage,
-        dense_parameters=curve.dense_parameters,
+        storage=None if rank is None else getattr(layer, "inner", layer).storage,
+        dense_parameters=whole.dense_parameters,
         parameters=curve.parameters(rank, number_format),
         first_order=None if curve.first_order is None else 0.0 if rank is None else float(curve.first_order[rank]),
-        second_order=0.0 if rank is None else float(curve.second_order[rank]),
+        second_order=curve.base if rank is None else float(curve.second_order[rank]),
         format=number_format,
         form=form,
         groups=curve.groups,

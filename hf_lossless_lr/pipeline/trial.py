@@ -27,9 +27,9 @@ from ..factors import (
 )
 from ..fingerprint import content_digest
 from ..layers import copied, grids_in, restore_grids
-from ..ranks import Choices
+from ..ranks import Choice, Choices
 from ..report import Difference
-from ..statistics import CalibrationStatistics
+from ..statistics import LayerStatistics
 from ..timing import Clock
 from ..verdict import (
     KeptAnswers,
@@ -39,7 +39,7 @@ from ..verdict import (
     mean_upper_bound,
     paired_outcomes,
 )
-from .building import build_layers
+from .building import build_layers, narrow_layer
 from .calibration import Calibration
 
 logger = logging.get_logger(__name__)
@@ -194,15 +194,14 @@ def _refit(
     kept: RefittedLayers | None = None,
 ) -> list[str]:
     """Refit the layers, and return which were left as they are."""
-    statistics, dense = calibration.statistics, calibration.factors.targets.chosen
     targets = {
-        name: RefitTarget(dense[name], layer, partial(_moments, statistics, name, config), choices[name].format)
+        name: _refit_target(calibration, name, layer, choices[name], config)
         for name, layer in layers.items()
         if name in choices
     }
     heads = {name: head for name, head in calibration.heads.items() if name in layers}
     others = {name: layer for name, layer in layers.items() if name not in {**choices, **heads}}
-    groups = refit_groups(statistics, targets) + [(name,) for name in heads]
+    groups = refit_groups(calibration.statistics, targets) + [(name,) for name in heads]
     targets |= {name: RefitTarget(head, layers[name], lambda: None) for name, head in heads.items()}
     loaders, accelerator = _fitted_to(calibration, data), calibration.accelerator
     most, _ = calibration.memory.refit_batches or (None, None)
@@ -220,6 +219,17 @@ def _refit(
             most=most,
             residuals=calibration.residuals,
         )
+
+
+def _refit_target(
+    calibration: Calibration, name: str, layer: Any, choice: Choice, config: LosslessLowRankConfig
+) -> RefitTarget:
+    dense, statistics = calibration.factors.targets.chosen[name], calibration.statistics
+    narrow = narrow_layer(calibration, name, choice, config.damping)
+    if narrow is None:
+        return RefitTarget(dense, layer, partial(_moments, statistics.layers, name, config), choice.format)
+    moments = partial(_moments, {name: narrow.statistics}, name, config)
+    return RefitTarget(dense, layer, moments, choice.format, narrow)
 
 
 def _say_which_are_left(left: Sequence[str]) -> None:
@@ -255,9 +265,9 @@ def _shifted_norms(calibration: Calibration, layers: Mapping[str, Any], clock: C
         return shifted_batch_norms(calibration.dense.model, layers, loaders, calibration.accelerator, most)
 
 
-def _moments(statistics: CalibrationStatistics, name: str, config: LosslessLowRankConfig) -> torch.Tensor | None:
+def _moments(layers: Mapping[str, LayerStatistics], name: str, config: LosslessLowRankConfig) -> torch.Tensor | None:
     """Return B of a layer; None where the metric has none."""
-    return statistics.layers[name].grad_covariance if config.metric == "kronecker" else None
+    return layers[name].grad_covariance if config.metric == "kronecker" else None
 
 
 def _outcomes(calibration: Calibration, layers: Mapping[str, nn.Module], clock: Clock) -> PairedOutcomes:

@@ -100,11 +100,13 @@ def flop_sizes(
         for form, other in curve.others.items():
             numbers = other.groups * (other.in_features * widening.get(name, 1.0) + other.out_features)
             others[form] = LayerSize(flops * numbers * np.arange(len(other.second_order)), dense)
+        for form, other in curve.paired.items():
+            others[form] = LayerSize(flops * parameter_size(other).by_rank, flops * other.dense_parameters)
         sizes[name] = LayerSize(flops * parameter_size(curve).by_rank, dense, others=others)
     return sizes
 
 
 def unreached_size(curve: LossCurve) -> LayerSize:
     """Return the size of a layer that the batch at hand does not reach: nothing, so no rank makes it smaller."""
-    others = {form: unreached_size(other) for form, other in curve.others.items()}
+    others = {form: unreached_size(other) for form, other in {**curve.others, **curve.paired}.items()}
     return LayerSize(np.full_like(parameter_size(curve).by_rank, np.inf, dtype=np.float64), 0.0, others=others)

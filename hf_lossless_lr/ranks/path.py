@@ -152,7 +152,7 @@ def points_of(
             costs, rounding = cost(form), form.rounding[name]
             ranks = reversed(allowed_ranks(form, multiple, size.in_form(form.form), name))
             for rank in (*([None] if form is curve else []), *ranks):
-                choice, total = Choice(rank, name, form.form), 0.0 if rank is None else float(costs[rank])
+                choice, total = Choice(rank, name, form.form), form.base if rank is None else float(costs[rank])
                 total += 0.0 if rounding is None else ROUNDING_SHARE * rounding.at(rank)
                 points.append(Point(size.of(choice), total, choice))
     return points

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..errors import ConfigurationError
 from ..factors import LossCurve
+from .pairs import forms_of_pairs, in_forms
 from .path import Point, compression_path, points_of, second_order_cost, whole_size
 from .sizes import Budget, Choice, Choices, Curves, LayerSize, Sizes, sizes_of
 
@@ -48,7 +49,7 @@ def select_budget(
 ) -> Choices:
     """Choose the ranks and formats with the lowest predicted loss that keep at most a share of the size.
 
-    Walks the path until the budget is met. What is left of the budget then goes to the layers that gain most by it,
+    Pairs of layers take their forms first. Walks the path until the budget is met. What is left of the budget then goes to the layers that gain most by it,
     first to the one that took the last step.
 
     Args:
@@ -67,8 +68,10 @@ def select_budget(
     """
     kind = "parameters" if sizes is None else "size"
     sizes = sizes_of(curves, sizes)
+    whole = whole_size(curves, sizes, fixed, whole)
+    budget = (keep_ratio + ROUNDING) * whole - fixed
+    curves, sizes = in_forms(curves, sizes, forms_of_pairs(curves, budget, rank_multiple, sizes))
     path = compression_path(curves, second_order_cost, rank_multiple, sizes, fixed, whole)
-    budget = (keep_ratio + ROUNDING) * path.whole - fixed
     if path.targeted[-1] > budget:
         smallest = math.ceil(path.kept_after(len(path)) * 1e4) / 1e4  # rounded up: the ratio named can be reached
         outside = fixed / path.whole

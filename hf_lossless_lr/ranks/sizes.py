@@ -88,7 +88,7 @@ def default_multiple(device: str, full_rank: int) -> int:
 def parameter_size(curve: LossCurve) -> LayerSize:
     """Return the parameters of a layer's weight at every rank, as a size."""
     counts = [curve.parameters(rank) for rank in range(len(curve.second_order))]
-    others = {form: parameter_size(other) for form, other in curve.others.items()}
+    others = {form: parameter_size(other) for form, other in {**curve.others, **curve.paired}.items()}
     return LayerSize(np.array(counts, dtype=np.float64), float(curve.dense_parameters), others=others)
 
 
@@ -112,13 +112,13 @@ def byte_size(curve: LossCurve, itemsize: int) -> LayerSize:
         def stored(rank: int | None) -> float:
             out_features, in_features, storage = curve.out_features, curve.in_features, curve.storage
             stored_as = rank, storage, number_format, itemsize, curve.pivots_inputs, curve.width
-            return float(curve.groups * weight_bytes(out_features, in_features, *stored_as))
+            return float(curve.groups * weight_bytes(out_features, in_features, *stored_as) + curve.places_bytes)
 
         return LayerSize(np.array([stored(rank) for rank in range(len(curve.second_order))]), stored(None))
 
     plain = in_format(FLOAT)
     rounded = {name: in_format(name) for name in curve.rounding if name != FLOAT}
-    others = {form: byte_size(other, itemsize) for form, other in curve.others.items()}
+    others = {form: byte_size(other, itemsize) for form, other in {**curve.others, **curve.paired}.items()}
     return LayerSize(plain.by_rank, plain.dense, rounded, others)
 
 

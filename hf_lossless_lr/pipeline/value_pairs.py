@@ -1,0 +1,211 @@
+"""Pairs of layers between which attention takes means of values: found by turning the values of each head.
+
+Attention is linear in its values, head by head. So if the outputs of a layer are turned within heads, what the output
+projection receives is turned in the same way, and nothing else in the model changes: that is tried on an example. No
+kind of attention has to be known, and where values are changed on their way, or used elsewhere, there is no pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..data import DataSplits, run_batch, subset
+from ..factors import DenseLayer, FewerDimensions, fewer_dimensions
+from ..layers import Targets, evaluating, random_state_kept, weight_matrices
+from ..statistics import CalibrationStatistics
+
+MOST_CANDIDATES = 4  # layers before an output projection that may be the values
+
+
+class ValuePair(NamedTuple):
+    """Two layers, the second of which receives means of the outputs of the first.
+
+    Attributes:
+        values: name of the first.
+        output: name of the second.
+        heads: how many heads there are in what the second one receives, and in the values.
+    """
+
+    values: str
+    output: str
+    heads: tuple[int, int]
+
+
+def form_of(count: int) -> str:
+    """Return the name of the form with so many dimensions."""
+    return f"{count} dimensions"
+
+
+def narrowed(
+    pair: ValuePair, count: int, targets: Targets, statistics: CalibrationStatistics, damping: float
+) -> FewerDimensions:
+    """Return both layers of a pair with so many dimensions between them.
+
+    Args:
+        pair: the pair.
+        count: dimensions of all heads with values.
+        targets: the layers.
+        statistics: their statistics.
+        damping: relative damping of the second moments.
+    """
+    layers = (
+        DenseLayer(weight_matrices(targets.chosen[name]), statistics.layers[name])
+        for name in (pair.values, pair.output)
+    )
+    return fewer_dimensions(*layers, pair.heads, count, damping)
+
+
+def value_pairs(
+    model: PreTrainedModel,
+    targets: Targets,
+    statistics: CalibrationStatistics,
+    parts: DataSplits,
+    accelerator: Accelerator,
+) -> dict[str, ValuePair]:
+    """Return the pairs of a model.
+
+    Args:
+        model: the dense model, on the accelerator's device.
+        targets: the layers.
+        statistics: their statistics: those of layers that are called once in a pass count.
+        parts: the data.
+        accelerator: the processes and the device.
+
+    Returns:
+        Name of each layer of a pair to the pair; the same on each process.
+    """
+    order = [name for group in statistics.groups for name in group]
+    layers: dict[str, Any] = {n: targets.chosen[n] for n in order if type(targets.chosen.get(n)) is nn.Linear}
+    alone = [group[0] for group in statistics.groups if len(group) == 1 and group[0] in layers]
+    found: dict[str, ValuePair] = {}
+    for batch in accelerator.prepare(subset(parts.calibration, [0])):  # one process has it
+        found = _pairs_in(model, layers, alone, batch)
+    found = dict(gather_object(list(found.items())))
+    return {name: pair for pair in found.values() for name in (pair.values, pair.output)}
+
+
+@torch.no_grad()
+def _pairs_in(
+    model: PreTrainedModel, layers: Mapping[str, Any], outputs: Sequence[str], batch: Any
+) -> dict[str, ValuePair]:
+    """Return the pair of each output projection, of some layers that may be one."""
+    found: dict[str, ValuePair] = {}
+    with evaluating(model), random_state_kept(next(iter(model.parameters())).device):
+        received = dict[str, torch.Tensor]()
+        with _hooks(layers, received):
+            expected = _tensors(run_batch(model, batch, quick=False))
+        trials: list[dict[str, ValuePair]] = []
+        for output in outputs:
+            for n, pair in enumerate(_candidates(output, layers, model)):
+                trials += [{}] if n == len(trials) else []
+                trials[n][output] = pair
+        for trial in trials:  # one candidate of each output projection at once
+            open_ = {output: pair for output, pair in trial.items() if output not in found}
+            turned = dict[str, bool]()
+            with _turning(layers, open_, received, turned):
+                after = _tensors(run_batch(model, batch, quick=False))
+            same = len(after) == len(expected) and all(map(_close, after, expected))
+            taken = {pair.values for pair in found.values()}
+            found |= {o: p for o, p in open_.items() if same and turned.get(o) and p.values not in taken}
+    return found
+
+
+def _candidates(output: str, layers: Mapping[str, Any], model: nn.Module) -> Iterator[ValuePair]:
+    """Yield what may be the pair of a layer, the largest heads first."""
+    names, size = list(layers), layers[output].in_features
+    parts = output.split(".")
+    for length in range(len(parts) - 1, 0, -1):  # the innermost module with other layers before this one
+        if parts[length - 1].isdecimal():  # a block, of which attention is a part
+            return
+        above = ".".join(parts[:length])
+        near = [n for n in names[: names.index(output)] if n.startswith(f"{above}.")]
+        near = [n for n in near if layers[n].out_features > 1 and size % layers[n].out_features == 0]
+        if near:
+            break
+    else:
+        return
+    around = [model.get_submodule(".".join(parts[:n])) for n in range(length, len(parts))]
+    for name in reversed(near[-MOST_CANDIDATES:]):
+        inner = name.split(".")
+        modules = [*around, *(model.get_submodule(".".join(inner[:n])) for n in range(length, len(inner)))]
+        values = layers[name].out_features
+        numbers = {v for m in modules for v in vars(m).values() if type(v) is int and 0 < v <= values}
+        sizes = {s for v in numbers for s in (v, values // v) if values % s == 0 and s > 1}
+        for each in sorted(sizes, reverse=True):
+            yield ValuePair(name, output, (size // each, values // each))
+
+
+@contextmanager
+def _hooks(layers: Mapping[str, Any], received: dict[str, torch.Tensor]) -> Iterator[None]:
+    def keep(name: str) -> Any:
+        return lambda module, args: received.update({name: args[0]})
+
+    handles = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _turning(
+    layers: Mapping[str, Any],
+    pairs: Mapping[str, ValuePair],
+    received: Mapping[str, torch.Tensor],
+    turned: dict[str, bool],
+) -> Iterator[None]:
+    """Turn values on their way, and back where they arrive; note whether they arrived as they should have."""
+    handles = []
+
+    def at_values(turns: torch.Tensor) -> Any:
+        return lambda module, args, y: _turned(y, turns)
+
+    def at_output(name: str, turns: torch.Tensor) -> Any:
+        def hook(module: Any, args: Any) -> Any:
+            before = received[name]
+            expected = _turned(before, turns)
+            turned[name] = _close(args[0], expected) and not _close(expected, before)
+            return (before, *args[1:])
+
+        return hook
+
+    try:
+        for output, pair in pairs.items():
+            values, (queries, keys) = layers[pair.values], pair.heads
+            size = values.out_features // keys
+            turns = torch.linalg.qr(torch.randn(keys, size, size, device=values.weight.device))[0]
+            handles.append(values.register_forward_hook(at_values(turns)))
+            turns = turns.repeat_interleave(queries // keys, dim=0)
+            handles.append(layers[output].register_forward_pre_hook(at_output(output, turns)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _turned(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """Return rows with each head turned.  # shapes: (..., heads · size), (heads, size, size)."""
+    heads = x.unflatten(-1, turns.shape[:2])
+    return (heads.unsqueeze(-2) @ turns.to(x)).squeeze(-2).flatten(-2)
+
+
+def _tensors(outputs: Any) -> list[torch.Tensor]:
+    values = outputs.values() if isinstance(outputs, Mapping) else outputs
+    return [value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
+
+
+def _close(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Return whether two tensors are the same but for rounding."""
+    if x.shape != y.shape:
+        return False
+    tolerance = 4 * torch.finfo(x.dtype).eps ** 0.75 * float(y.abs().max())
+    return bool((x.float() - y.float()).abs().max() <= tolerance)
