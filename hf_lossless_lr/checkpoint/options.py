@@ -112,7 +112,7 @@ class CompressionOptions(Renamed):
     )
     forms: list[str] | None = _option(
         None,
-        "forms of a convolution's kernel: channel, spatial; default both with kronecker. And dimensions: fewer of them in attention",
+        "forms of a convolution's kernel: channel, spatial; both by default; dimensions: fewer in attention",
         choices=FORM_CHOICES,
     )
     embeddings: str = _option(FLOAT, "number format of the embeddings", choices=NUMBER_FORMATS)

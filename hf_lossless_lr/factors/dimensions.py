@@ -1,8 +1,8 @@
 r"""Fewer dimensions between the values and the output of attention, in each head as many as it needs.
 
-Attention takes a mean of values, so a head's contexts follow any linear map of its values. With the weight `W_h` of the
-output projection for head `h`, `S = Σ_h W_hᵀ B W_h` over the query heads that share values, and the mean `A = L Lᵀ` of
-the second moments of their contexts, let `V` be the first eigenvectors of `LᵀSL`. Then
+Attention takes a mean of values, so a head's contexts follow any linear map of its values. With the weight `W_h` of
+the output projection for head `h`, `S = Σ_h W_hᵀ B W_h` over the query heads that share values, and the mean
+`A = L Lᵀ` of the second moments of their contexts, let `V` be the first eigenvectors of `LᵀSL`. Then
 
 $$P = V^\top L^{-1}, \qquad Q = L V, \qquad P Q = I,$$
 

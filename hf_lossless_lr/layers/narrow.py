@@ -36,11 +36,13 @@ class NarrowLinear(nn.Module):
 
     def __init__(self, dense: Any, features: int, side: str) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.features, self.side = *dense.weight.shape[::-1], features, side
         weight, of_outputs = dense.weight, side == OUTPUTS
-        sizes = (self.in_features, features) if of_outputs else (features, self.out_features)
+        self.out_features, self.in_features = weight.shape
+        self.features, self.side = features, side
+        inputs, outputs = (self.in_features, features) if of_outputs else (features, self.out_features)
+        kw: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         with random_state_kept(weight.device):
-            self.inner = nn.Linear(*sizes, bias=dense.bias is not None, device=weight.device, dtype=weight.dtype)
+            self.inner = nn.Linear(inputs, outputs, bias=dense.bias is not None, **kw)
         first = torch.arange(self.out_features if of_outputs else features, device=weight.device, dtype=torch.int32)
         self.register_buffer("places", first.clamp_max(features))
         self.register_buffer("weight", weight.detach().new_zeros(Factorized.guard_shape))

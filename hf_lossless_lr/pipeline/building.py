@@ -11,6 +11,7 @@ from ..checkpoint import LosslessLowRankConfig
 from ..factors import NarrowLayer, damped, factorize, fill
 from ..formats import FLOAT
 from ..layers import (
+    FORMS,
     INPUTS,
     OUTPUTS,
     NarrowLinear,
@@ -23,7 +24,7 @@ from ..layers import (
 from ..ranks import Choice
 from .calibration import Calibration
 from .embeddings import rounded_embeddings
-from .value_pairs import form_of, narrowed
+from .value_pairs import count_of, narrowed
 
 
 def build_layers(
@@ -77,15 +78,11 @@ def narrow_layer(calibration: Calibration, name: str, choice: Choice, damping: f
         choice: what it becomes.
         damping: relative damping of the second moments.
     """
-    curve = calibration.factors.curves[name]
-    if choice.form not in curve.paired:
+    if choice.form in FORMS:
         return None
-    pair, narrow = calibration.pairs[name], curve.paired[choice.form]
-    values = name == pair.values
-    count = narrow.out_features if values else narrow.in_features * pair.heads[1] // pair.heads[0]
-    assert choice.form == form_of(count)
-    found = narrowed(pair, count, calibration.factors.targets, calibration.statistics, damping)
-    return found.values if values else found.output
+    pair, targets = calibration.pairs[name], calibration.factors.targets
+    found = narrowed(pair, count_of(choice.form), targets, calibration.statistics, damping)
+    return found.values if name == pair.values else found.output
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import takewhile, zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +45,11 @@ def form_of(count: int) -> str:
     return f"{count} dimensions"
 
 
+def count_of(form: str) -> int:
+    """Return how many dimensions such a form has."""
+    return int(form.partition(" ")[0])
+
+
 def narrowed(
     pair: ValuePair, count: int, targets: Targets, statistics: CalibrationStatistics, damping: float
 ) -> FewerDimensions:
@@ -56,11 +62,11 @@ def narrowed(
         statistics: their statistics.
         damping: relative damping of the second moments.
     """
-    layers = (
+    values, output = (
         DenseLayer(weight_matrices(targets.chosen[name]), statistics.layers[name])
         for name in (pair.values, pair.output)
     )
-    return fewer_dimensions(*layers, pair.heads, count, damping)
+    return fewer_dimensions(values, output, pair.heads, count, damping)
 
 
 def value_pairs(
@@ -97,24 +103,30 @@ def _pairs_in(
     model: PreTrainedModel, layers: Mapping[str, Any], outputs: Sequence[str], batch: Any
 ) -> dict[str, ValuePair]:
     """Return the pair of each output projection, of some layers that may be one."""
-    found: dict[str, ValuePair] = {}
+    received, found = dict[str, torch.Tensor](), dict[str, ValuePair]()
+    queues: dict[str, list[ValuePair]] = {}
+    for output in outputs:
+        for pair in _candidates(output, layers, model):
+            queues.setdefault(_module_of(pair), []).append(pair)
     with evaluating(model), random_state_kept(next(iter(model.parameters())).device):
-        received = dict[str, torch.Tensor]()
         with _hooks(layers, received):
             expected = _tensors(run_batch(model, batch, quick=False))
-        trials: list[dict[str, ValuePair]] = []
-        for output in outputs:
-            for n, pair in enumerate(_candidates(output, layers, model)):
-                trials += [{}] if n == len(trials) else []
-                trials[n][output] = pair
-        for trial in trials:  # one candidate of each output projection at once
-            open_ = {output: pair for output, pair in trial.items() if output not in found}
-            turned = dict[str, bool]()
-            with _turning(layers, open_, received, turned):
+
+        def arrive(pairs: Sequence[ValuePair]) -> tuple[list[ValuePair], bool]:
+            """Return the pairs whose turned values arrive as they should, and whether nothing else changes."""
+            arrived = dict[str, bool]()
+            with _turning(layers, pairs, received, arrived):
                 after = _tensors(run_batch(model, batch, quick=False))
             same = len(after) == len(expected) and all(map(_close, after, expected))
-            taken = {pair.values for pair in found.values()}
-            found |= {o: p for o, p in open_.items() if same and turned.get(o) and p.values not in taken}
+            return [pair for pair in pairs if arrived.get(pair.output)], same
+
+        for trial in zip_longest(*queues.values()):  # of each module one pair at a time
+            taken = {name for pair in found.values() for name in (pair.values, pair.output)}
+            pairs = [pair for pair in trial if pair is not None and taken.isdisjoint((pair.values, pair.output))]
+            right, same = arrive(pairs) if pairs else ([], True)
+            if right and not same:  # by those that are none, or by values that are read elsewhere
+                right = [pair for pair in right if arrive([pair]) == ([pair], True)]
+            found |= {pair.output: pair for pair in right}
     return found
 
 
@@ -143,6 +155,12 @@ def _candidates(output: str, layers: Mapping[str, Any], model: nn.Module) -> Ite
             yield ValuePair(name, output, (size // each, values // each))
 
 
+def _module_of(pair: ValuePair) -> str:
+    """Return the name of the innermost module that has both layers."""
+    names = pair.values.split("."), pair.output.split(".")
+    return ".".join(part for part, _ in takewhile(lambda each: each[0] == each[1], zip(*names, strict=False)))
+
+
 @contextmanager
 def _hooks(layers: Mapping[str, Any], received: dict[str, torch.Tensor]) -> Iterator[None]:
     def keep(name: str) -> Any:
@@ -159,9 +177,9 @@ def _hooks(layers: Mapping[str, Any], received: dict[str, torch.Tensor]) -> Iter
 @contextmanager
 def _turning(
     layers: Mapping[str, Any],
-    pairs: Mapping[str, ValuePair],
+    pairs: Sequence[ValuePair],
     received: Mapping[str, torch.Tensor],
-    turned: dict[str, bool],
+    arrived: dict[str, bool],
 ) -> Iterator[None]:
     """Turn values on their way, and back where they arrive; note whether they arrived as they should have."""
     handles = []
@@ -173,19 +191,19 @@ def _turning(
         def hook(module: Any, args: Any) -> Any:
             before = received[name]
             expected = _turned(before, turns)
-            turned[name] = _close(args[0], expected) and not _close(expected, before)
+            arrived[name] = _close(args[0], expected) and not _close(expected, before)
             return (before, *args[1:])
 
         return hook
 
     try:
-        for output, pair in pairs.items():
+        for pair in pairs:
             values, (queries, keys) = layers[pair.values], pair.heads
             size = values.out_features // keys
             turns = torch.linalg.qr(torch.randn(keys, size, size, device=values.weight.device))[0]
             handles.append(values.register_forward_hook(at_values(turns)))
             turns = turns.repeat_interleave(queries // keys, dim=0)
-            handles.append(layers[output].register_forward_pre_hook(at_output(output, turns)))
+            handles.append(layers[pair.output].register_forward_pre_hook(at_output(pair.output, turns)))
         yield
     finally:
         for handle in handles:

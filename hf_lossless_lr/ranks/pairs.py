@@ -2,7 +2,8 @@
 
 A pair is a layer whose curve has `paired` forms, and the one that has the same. For a multiplier `λ`, each layer
 minimizes `cost + λ · size` alone in each form, and each pair takes the form with the least sum. The multiplier is the
-smallest one at which all of it fits into the budget.
+smallest one at which all of it fits into the budget. What pairs take just below it may be better still, for ranks can
+make up for what does not fit.
 """
 
 from __future__ import annotations
@@ -21,8 +22,12 @@ STEPS = 80  # of a bisection of the logarithm of the multiplier
 LARGEST, SMALLEST = 1e6, 1e-30  # nats for each unit of size
 
 
-def forms_of_pairs(curves: Mapping[str, LossCurve], budget: float, rank_multiple: int, sizes: Sizes) -> dict[str, str]:
-    """Return the form of each layer of a pair that takes one, at the least predicted cost within a budget.
+Forms = dict[str, str]
+"""Name of a layer to its form, for layers that take one together with another; both have the same one."""
+
+
+def forms_of_pairs(curves: Mapping[str, LossCurve], budget: float, rank_multiple: int, sizes: Sizes) -> list[Forms]:
+    """Return forms of the pairs that may have the least predicted cost within a budget.
 
     Args:
         curves: a loss curve for each layer.
@@ -31,18 +36,21 @@ def forms_of_pairs(curves: Mapping[str, LossCurve], budget: float, rank_multiple
         sizes: what the budget counts.
 
     Returns:
-        Name of a layer to its form; both layers of a pair have the same one.
+        Forms to compare: none at all, and those on both sides of the multiplier.
     """
     units = [_Unit(names, curves, rank_multiple, sizes) for names in _units(curves)]
     if all(len(unit.names) == 1 for unit in units):
-        return {}
+        return [{}]
     low, high = np.log(SMALLEST), np.log(LARGEST)
     for _ in range(STEPS):
         middle = (low + high) / 2
         fits = sum(unit.size_at(np.exp(middle)) for unit in units) <= budget
         low, high = (low, middle) if fits else (middle, high)
-    forms = {name: unit.form_at(np.exp(high)) for unit in units for name in unit.names}
-    return {name: form for name, form in forms.items() if form != CHANNEL}
+    found: list[Forms] = [{}]
+    for multiplier in np.exp([low, high]):
+        forms = {unit.names: unit.form_at(multiplier) for unit in units}
+        found.append({name: form for names, form in forms.items() for name in names if form != CHANNEL})
+    return [forms for n, forms in enumerate(found) if forms not in found[:n]]
 
 
 def in_forms(

@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import ConfigurationError
 from ..factors import LossCurve
 from .pairs import forms_of_pairs, in_forms
-from .path import Point, compression_path, points_of, second_order_cost, whole_size
+from .path import CompressionPath, Point, compression_path, points_of, second_order_cost, whole_size
 from .sizes import Budget, Choice, Choices, Curves, LayerSize, Sizes, sizes_of
 
 ROUNDING = 1e-9  # of a size, in which sums of seconds may differ from what they are a share of
@@ -49,8 +49,8 @@ def select_budget(
 ) -> Choices:
     """Choose the ranks and formats with the lowest predicted loss that keep at most a share of the size.
 
-    Pairs of layers take their forms first. Walks the path until the budget is met. What is left of the budget then goes to the layers that gain most by it,
-    first to the one that took the last step.
+    Pairs of layers take their forms first. Walks the path until the budget is met. What is left of the budget then
+    goes to the layers that gain most by it, first to the one that took the last step.
 
     Args:
         curves: a loss curve for each layer.
@@ -70,11 +70,15 @@ def select_budget(
     sizes = sizes_of(curves, sizes)
     whole = whole_size(curves, sizes, fixed, whole)
     budget = (keep_ratio + ROUNDING) * whole - fixed
-    curves, sizes = in_forms(curves, sizes, forms_of_pairs(curves, budget, rank_multiple, sizes))
-    path = compression_path(curves, second_order_cost, rank_multiple, sizes, fixed, whole)
-    if path.targeted[-1] > budget:
-        smallest = math.ceil(path.kept_after(len(path)) * 1e4) / 1e4  # rounded up: the ratio named can be reached
-        outside = fixed / path.whole
+    paths = []
+    for forms in forms_of_pairs(curves, budget, rank_multiple, sizes):
+        settled = in_forms(curves, sizes, forms)
+        paths.append(compression_path(settled[0], second_order_cost, rank_multiple, settled[1], fixed, whole))
+    fitting = [_within(path, budget) for path in paths if path.targeted[-1] <= budget]
+    if not fitting:
+        least = min(path.kept_after(len(path)) for path in paths)
+        smallest = math.ceil(least * 1e4) / 1e4  # rounded up: the ratio named can be reached
+        outside = fixed / whole
         multiple = max(curve.multiple(rank_multiple) for curve in curves.values())
         part = (
             f"whole model's {kind} ({outside:.4f} lies outside the targeted layers)" if fixed else f"targeted {kind}"
@@ -83,14 +87,18 @@ def select_budget(
             f"keep_ratio={keep_ratio} cannot be reached: with rank_multiple={multiple} the smallest model keeps "
             f"{smallest:.4f} of the {part}."
         )
+    return min(fitting, key=lambda each: each[0])[1]
+
+
+def _within(path: CompressionPath, budget: float) -> tuple[float, Choices]:
+    """Return the predicted cost, and the choices, of the model with the lowest one that a path has in a budget."""
     count = int(np.argmax(path.targeted <= budget))
-    choices = path.choices_after(count)
+    spend = _Spender(path.points, path.choices_after(count))
     if count:
-        spend = _Spender(path.points, choices)
         spare = spend.on(path.steps[count - 1].layer, budget - path.targeted[count])
         while (layer := spend.best(spare)) is not None:
             spare = spend.on(layer, spare)
-    return choices
+    return sum(point.cost for point in spend.now.values()), spend.choices
 
 
 class _Spender:
