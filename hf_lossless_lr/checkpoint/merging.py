@@ -160,6 +160,10 @@ def _check(model: PreTrainedModel, name: str) -> None:
         raise TargetError(f"{name!r} has weights that are tied to others. {MERGE_FIRST}")
     module = model.get_submodule(name)
     check_plain(name, module)
+    if isinstance(module, NarrowLinear):
+        raise TargetError(
+            f"{name!r} has fewer {module.side} than the adapter was trained on, and they are others. {MERGE_FIRST}"
+        )
     if grids_in(module) or any(isinstance(part, Stored) for part in module.modules()):
         raise TargetError(f"{name!r} has numbers of 8 bits or fewer, which merging would move. {MERGE_FIRST}")
 
@@ -175,10 +179,6 @@ def _like(old: nn.Module, new: nn.Module) -> nn.Module:
 
 def _merged(old: Any, lora: Any) -> nn.Module:
     """Return a layer with what an adapter adds to it."""
-    if isinstance(old, NarrowLinear):  # the adapter changes what is not in use, too
-        whole: Any = copied(old)
-        whole.inner = to_dense(whole.inner) if is_factorized(whole.inner) else whole.inner
-        old = whole.dense()
     if not is_factorized(old):
         new = copied(old)
         wide = torch.promote_types(new.weight.dtype, torch.float32)

@@ -93,6 +93,16 @@ class TestABert:
         assert torch.equal(new.up.weight[:, : old.rank], old.up.weight)
         assert torch.equal(new.down.weight[: old.rank], old.down.weight)
 
+    def test_with_fewer_dimensions_is_refused_where_the_adapter_changes_values(self, tmp_path):
+        model = compressed_bert(forms=["channel", "dimensions"], keep_ratio=0.4)
+        state = copy.deepcopy(model.state_dict())
+        adapter_of(build(BERT)[0], tmp_path / "value", target_modules=["value"])
+        with pytest.raises(TargetError, match="self.value' has fewer outputs than the adapter was trained on"):
+            merge_dense_adapter(model, tmp_path / "value")
+        check_same_state(state, model.state_dict())
+        adapter_of(build(BERT)[0], tmp_path / "query", target_modules=["query"])
+        merge_dense_adapter(model, tmp_path / "query")
+
     def test_becomes_dense_where_factors_would_be_no_smaller(self, tmp_path):
         model = compressed_bert()
         adapter_of(build(BERT)[0], tmp_path / "adapter", target_modules=["query"], r=40)
