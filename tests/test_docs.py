@@ -21,7 +21,15 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 DOCUMENTS = sorted([README, *(ROOT / "docs").glob("*.md")])
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-OWN_FIELDS = {"modules", "unfused", "format_version", "quant_method", "compute", "part"}  # no choices of a compression
+OWN_FIELDS = {
+    "modules",
+    "unfused",
+    "narrowed",
+    "format_version",
+    "quant_method",
+    "compute",
+    "part",
+}  # no choices of a compression
 
 
 def broken_links(text, folder):

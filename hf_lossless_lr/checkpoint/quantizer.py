@@ -21,7 +21,6 @@ from ..errors import CheckpointError, ConfigurationError, TargetError
 from ..formats import FLOAT
 from ..layers import (
     METHOD,
-    OUTPUTS,
     Factorized,
     NarrowLinear,
     Stored,
@@ -222,7 +221,7 @@ def _narrow(
     for name, path in paths.items():
         dense: Any = model.get_submodule(path)
         side, features = records[name]["side"], records[name]["features"]
-        if type(dense) is not nn.Linear or features >= (dense.out_features if side == OUTPUTS else dense.in_features):
+        if not NarrowLinear.takes(dense, features, side):
             raise CheckpointError(
                 f"the manifest's record of {name!r} does not fit the model: it has {features} {side}, of {dense}."
             )

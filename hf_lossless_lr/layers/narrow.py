@@ -47,6 +47,13 @@ class NarrowLinear(nn.Module):
         self.register_buffer("places", first.clamp_max(features))
         self.register_buffer("weight", weight.detach().new_zeros(Factorized.guard_shape))
 
+    @classmethod
+    def takes(cls, dense: nn.Module, features: int = 0, side: str = OUTPUTS) -> bool:
+        """Return whether such a layer may take the place of a dense one, with so many outputs or inputs."""
+        if type(dense) is not nn.Linear:
+            return False
+        return features < (dense.out_features if side == OUTPUTS else dense.in_features)
+
     @property
     def bias(self) -> torch.Tensor | None:
         """The bias of the layer inside."""

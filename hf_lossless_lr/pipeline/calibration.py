@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,6 @@ from ..errors import CheckpointError, ConfigurationError, TargetError
 from ..factors import Forms, LossCurve
 from ..fingerprint import architecture_fingerprint, content_digest, tensors_fingerprint
 from ..layers import (
-    DIMENSIONS,
     Targets,
     Unfused,
     checkpoint_bytes,
@@ -181,9 +180,7 @@ def calibrate(
     fingerprint = tensors_fingerprint(model.state_dict())
     parameters, stored = model.num_parameters(), checkpoint_bytes(model)
     with in_place(model, unfused), on_device(model, accelerator.device), ExitStack() as undo:
-        for loader in (parts.held_out, parts.selection):  # what is wrong with them shows now, not after the work
-            if loader is not None:
-                _try_first(model, loader, accelerator)
+        _try_first(model, [parts.held_out, parts.selection], accelerator)
         targets = without_heads(model, config, parts, targets, accelerator)
         kept = work_dir is not None
         memory, windows = plan_memory(
@@ -216,9 +213,7 @@ def calibrate(
         with clock.timed("factorization"):
             targets = heard(config, targets, statistics)
             skipped = skipped_weights(model, targets)
-            pairs = {}
-            if DIMENSIONS in (config.forms or ()):
-                pairs = value_pairs(model, targets, statistics, parts, accelerator)
+            pairs = value_pairs(model, config, targets, statistics, parts, accelerator)
             found = factorize_targets(config, targets, statistics, accelerator, shelf, pairs)
             factors = Factors(targets, skipped, *found)
         residuals = residual_stream(model, targets, statistics, parts, accelerator) if config.refit else {}
@@ -287,11 +282,12 @@ def check_unchanged(calibration: Calibration) -> None:
         )
 
 
-def _try_first(model: PreTrainedModel, loader: DataLoader, accelerator: Accelerator) -> None:
-    """Run the first item; it need not be labelled."""
+def _try_first(model: PreTrainedModel, loaders: Iterable[DataLoader | None], accelerator: Accelerator) -> None:
+    """Run the first item of each loader, so that what is wrong shows now; it need not be labelled."""
     with evaluating(model), torch.no_grad():
-        for batch in accelerator.prepare(subset(loader, [0])):
-            forward_loss(model, batch, 0)
+        for loader in loaders:
+            for batch in accelerator.prepare(subset(loader, [0])) if loader is not None else ():
+                forward_loss(model, batch, 0)
 
 
 def _statistics(

@@ -18,9 +18,10 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..checkpoint import LosslessLowRankConfig
 from ..data import DataSplits, run_batch, subset
 from ..factors import DenseLayer, FewerDimensions, fewer_dimensions
-from ..layers import Targets, evaluating, random_state_kept, weight_matrices
+from ..layers import DIMENSIONS, NarrowLinear, Targets, evaluating, random_state_kept, weight_matrices
 from ..statistics import CalibrationStatistics
 
 MOST_CANDIDATES = 4  # layers before an output projection that may be the values
@@ -71,6 +72,7 @@ def narrowed(
 
 def value_pairs(
     model: PreTrainedModel,
+    config: LosslessLowRankConfig,
     targets: Targets,
     statistics: CalibrationStatistics,
     parts: DataSplits,
@@ -80,16 +82,21 @@ def value_pairs(
 
     Args:
         model: the dense model, on the accelerator's device.
+        config: the forms that layers may take.
         targets: the layers.
         statistics: their statistics: those of layers that are called once in a pass count.
         parts: the data.
         accelerator: the processes and the device.
 
     Returns:
-        Name of each layer of a pair to the pair; the same on each process.
+        Name of each layer of a pair to the pair; the same on each process. None if there is no such form.
     """
+    if DIMENSIONS not in (config.forms or ()):
+        return {}
     order = [name for group in statistics.groups for name in group]
-    layers: dict[str, Any] = {n: targets.chosen[n] for n in order if type(targets.chosen.get(n)) is nn.Linear}
+    layers: dict[str, Any] = {
+        n: targets.chosen[n] for n in order if n in targets.chosen and NarrowLinear.takes(targets.chosen[n])
+    }
     alone = [group[0] for group in statistics.groups if len(group) == 1 and group[0] in layers]
     found: dict[str, ValuePair] = {}
     for batch in accelerator.prepare(subset(parts.calibration, [0])):  # one process has it
