@@ -2,8 +2,8 @@
 
     python studies/joint_forms.py --testbed ../shared/testbed
 
-Two forms that checkpoints do not have, on the statistics of a calibration: fewer dimensions between `v` and `o` of an
-attention head, and one `down` for all layers that read the same. The predicted cost of a block is the least one at
+On the statistics of a calibration: fewer dimensions between `v` and `o` of an attention head, and one `down` for all
+layers that read the same, which checkpoints do not have. The predicted cost of a block is the least one at
 which its layers take a share of their parameters, each by itself or in the form, in either storage. Forms may be
 mixed: what `v` and `o` are with fewer dimensions may be factorized as well.
 """
@@ -18,7 +18,7 @@ import torch
 from testbed_tasks import Task, language, sentiment
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
-from hf_lossless_lr.factors import LossCurve, factorize, loss_curve
+from hf_lossless_lr.factors import DenseLayer, LossCurve, factorize, fewer_dimensions, loss_curve
 from hf_lossless_lr.ranks import compression_path, second_order_cost
 from hf_lossless_lr.statistics import LayerStatistics
 
@@ -58,42 +58,16 @@ def shared(layers: Sequence[Layer]) -> Layer:
 
 
 def narrowed(v: Layer, o: Layer, heads: tuple[int, int], share: float) -> tuple[Layer, Layer, float]:
-    """Return `v` and `o` with fewer dimensions between them, and what that alone is predicted to cost.
-
-    With `S = Σ_h W_hᵀ B W_h` over the query heads of a key head and `A` the mean of the moments of their contexts,
-    `LLᵀ = A`, the rows of `P = VᵀL⁻¹` are the dimensions that are kept, `V` the first eigenvectors of `LᵀSL`. Values
-    become `P W_V`, and `W_O` what fits best behind them, `W_O A_o Pᵀ(P A_o Pᵀ)⁻¹`. What is still wrong with values is
-    heard through `LV`, as `A Pᵀ(P A Pᵀ)⁻¹` of a head is.
-
-    Args:
-        v: W, A and B of the values.
-        o: the same of the output projection.
-        heads: of queries, and of keys.
-        share: of the dimensions.
-    """
-    (W_v, A_v, B_v), (W_o, A_o, B_o) = v, o
+    """Return `v` and `o` with a share of the dimensions between them, and what that alone is predicted to cost."""
     if share == 1:
         return v, o, 0.0
-    queries, keys = heads
-    damped = A_o + DAMPING * A_o.diagonal().diag()
-    found = []
-    for key in range(keys):
-        parts = torch.arange(len(A_o)).view(keys, queries // keys, -1)[key]
-        S = sum(W_o[:, part].T @ B_o @ W_o[:, part] for part in parts)
-        L = torch.linalg.cholesky(sum(damped[part][:, part] for part in parts) / len(parts))
-        values, V = torch.linalg.eigh(L.T @ S @ L)
-        P = torch.linalg.solve_triangular(L, V.flip(1).T, upper=False, left=False)
-        found.append((values.flip(0), P, L @ V.flip(1)))
-    pooled = torch.cat([values for values, *_ in found]).sort(descending=True).values
-    least = pooled[round(share * len(pooled)) - 1]
-    counts = [max(1, int((values >= least).sum())) for values, *_ in found]
-    kept = [P[:count] for count, (_, P, _) in zip(counts, found, strict=True)]
-    P_v, P_o = torch.block_diag(*kept), torch.block_diag(*(P for P in kept for _ in range(queries // keys)))
-    lift = torch.block_diag(*(Q[:, :count] for count, (*_, Q) in zip(counts, found, strict=True)))
-    back = torch.linalg.solve(P_o @ damped @ P_o.T, P_o @ damped).T
-    change = W_o @ back @ P_o - W_o
-    cost = 0.5 * float((B_o * (change @ A_o @ change.T)).sum())
-    return (P_v @ W_v, A_v, lift.T @ B_v @ lift), (W_o @ back, P_o @ A_o @ P_o.T, B_o), cost
+    values, output = (DenseLayer(W[None], LayerStatistics(None, A[None], B[None], 1, 1)) for W, A, B in (v, o))
+    found = fewer_dimensions(values, output, heads, round(share * len(v[0])), DAMPING)
+    narrow_v, narrow_o = (
+        (each.weight[0], each.statistics.input_covariance[0], each.statistics.grad_covariance[0])
+        for each in (found.values, found.output)
+    )
+    return narrow_v, narrow_o, found.cost
 
 
 def costs(layers: dict[str, Layer], names: Any, heads: tuple[int, int]) -> dict[tuple[str, str, float], float]:

@@ -11,15 +11,18 @@
 * `curvature`: B of the gradients of the labels, instead of the Gauss-Newton matrix.
 * `rounding`: what the predicted cost of rounding counts for beside that of truncation; shares are of the bytes.
 * `removal`: most of the ranks of one layer are taken away, in the hope that the loss falls.
+* `dimensions`: fewer of them between values and output of attention, in floating point; `rounded dimensions` with all
+  number formats, where shares are of the bytes.
 
 Models are calibrated on the first lines of the calibration data, and judged on others. Factors are stored as two (of
-`rounding`: as by default).
+`rounding` and `dimensions`: as by default).
 Records that the file has are not measured again; without --testbed, the table is printed from the file as it is.
 """
 
 import argparse
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -34,7 +37,7 @@ from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
 from hf_lossless_lr.baselines.truncation import two_factors
 from hf_lossless_lr.data import make_dataloader, mean_loss
 from hf_lossless_lr.factors import factorize
-from hf_lossless_lr.layers import in_place, is_factorized, weight_matrices
+from hf_lossless_lr.layers import DIMENSIONS, FORMS, in_place, is_factorized, weight_matrices
 from hf_lossless_lr.pipeline import verify
 from hf_lossless_lr.processes import make_accelerator
 from hf_lossless_lr.ranks import path
@@ -45,6 +48,7 @@ LIMITS = (None, 2.0, 1.4)
 RIDGES = (1.0, 10.0, 100.0)
 RATES, STEPS = (1e-4, 3e-4), 200
 SHARES = (0.25, 0.02)
+DEFAULTS: dict[str, Any] = {"storage": "auto", "rank_multiple": None}
 ROUNDING = (1 / 6, 1 / 3, 2 / 3, 1.0)
 
 
@@ -68,9 +72,9 @@ def place(name: str, testbed: Path) -> Place:
 
 
 def compressed(place: Place, keep_ratio: float | None, **options: Any) -> tuple[PreTrainedModel, CompressionReport]:
-    """Return a compressed copy of a model, and its report."""
+    """Return a compressed copy of a model, and its report; in two factors of any rank, if nothing else is said."""
     model = deepcopy(place.model)
-    config = LosslessLowRankConfig(keep_ratio=keep_ratio, storage="two-factor", rank_multiple=1, **options)
+    config = LosslessLowRankConfig(keep_ratio=keep_ratio, **{"storage": "two-factor", "rank_multiple": 1} | options)
     compressor = LowRankCompressor(config)
     compressor.compress(model, place.calibration, eval_dataset=place.others, processing_class=place.processing_class)
     report: Any = compressor.report
@@ -211,12 +215,8 @@ def curvature(place: Place, keep_ratio: float) -> Iterator[Record]:
 def rounding(place: Place, keep_ratio: float) -> Iterator[Record]:
     """Yield what the choice of ranks and formats costs, by what rounding counts for."""
     for share in ROUNDING:
-        model = deepcopy(place.model)
         with patch.object(path, "ROUNDING_SHARE", share):
-            compressor = LowRankCompressor(LosslessLowRankConfig(keep_ratio=keep_ratio, formats="auto"))
-            compressor.compress(
-                model, place.calibration, eval_dataset=place.others, processing_class=place.processing_class
-            )
+            model, _ = compressed(place, keep_ratio, formats="auto", **DEFAULTS)
         yield {"setting": share, **judged(place, model)}
 
 
@@ -246,6 +246,15 @@ def removal(place: Place, keep_ratio: float) -> Iterator[Record]:
         yield {"setting": f"{name} {share}", "on_calibration": change, **judged(place, shorter)}
 
 
+def dimensions(place: Place, keep_ratio: float, **options: Any) -> Iterator[Record]:
+    """Yield what a model costs without and with fewer dimensions between values and output."""
+    for setting, forms in (("without", list(FORMS)), ("with", [*FORMS, DIMENSIONS])):
+        model, report = compressed(place, keep_ratio, forms=forms, **DEFAULTS, **options)
+        found = {"predicted": report.predicted_loss_increase, "time_ratio": report.speed and report.speed.ratio}
+        found["layers"] = sum(layer.form.endswith(DIMENSIONS) for layer in report.layers.values())
+        yield {"setting": setting, **found, **judged(place, model)}
+
+
 VARIATIONS: dict[str, tuple[Callable[[Place, float], Iterator[Record]], tuple[str, ...], tuple[float, ...]]] = {
     "clamped ranks": (clamped_ranks, ("minilm-sst2", "llama-small"), (0.35, 0.25)),
     "singular values": (singular_values, ("minilm-sst2",), (0.5, 0.35)),
@@ -253,6 +262,12 @@ VARIATIONS: dict[str, tuple[Callable[[Place, float], Iterator[Record]], tuple[st
     "curvature": (curvature, ("minilm-sst2", "llama-small"), (0.7, 0.5, 0.35)),
     "rounding": (rounding, ("minilm-sst2", "llama-small"), (0.141, 0.111, 0.08, 0.057)),
     "removal": (removal, ("minilm-sst2", "llama-small"), (1.0,)),
+    "dimensions": (dimensions, ("minilm-sst2", "llama-small"), (0.7, 0.5, 0.35)),
+    "rounded dimensions": (
+        partial(dimensions, formats=["auto"]),
+        ("minilm-sst2", "llama-small"),
+        (0.141, 0.111, 0.08, 0.057),
+    ),
 }
 
 
