@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+
+from .errors import DataError
+
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in the text of an object that has none of its own
 
 
 def tensors_fingerprint(tensors: Mapping[str, Any]) -> str:
@@ -125,4 +130,10 @@ def _add(digest: Any, value: Any) -> None:
         for item in value:
             _add(digest, item)
     else:
-        digest.update(repr(value).encode())
+        text = repr(value)
+        if ADDRESS.search(text):
+            raise DataError(
+                f"an example holds a {type(value).__name__}, of which only the place in memory is known, so that it "
+                "cannot be told from others. Decode it before (dataset.map), or pass ready-made batches."
+            )
+        digest.update(text.encode())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -17,6 +19,7 @@ from ..errors import ConfigurationError
 from ..fingerprint import batch_fingerprint, content_digest, tensors_fingerprint
 from ..layers import at_hand
 from ..pipeline import Judgement, LowRankCompressor
+from ..processes import make_accelerator
 from ..ranks import OBJECTIVES
 from ..report import CERTIFIED, MethodResult
 from .methods import BASELINES, method_config
@@ -68,26 +71,27 @@ def compare(
     for size in keep_ratios:
         LosslessLowRankConfig(keep_ratio=size)  # refuses what is none
     ratios = {name: _ratios(config, keep_ratios) for name, config in configs.items()}
-    options = {"data_collator": data_collator, "processing_class": processing_class}
-    inputs = _inputs(model, (calib_dataset, eval_dataset), options, configs, changes)
+    loaders = _loaders(model, (calib_dataset, eval_dataset), configs, data_collator, processing_class)
+    inputs = _inputs(model, loaders, changes)
     if any(result.inputs != inputs for result in known):
         raise ConfigurationError(
             "the known results are of another model, other data, or other options. Give another file for the records."
         )
     done = {(result.method, result.keep_ratio) for result in known}
-    with tempfile.TemporaryDirectory(prefix="hf-lossless-lr-") as folder:
+    accelerator = make_accelerator()
+    with tempfile.TemporaryDirectory(prefix="hf-lossless-lr-") as own:
+        folder = [own]
+        broadcast_object_list(folder)  # the main process writes the statistics
         for name in sorted(configs, key=lambda each: not OBJECTIVES[configs[each].objective].needs_noise):
             missing = [ratio for ratio in ratios[name] if (name, ratio) not in done]
             if not missing:
                 continue
             compressor = LowRankCompressor(configs[name])
-            statistics = Path(folder) / f"{configs[name].selection_fraction}.safetensors"
+            statistics = Path(folder[0]) / f"{configs[name].selection_fraction}.safetensors"
             try:
-                compressor.calibrate(
-                    model, calib_dataset, eval_dataset=eval_dataset, statistics_path=statistics, **options
-                )
+                compressor.calibrate(model, loaders[0], eval_dataset=loaders[1], statistics_path=statistics)
                 before = [result for result in known if result.method == name and result.bytes < 1]  # compressed
-                compressor.recall((result.keep_ratio or 0.0, result.status in CERTIFIED) for result in before)
+                compressor.recall((_kept(result, configs), result.status in CERTIFIED) for result in before)
                 for ratio in missing:
                     try:
                         found = _judged(compressor, model, name, ratio)
@@ -98,6 +102,14 @@ def compare(
             finally:
                 compressor.restore()
                 compressor.release()
+        accelerator.wait_for_everyone()  # before the folder goes
+
+
+def _kept(result: MethodResult, configs: Mapping[str, LosslessLowRankConfig]) -> float:
+    """Return the share that a result keeps, as certificates are given by it: see `Judgement.share`."""
+    if result.method not in BASELINES:
+        return result.keep_ratio or 0.0
+    return result.bytes if configs[result.method].size == "bytes" else result.parameters
 
 
 def _ratios(config: LosslessLowRankConfig, keep_ratios: Sequence[float]) -> list[float | None]:
@@ -105,16 +117,26 @@ def _ratios(config: LosslessLowRankConfig, keep_ratios: Sequence[float]) -> list
     return [*sorted(set(keep_ratios), reverse=True)] if OBJECTIVES[config.objective].sized else [None]
 
 
-def _inputs(
+def _loaders(
     model: PreTrainedModel,
     parts: tuple[Any, Any],
-    options: dict[str, Any],
     configs: dict[str, LosslessLowRankConfig],
-    changes: dict[str, Any],
-) -> str:
-    batch_size = next(iter(configs.values())).batch_size
-    loaders = [make_dataloader(data, model, batch_size=batch_size, **options) for data in parts if data is not None]
-    digests = [[batch_fingerprint(batch) for batch in loader] for loader in loaders]  # with labels, and in order
+    data_collator: Any,
+    processing_class: Any,
+) -> list[DataLoader | None]:
+    """Return loaders of the calibration and of the held-out data, read once: they may be streams."""
+    config = next(iter(configs.values()))
+    options = {"data_collator": data_collator, "processing_class": processing_class, "batch_size": config.batch_size}
+    names = ("calib_dataset", "eval_dataset")
+    return [
+        None if data is None else make_dataloader(data, model, name=name, max_examples=config.max_examples, **options)
+        for data, name in zip(parts, names, strict=True)
+    ]
+
+
+def _inputs(model: PreTrainedModel, loaders: Iterable[DataLoader | None], changes: dict[str, Any]) -> str:
+    found = [loader for loader in loaders if loader is not None]
+    digests = [[batch_fingerprint(batch) for batch in loader] for loader in found]  # with labels, and in order
     with at_hand(model):
         return content_digest([tensors_fingerprint(model.state_dict()), digests, changes])
 

@@ -3,7 +3,8 @@
 Also what hangs on a compressed model. Sees no data, statistics or verdict.
 """
 
-from .attached import attach_card, dequantize, mark_compressed, unmark_compressed
+from .attached import dequantize, mark_compressed, unmark_compressed
+from .attached_card import attach_card
 from .config import LosslessLowRankConfig, record_of
 from .manifest import narrow_records
 from .merging import merge_dense_adapter

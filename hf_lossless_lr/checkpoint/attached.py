@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,28 +12,23 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..errors import CheckpointError, LosslessLowRankError, TargetError
-from ..files import replacing
-from ..fingerprint import tensors_fingerprint
+from ..errors import TargetError
 from ..layers import (
     NarrowLinear,
     Unfused,
     at_hand,
     check_offloaded,
     check_whole,
-    files_of_offloaded,
     grids_in,
     is_factorized,
     replace_modules,
     restore_grids,
     to_dense,
 )
-from ..report import CARD_NAME, REPORT_NAME, CompressionReport
-from .cards import base_model_in, card_of, hub_name, is_replaceable, place_card
 from .config import LosslessLowRankConfig
 from .conversions import CONVERSIONS, harmless_conversions
 from .encoding import dequantize_stored, encoded_state, load_encoded, tied_again
-from .manifest import current_records, module_at, narrow_records
+from .manifest import current_records, narrow_records
 from .parallel import warn_before_sharding
 from .parts import config_of_part, parts_of
 
@@ -69,7 +60,10 @@ def mark_compressed(model: PreTrainedModel, config: LosslessLowRankConfig) -> No
     mark_parts(model, config)
     warn_before_sharding()
     vars(model)["dequantize"] = partial(dequantize, model)  # a bound method would not survive pickling
-    _attach_save(model, partial(_save_encoded, model))
+    attach_save(model, partial(save_encoded, model))
+    for part in _models_in(model):
+        if grids_in(part) and getattr(part.config, "quantization_config", None) is not None:
+            attach_save(part, partial(_save_state, part))
     if grids_in(model):
         vars(model)[HOOK] = model.register_load_state_dict_pre_hook(load_encoded)
 
@@ -84,7 +78,7 @@ def refresh_manifest(model: PreTrainedModel) -> None:
     if not isinstance(config, LosslessLowRankConfig):  # someone took it away
         return
     config.modules = current_records(model, config.modules)
-    config.unfused = [name for name in config.unfused if module_at(model, name) is not None]
+    config.unfused = [name for name, module in model.named_modules() if isinstance(module, Unfused)]
     config.narrowed = narrow_records(model)
     if config.is_of_compressed:
         mark_parts(model, config)
@@ -107,7 +101,18 @@ def mark_parts(model: PreTrainedModel, config: LosslessLowRankConfig) -> None:
             part.config.__dict__.pop("quantization_config", None)
 
 
-def _attach_save(model: PreTrainedModel, save: partial[None]) -> None:
+def _models_in(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """Return the models within a model, which may be saved on their own."""
+    return [part for part in model.modules() if isinstance(part, PreTrainedModel) and part is not model]
+
+
+def attach_save(model: PreTrainedModel, save: partial[None]) -> None:
+    """Let `save_pretrained` of a model be another function, which looks like the one of its class.
+
+    Args:
+        model: the model, or a part of one.
+        save: takes the arguments of `save_pretrained`.
+    """
     vars(model).pop("save_pretrained", None)
     vars(save).update(
         __signature__=inspect.signature(model.save_pretrained), __doc__=type(model).save_pretrained.__doc__
@@ -115,7 +120,7 @@ def _attach_save(model: PreTrainedModel, save: partial[None]) -> None:
     vars(model)["save_pretrained"] = save
 
 
-def _save_encoded(
+def save_encoded(
     model: PreTrainedModel,
     save_directory: str | os.PathLike[str],
     is_main_process: bool = True,
@@ -127,8 +132,25 @@ def _save_encoded(
     if not getattr(model, "_hf_peft_config_loaded", False):  # else it saves the adapter alone
         refresh_manifest(model)
         state_dict = model.state_dict() if state_dict is None else tied_again(model, state_dict)
-        state_dict = encoded_state(model, state_dict) if grids_in(model) else state_dict
-    type(model).save_pretrained(model, save_directory, is_main_process, state_dict, *args, **kwargs)
+    _save_state(model, save_directory, is_main_process, state_dict, *args, **kwargs)
+
+
+def _save_state(
+    model: PreTrainedModel,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    state_dict: dict[str, Any] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Save a model, or a part of one, as Transformers does, with rounded weights as their codes."""
+    if grids_in(model) and not getattr(model, "_hf_peft_config_loaded", False):
+        state_dict = encoded_state(model, model.state_dict() if state_dict is None else state_dict)
+    if args:
+        type(model).save_pretrained(model, save_directory, is_main_process, state_dict, *args, **kwargs)
+    else:  # by name: a user's class may take no more than the folder by position
+        given = {"is_main_process": is_main_process, "state_dict": state_dict, **kwargs}
+        type(model).save_pretrained(model, save_directory, **given)
 
 
 def mark_loaded(model: PreTrainedModel, config: LosslessLowRankConfig) -> None:
@@ -158,6 +180,8 @@ def unmark_compressed(model: PreTrainedModel) -> None:
         vars(model)[CONVERSIONS] = vars(model).pop(BEFORE)
         if vars(model)[CONVERSIONS] is None:  # it was not loaded
             del vars(model)[CONVERSIONS]
+    for part in _models_in(model):
+        part.__dict__.pop("save_pretrained", None)
     hook = vars(model).pop(HOOK, None)
     if hook is not None:
         hook.remove()
@@ -202,113 +226,3 @@ def _to_dense(model: PreTrainedModel) -> None:
     unfused = {name: module for name, module in model.named_modules() if isinstance(module, Unfused)}
     replace_modules(model, {name: module.fused() for name, module in unfused.items()})
     restore_grids(model, {})
-
-
-CHANGED_WEIGHTS = (
-    "the weights were changed after they were measured (by training, a cast or another head, for example), so no "
-    "figure here is about this checkpoint"
-)
-
-
-def attach_card(model: PreTrainedModel, report: CompressionReport) -> None:
-    """Let `save_pretrained` and `push_to_hub` of a model write its card and report, for as long as it is compressed.
-
-    A card that a user wrote or edited is never replaced. Once the weights are no longer those that were measured, card
-    and report are written without a certificate.
-
-    Args:
-        model: a compressed model.
-        report: its report.
-    """
-    weights = report.compressed_fingerprint or tensors_fingerprint(model.state_dict())
-    _attach_save(model, partial(_save_pretrained, model, report, hub_name(model), weights))
-
-
-def attach_saved_card(model: PreTrainedModel, folder: Path) -> None:
-    """Let a loaded model write its card and report again, as the compression did; see `attach_card`.
-
-    Args:
-        model: a compressed model.
-        folder: what it was loaded from; without a report that says which weights it is about, nothing is attached.
-    """
-    path = folder / REPORT_NAME
-    if not path.is_file():
-        return
-    try:
-        report = CompressionReport.from_json(path.read_text(encoding="utf-8"))
-    except (LosslessLowRankError, ValueError, OSError) as error:
-        logger.warning("%s cannot be used, and will not be saved with the model again: %s", path, error)
-        return
-    if report.compressed_fingerprint is not None:
-        base = base_model_in(folder / CARD_NAME)
-        _attach_save(model, partial(_save_pretrained, model, report, base, report.compressed_fingerprint))
-
-
-def _save_pretrained(
-    model: PreTrainedModel,
-    report: CompressionReport,
-    base_model: str | None,
-    weights: str,
-    save_directory: str | os.PathLike[str],
-    is_main_process: bool = True,
-    state_dict: dict[str, Any] | None = None,
-    *args: Any,
-    **kwargs: Any,
-) -> None:
-    """Save a model with its card and report; what is offloaded of it is read from where it is."""
-    whole = state_dict is None and not getattr(model, "_hf_peft_config_loaded", False)  # not the adapter alone
-    read = sorted(path for path in files_of_offloaded(model) if path.parent == Path(save_directory).resolve())
-    if whole and read:
-        raise CheckpointError(f"{save_directory}: the model still reads offloaded weights from {read[0].name} there.")
-    with at_hand(model) if whole else nullcontext():
-        state_dict = model.state_dict() if whole else state_dict
-        _save_with_card(
-            model, report, base_model, weights, save_directory, is_main_process, state_dict, *args, **kwargs
-        )
-
-
-def _save_with_card(
-    model: PreTrainedModel,
-    report: CompressionReport,
-    base_model: str | None,
-    weights: str,
-    save_directory: str | os.PathLike[str],
-    is_main_process: bool,
-    state_dict: dict[str, Any] | None,
-    *args: Any,
-    **kwargs: Any,
-) -> None:
-    save = partial(_save_encoded, model, save_directory, is_main_process, state_dict, *args, **kwargs)
-    writes = getattr(model, "should_save_on_this_rank", bool)(is_main_process)
-    if not writes or os.path.isfile(save_directory) or getattr(model, "_hf_peft_config_loaded", False):
-        save()
-        return
-    if _fingerprint(state_dict or {}) != weights:
-        logger.warning_once("%s; its model card has no certificate.", CHANGED_WEIGHTS)
-        report = replace(report, certificate=None, uncertified=CHANGED_WEIGHTS, compressed_fingerprint=None)
-    card, path = card_of(report, base_model), Path(save_directory) / CARD_NAME
-    users = path.read_bytes() if path.exists() and not is_replaceable(path) else None
-    uploaded = card if users is None else users.decode(errors="replace")
-    vars(model)["_upload_modified_files"] = partial(_upload, model, report, uploaded)  # an upload follows a save
-    try:
-        save()
-    finally:
-        if users is not None and path.read_bytes() != users:
-            with replacing(path) as temporary:  # with push_to_hub=True, Transformers has replaced it
-                temporary.write_bytes(users)
-    report.save(save_directory)
-    place_card(card, path)
-
-
-def _fingerprint(state: Mapping[str, Any]) -> str | None:
-    plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type != "meta" for t in state.values())
-    return tensors_fingerprint(state) if plain else None
-
-
-def _upload(
-    model: PreTrainedModel, report: CompressionReport, card: str, working_dir: str, *args: Any, **kwargs: Any
-) -> Any:
-    """Upload a folder whose card is the repository's by now, or the template of Transformers."""
-    report.save(working_dir)
-    place_card(card, Path(working_dir) / CARD_NAME)
-    return type(model)._upload_modified_files(model, working_dir, *args, **kwargs)

@@ -54,7 +54,11 @@ def hub_name(model: PreTrainedModel) -> str | None:
 
 def base_model_in(card: Path) -> str | None:
     """Return the base model that a card names, if it is there and names one."""
-    found = ModelCard.load(card, ignore_metadata_errors=True).data.base_model if card.is_file() else None
+    try:
+        found = ModelCard.load(card, ignore_metadata_errors=True).data.base_model if card.is_file() else None
+    except (OSError, ValueError, TypeError, yaml.YAMLError):  # a card that cannot be read names none
+        return None
+    found = found[0] if isinstance(found, list) and len(found) == 1 else found
     return found if isinstance(found, str) else None
 
 
@@ -85,12 +89,13 @@ def _with_metadata(card: str, others: CardData) -> str:
 
 def is_replaceable(path: Path) -> bool:
     """Return whether a card is the template of Transformers, or ours and not edited."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    block = REGEX_YAML_BLOCK.match(text)
     try:
-        if block is None or not isinstance(yaml.safe_load(block[2]), dict):
-            return False
-    except yaml.YAMLError:
+        text = path.read_text(encoding="utf-8")
+        block = REGEX_YAML_BLOCK.match(text)
+        metadata = None if block is None else yaml.safe_load(block[2])
+    except (UnicodeDecodeError, yaml.YAMLError):
+        return False
+    if block is None or not isinstance(metadata, dict) or not all(isinstance(key, str) for key in metadata):
         return False
     body = text[block.end() :]
     unedited = is_unedited(body)

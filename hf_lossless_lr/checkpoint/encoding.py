@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Container, Mapping
 from typing import Any
@@ -154,4 +155,11 @@ def dequantize_stored(model: PreTrainedModel, keep: Container[str] = ()) -> None
             guard.requires_grad_(False)
     if plain:
         replace_modules(model, plain)
-        model.tie_weights()
+        tie_as_before(model)
+
+
+def tie_as_before(model: PreTrainedModel) -> None:
+    """Tie the weights of a loaded model whose modules were replaced; what its checkpoint had apart stays apart."""
+    tie: Any = model.tie_weights
+    known = "recompute_mapping" in inspect.signature(tie).parameters  # older versions have no mapping
+    tie(**({"recompute_mapping": False} if known else {}))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -33,6 +34,28 @@ def unmark_loading(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             vars(module).pop("_init_weights", None)
+
+
+def initialize_templates(model: PreTrainedModel) -> None:
+    """Give the plain modules behind rounded ones the buffers that no checkpoint has, such as the scale of a table.
+
+    Transformers does that for all modules of a model, and these are none of them while it is loaded.
+    """
+    for owner in (module for module in model.modules() if isinstance(module, PreTrainedModel)):
+        for stored in (part for part in _own_modules(owner) if isinstance(part, Stored)):
+            buffers, device = stored.template._buffers, stored.codes.device
+            missing = {name: buffer for name, buffer in buffers.items() if buffer is not None and buffer.is_meta}
+            buffers.update({name: torch.empty_like(buffer, device=device) for name, buffer in missing.items()})
+            if missing and not stored.codes.is_meta:
+                owner._init_weights(stored.template)
+
+
+def _own_modules(owner: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules below a model, without those of a model within it, which has its own way to initialize."""
+    for child in owner.children():
+        if not isinstance(child, PreTrainedModel):
+            yield child
+            yield from _own_modules(child)
 
 
 def _is_compressed(module: nn.Module) -> bool:

@@ -55,4 +55,4 @@ def module_at(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    return not is_factorized(module) and (type(module) is nn.Embedding or find_layout(module) is not None)
+    return not is_factorized(module) and (isinstance(module, nn.Embedding) or find_layout(module) is not None)

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from ..errors import CheckpointError
 from ..layers import METHOD, Factorized, NarrowLinear, Stored, Unfused, called_with, is_factorized, stored_in
+from .encoding import tie_as_before
 
 try:
     from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -106,7 +107,7 @@ def split_layers(model: PreTrainedModel, waiting: dict[str, nn.Module]) -> None:
             _keep_whole(module, style, mesh)
             whole.append(name)
     if waiting:
-        model.tie_weights()
+        tie_as_before(model)
     if whole:
         logger.warning_once(
             f"{len(whole)} layers with pivots are whole in each process ({whole[0]}, for one): only factors in "

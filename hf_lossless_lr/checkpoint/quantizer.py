@@ -29,12 +29,13 @@ from ..layers import (
     replace_modules,
     unfused,
 )
-from .attached import attach_saved_card, dequantize, mark_compressed, mark_loaded
+from .attached import dequantize, mark_compressed, mark_loaded
+from .attached_card import attach_saved_card
 from .config import WRITTEN_METHOD, LosslessLowRankConfig, ModuleRecord
 from .contents import LOAD_THE_WHOLE, check_files, check_loaded, check_read
 from .conversions import apart_from_layers, renaming_of
 from .encoding import dequantize_stored
-from .loading import mark_loading, unmark_loading
+from .loading import initialize_templates, mark_loading, unmark_loading
 from .parallel import adapt_plan, split_layers, waiting_layers
 from .parts import records_beside, take_from_parts
 
@@ -72,6 +73,7 @@ class LosslessLowRankQuantizer(HfQuantizer):
         model._no_split_modules = self._kept_whole  # the map is made; FSDP would look for each class that is named
         config = cast(LosslessLowRankConfig, self.quantization_config)
         waiting = waiting_layers(model)
+        initialize_templates(model)
         dequantize_stored(model, keep=KEPT if config.compute == "stored" and not waiting else ())
         unmark_loading(model)
         split_layers(model, waiting)
@@ -194,7 +196,7 @@ def compressed_architecture(model: PreTrainedModel) -> PreTrainedModel:
 def _empty(module: Any, record: ModuleRecord) -> Factorized | Stored:
     """Return what takes the place of a module, without its numbers."""
     if record.rank is None or record.storage is None:
-        if type(module) is not nn.Embedding:
+        if not isinstance(module, nn.Embedding):
             layout_of(module)  # refuses what is no layer of a known type
         return Stored(module, record.format)
     layer = layout_of(module).factorized(module, record.rank, record.storage, record.form)

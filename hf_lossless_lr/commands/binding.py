@@ -51,7 +51,8 @@ def doubt_about_weights(folder: Path, report: CompressionReport) -> str | None:
     """
     tensors = _stored(folder)
     if not tensors:
-        return None
+        others = sorted(path.name for path in folder.glob("*.safetensors"))
+        return f"{others[0]} in {folder} is no {WEIGHTS}, and was not compared" if others else None
     if report.compressed_fingerprint is None:
         return f"the report does not say which weights it is about, so it may be about others than those of {folder}"
     if tensors_fingerprint(tensors) == report.compressed_fingerprint:
@@ -92,8 +93,8 @@ def what_is_known(folder: Path) -> tuple[set[str], str | None]:
 def _stored(folder: Path) -> dict[str, Any]:
     """Return the tensors in a checkpoint's files."""
     try:
-        names = [WEIGHTS] if (folder / WEIGHTS).exists() else []
-        if (folder / INDEX).exists():
+        names = [WEIGHTS] if (folder / WEIGHTS).exists() else []  # Transformers reads it before an index
+        if not names and (folder / INDEX).exists():
             index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
             names = sorted({Path(name).name for name in index["weight_map"].values()})
         return {key: value for name in names for key, value in load_file(folder / name).items()}

@@ -6,4 +6,10 @@ from transformers.models.auto import modeling_auto
 
 CTC = set(modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES.values())
 
-TOKENS_FIRST = {"XLNetModel", "LongformerSelfAttention", "LEDEncoderSelfAttention"}  # (tokens, sequences) inside
+TOKENS_FIRST = {
+    "XLNetModel",
+    "LongformerSelfAttention",
+    "LEDEncoderSelfAttention",
+    "FSMTEncoder",
+    "FSMTDecoder",
+}  # (tokens, sequences) inside

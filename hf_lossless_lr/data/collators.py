@@ -53,7 +53,8 @@ class PaddingCollator:
         if not self.own_length and "input_ids" in batch:
             size = max(size, batch["input_ids"].shape[1])
         left = self.tokenizer.padding_side == "left" and not self.own_length
-        labels = torch.full((len(rows), size), IGNORE_INDEX)
+        numbers = any(row.dtype.kind == "f" for row in rows)
+        labels = torch.full((len(rows), size), IGNORE_INDEX, dtype=torch.float32 if numbers else torch.int64)
         for target, row in zip(labels, map(torch.as_tensor, rows), strict=True):
             start = size - len(row) if left else 0
             target[start : start + len(row)] = row

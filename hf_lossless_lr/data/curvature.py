@@ -118,9 +118,9 @@ def _of_classes(logits: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
 
 
 def _of_numbers(loss: torch.Tensor, outputs: Any, labels: Any) -> Direction | None:
-    """Return the directions for floating-point labels, by the loss that they give; None for another one."""
+    """Return the directions for labels that are numbers, by the loss that they give; None for another one."""
     tensors = isinstance(outputs, torch.Tensor) and isinstance(labels, torch.Tensor)
-    if not tensors or not labels.is_floating_point() or outputs.numel() != labels.numel():
+    if not tensors or outputs.numel() != labels.numel():
         return None
     count = outputs[0].numel()
     targets, values = labels.float().reshape(-1), outputs.float().reshape(-1)

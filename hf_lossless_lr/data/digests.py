@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,7 +92,8 @@ def _examined(loader: DataLoader, model: PreTrainedModel, checks: LabelChecks | 
             rows = _rows(item)
             found = [check(row, f"row {place} of batch {index}") for place, row in enumerate(rows)]
             labelled.append(any(found) or not rows)
-            digests.append(frozenset(_digest(row, taken, labels) for row in rows))
+            packed = _packed(item, rows, taken)
+            digests.append(frozenset(_digest(row, taken, labels) + packed for row in rows))
         else:
             labelled.append(check(item, f"example {index}") if plain_examples(loader) else True)
             digests.append(frozenset([_digest(item, taken, labels)]))
@@ -113,6 +114,13 @@ def _rows(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
     count = batch_examples(batch)
     columns = {k: v for k, v in batch.items() if isinstance(v, torch.Tensor) and v.ndim and len(v) == count}
     return [{name: value[index] for name, value in columns.items()} for index in range(count)]
+
+
+def _packed(batch: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], taken: set[str]) -> str:
+    """Return a digest of the inputs of all rows in a row, such as the patches of their pictures; or nothing."""
+    tensors = {name: value for name, value in batch.items() if name in taken and isinstance(value, torch.Tensor)}
+    inputs = {n: v for n, v in tensors.items() if v.ndim and len(v) > len(rows) and v.is_floating_point()}
+    return content_digest(inputs) if inputs else ""
 
 
 def _digest(example: Any, taken: set[str], labels: set[str]) -> str:

@@ -26,6 +26,8 @@ from .representations import NOISE, representations
 
 Labels = dict[str, torch.Tensor]  # of one example, by name
 
+CHANGED = 1e-2  # of the largest score: what logits differ by if the model made inputs of its labels
+
 
 @torch.no_grad()
 def draw_labels(
@@ -68,9 +70,7 @@ def draw_labels(
         for index, batch in enumerate(logging.tqdm(loader, desc="Drawing labels")):
             moved = send_to_device(_without_labels(batch, model), device)
             outputs = _first_run(model, moved) if index == 0 else run_batch(model, moved, index)
-            found = _draw(outputs, model, moved, generator)
-            if index == 0:
-                _check(model, moved, found)
+            found = _checked(outputs, model, moved, generator, index == 0)
             drawn += found
     if not ready_batches(loader):
         labelled = _Labelled(loader.dataset, drawn, set(label_columns(model)))
@@ -93,6 +93,22 @@ def _first_run(model: PreTrainedModel, batch: Mapping[str, Any]) -> Any:
     except (RuntimeError, ValueError, TypeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise DataError(_unknown(model, f"does not run without labels ({reason})")) from error
+
+
+def _checked(
+    outputs: Any, model: PreTrainedModel, batch: Mapping[str, Any], generator: torch.Generator, first: bool
+) -> list[Labels]:
+    """Return labels of each example of a batch; of the first one, they are tried on the model."""
+    try:
+        found = _draw(outputs, model, batch, generator)
+        if first:
+            _check(model, batch, found, outputs)
+        return found
+    except LosslessLowRankError:
+        raise
+    except (RuntimeError, ValueError, TypeError, LookupError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise DataError(_unknown(model, f"takes other labels than those ({reason})")) from error
 
 
 def _draw(outputs: Any, model: PreTrainedModel, batch: Mapping[str, Any], generator: torch.Generator) -> list[Labels]:
@@ -142,13 +158,18 @@ def _number(predicted: torch.Tensor, generator: torch.Generator) -> torch.Tensor
     return (predicted + noise * (predicted.numel() / 2) ** 0.5).float().squeeze()
 
 
-def _check(model: PreTrainedModel, batch: Mapping[str, Any], drawn: list[Labels]) -> None:
-    """Refuse a model whose tokens answer to the labels of the next ones, and one whose loss says something else."""
+def _check(model: PreTrainedModel, batch: Mapping[str, Any], drawn: list[Labels], before: Any) -> None:
+    """Refuse a model that answers otherwise once it has labels, and whose tokens answer to those of the next ones."""
     labels = {name: value.to(model.device) for name, value in _stacked(drawn, batch).items()}
     tokens = next(iter(labels.values()))
-    if NOISE in labels or tokens.ndim < 2 or tokens.is_floating_point():
+    if NOISE in labels:
         return
     outputs = run_batch(model, {**batch, **labels})
+    if tokens.ndim < 2 or tokens.is_floating_point():
+        return
+    largest = float(before.logits.abs().max())
+    if not torch.allclose(outputs.logits, before.logits, rtol=CHANGED, atol=CHANGED * largest):
+        raise DataError(_unknown(model, "makes inputs of its labels"))
     if measured_shift(outputs.logits, tokens, outputs.loss, IGNORE_INDEX) != 0:
         raise DataError(_unknown(model, "does not answer to the label of a token at its own position"))
 

@@ -163,6 +163,8 @@ def read_labels(
         return Reading(batch_examples(batch), [Question(scores, batch[key], examples) for scores, key in spans])
     if labels.is_floating_point() or name == "start_positions" or _is_ctc(model):
         return Reading(batch_examples(batch), [])
+    if isinstance(logits, torch.Tensor) and logits.ndim == 2 <= logits.shape[-1] and labels.shape[1:] == (1,):
+        labels = labels.squeeze(1)  # the loss takes it as one class for each example
     labelled = labels != IGNORE_INDEX
     classes = isinstance(logits, torch.Tensor) and logits.ndim == labels.ndim + 1 and logits.shape[-1] >= 2
     if not isinstance(logits, torch.Tensor) or not classes or logits.shape[:-1] != labels.shape:

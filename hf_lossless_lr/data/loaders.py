@@ -121,7 +121,7 @@ def _told_apart(data: Any, model: PreTrainedModel, collate: Any, name: str, most
     if isinstance(data, Dataset) or hasattr(data, "column_names"):
         return data, True
     if isinstance(data, Sequence):
-        return data, _tried(data[:2], model, collate)
+        return data, _tried(list(islice(data, 2)), model, collate)
     stream = iter(data)
     head = list(islice(stream, 2))
     examples = _tried(head, model, collate)

@@ -77,7 +77,7 @@ def noisy_loss(found: list[Representation], seeds: torch.Tensor) -> torch.Tensor
             own = examples == example
             generator = torch.Generator().manual_seed(seed + place)
             noise[own] = torch.randn(int(own.sum()), rows.shape[-1], generator=generator).to(noise)
-        total = total + (noise * rows).sum() / max(len(rows), 1) / len(found)
+        total = total + (noise * rows).sum() / max(len(rows), 1) / len(found) ** 0.5  # squared, it is the mean
     return total - total.detach()
 
 

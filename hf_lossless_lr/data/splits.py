@@ -180,7 +180,8 @@ def split_data(
     parts.append(digests)
     refit = None
     if refit_dataset is not None:
-        refit, found = _apart(make_dataloader(refit_dataset, model, name="refit_dataset", **options), model, parts)
+        more = make_dataloader(refit_dataset, model, name="refit_dataset", max_examples=max_examples, **options)
+        refit, found = _apart(more, model, parts)
         fingerprints["refit"] = combined_digest(found)
     return DataSplits(calibration, selection, held_out, fingerprints, refit)
 

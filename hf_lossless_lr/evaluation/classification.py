@@ -49,7 +49,7 @@ def accuracy_scores(predictions: np.ndarray, labels: np.ndarray) -> Scores:
 def model_labels(model: PreTrainedModel) -> list[str]:
     """Return the names of a model's labels in their order; their number is that of its outputs."""
     names: dict[Any, str] = {**(model.config.id2label or {})}
-    return [str(names[index]) for index in sorted(names)]
+    return [str(names[index]) for index in sorted(names, key=int)]
 
 
 def check_labels(dataset: Dataset, column: str) -> np.ndarray:

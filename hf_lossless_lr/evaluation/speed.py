@@ -93,7 +93,7 @@ def random_batch(model: PreTrainedModel, examples: int, size: int | None = None)
     pairs = hasattr(model, "get_text_features") and hasattr(model, "get_image_features")  # as CLIP
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # not those of other devices, which are not put back
-        if name == "input_ids":
+        if name == "input_ids" and getattr(config, "vocab_size", None) is not None:
             most = most_tokens(model) or sys.maxsize
             length = size or min(TEXT_LENGTH, most)
             if most < length:

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from ..formats import FORMATS, decode, stored_grid
-from .factorized import Factorized
+from .factorized import Factorized, called_with
 from .rounded import as_matrix, from_matrix, set_grid
 
 VECTOR = 32  # bytes
@@ -103,10 +103,12 @@ class Stored(nn.Module):
         set_grid(module, stored_grid(self._tensors(), self.kind))
         return module.train(self.training)
 
-    def forward(self, input: torch.Tensor | None = None, *, x: torch.Tensor | None = None) -> torch.Tensor:
-        """Apply the module; it has the names of its input."""
-        rows: Any = x if input is None else input
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Apply the module; it takes what the plain one does."""
         module = self.template
+        if isinstance(module, nn.Embedding) and type(module) is not nn.Embedding:  # it scales rows, or shifts places
+            return functional_call(module, {"weight": self.decoded(self.weight.dtype)}, args, kwargs)
+        rows = called_with(args, kwargs)
         if isinstance(module, nn.Embedding):
             dtype = self.weight.dtype if self.guarded else torch.float32
             chosen = {n: F.embedding(rows, t).flatten(0, -2) for n, t in self._tensors().items()}

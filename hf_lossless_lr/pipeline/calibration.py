@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import broadcast_object_list, send_to_device
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
@@ -299,7 +299,8 @@ def _statistics(
     weight_grads: bool,
 ) -> CalibrationStatistics:
     whole = content_digest([dense.fingerprint, architecture_fingerprint(dense.model)])
-    if path is not None and Path(path).exists():
+    there = broadcast_object_list([path is not None and Path(path).exists()])  # for the main process writes it
+    if path is not None and there[0]:
         statistics = load_statistics(path, whole, accelerator.device)
         if statistics.data_fingerprint != data_fingerprint(parts.calibration, accelerator):
             raise CheckpointError(f"{path}: these statistics belong to other calibration data. Calibrate again.")
@@ -315,4 +316,5 @@ def _statistics(
     statistics = collect_statistics(dense.model, targets.chosen, parts.calibration, accelerator, weight_grads)
     if path is not None and accelerator.is_main_process:
         save_statistics(statistics, path, whole)
+    accelerator.wait_for_everyone()
     return statistics

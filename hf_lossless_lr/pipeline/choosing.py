@@ -22,6 +22,7 @@ from ..ranks import (
 from ..report import TrialRecord
 from ..timing import Clock
 from .calibration import Calibration
+from .narrowing import unheard
 from .summary import visited_point
 from .trial import Trial, run_trial
 
@@ -29,7 +30,7 @@ logger = logging.get_logger(__name__)
 
 
 def choose(
-    calibration: Calibration, config: LosslessLowRankConfig, budget: Budget, clock: Clock
+    calibration: Calibration, config: LosslessLowRankConfig, budget: Budget, clock: Clock, given: bool = False
 ) -> tuple[Trial, list[TrialRecord], dict[str, float] | None]:
     """Choose what each target becomes, and build it.
 
@@ -38,6 +39,7 @@ def choose(
         config: the objective and its limits.
         budget: what the size counts.
         clock: the times of the stages are added here.
+        given: whether the model was calibrated for ranks that are given, which may be of any layer.
 
     Returns:
         The chosen trial, a record of every point visited, and the noise bounds of the paper's objectives.
@@ -52,14 +54,16 @@ def choose(
         visited.append(visited_point(curves, trial, config))
         return trial
 
-    curves = calibration.factors.curves
-    objective = OBJECTIVES[config.objective]
+    curves, objective = calibration.factors.curves, OBJECTIVES[config.objective]
     if objective.search is not None:
         return _search(calibration, config, objective.search, budget, visit), visited, None
     epsilon = _epsilon(calibration, config) if objective.needs_noise else None
     ranks = matching(config.given_ranks, calibration.factors.targets.chosen)  # others stay dense, which was said
     limits = Limits(float(config.keep_ratio or 1), config.rank_multiple or 1, budget, epsilon or {}, ranks)
-    choices = objective.select(curves, limits) if objective.select is not None else {}
+    silent = unheard(calibration.factors.targets, calibration.statistics) if given and objective.sized else {}
+    heard = {name: curve for name, curve in curves.items() if name not in silent}
+    choices = objective.select(heard, limits) if objective.select is not None else {}
+    choices |= dict.fromkeys(silent, Choice())
     if all(choice == Choice() for choice in choices.values()):
         logger.warning("no rank meets objective=%r in any layer; the targeted layers stay dense.", config.objective)
     return visit(choices), visited, epsilon
@@ -75,14 +79,16 @@ def _search(
     """Walk the path and measure; a margin that no point meets leaves the model dense."""
     path = compression_path(calibration.factors.curves, second_order_cost, config.rank_multiple or 1, *budget)
     points = range(len(path) + 1)
+    dense = all(choice == Choice() for choice in path.start.values())
+    before = 0 if dense else 1  # the dense model, which a path without float does not start from
     found = search(
-        [path.predicted_cost_after(count) for count in points],
-        [path.kept_after(count) for count in points],
-        lambda point: visit(path.choices_after(point)),
+        [0.0] * before + [path.predicted_cost_after(count) for count in points],
+        [max(1.0, path.kept_after(0))] * before + [path.kept_after(count) for count in points],
+        lambda point: visit(path.choices_after(point - before)),
         lambda trial: trial.passes(config.loss_margin, config.accuracy_margin),
         config.loss_margin,
     )
-    if not path.steps:
+    if dense and not path.steps:
         logger.warning("no rank meets objective=%r in any layer; the targeted layers stay dense.", config.objective)
     elif found is None:
         logger.warning(

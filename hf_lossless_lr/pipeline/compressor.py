@@ -131,7 +131,7 @@ class LowRankCompressor:
             NumericalError: if a loss, a gradient or a decomposition is not finite.
         """
         check_model(model)
-        before, report = ModelState(model), self.report
+        before, report, former = ModelState(model), self.report, self._calibration
         try:
             try:
                 self.calibrate(
@@ -144,7 +144,8 @@ class LowRankCompressor:
                 )
                 self.compress_to()
             finally:
-                self.release()
+                if self._calibration is not former:  # one of another model stays, where this one cannot be calibrated
+                    self.release()
             return model
         except BaseException:  # once more than each stage does for itself: an interrupt may come between any two steps
             self.report = report
@@ -234,7 +235,8 @@ class LowRankCompressor:
                     restore_config = own_config(model)
                     undo.append(restore_config)
                     budget = self._budget(calibration, config)
-                    trial, trials, epsilon = choose(calibration, config, budget, clock)
+                    given = self.config.objective == "ranks"
+                    trial, trials, epsilon = choose(calibration, config, budget, clock, given)
                     with clock.timed("held_out"):
                         data, accelerator = calibration.parts.held_out, calibration.accelerator
                         outcomes = paired_outcomes(model, trial.layers, data, accelerator, "Evaluating", True)

@@ -42,13 +42,14 @@ def rounded_embeddings(model: PreTrainedModel, number_format: str) -> dict[str, 
 
 
 def _tables(model: nn.Module) -> list[dict[str, nn.Module]]:
-    """Return the modules that share a weight, for each weight of an embedding."""
+    """Return the modules that share a weight, for each weight of an embedding that checkpoints have."""
+    unsaved = set(getattr(model, "_keys_to_ignore_on_save", None) or ())  # such as sines of positions
     tables: dict[int, dict[str, nn.Module]] = {}
     modules = [(name, module, module._parameters.get("weight")) for name, module in model.named_modules()]
     for name, module, weight in modules:
-        if weight is not None and weight.is_floating_point():
+        if weight is not None and weight.is_floating_point() and f"{name}.weight" not in unsaved:
             tables.setdefault(id(weight), {})[name] = module
-    return [sharing for sharing in tables.values() if any(type(m) is nn.Embedding for m in sharing.values())]
+    return [sharing for sharing in tables.values() if any(isinstance(m, nn.Embedding) for m in sharing.values())]
 
 
 def _holder(model: PreTrainedModel, sharing: dict[str, nn.Module]) -> str:

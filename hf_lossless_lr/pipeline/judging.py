@@ -69,6 +69,7 @@ def judge(
     """
     model, unfused, device = calibration.dense.model, calibration.dense.unfused, calibration.accelerator.device
     targets, before, clock = calibration.factors.targets.chosen, ModelState(model), Clock()
+    settings = dict(vars(model.config))  # a loss may set its problem_type
     fused = {path: model.get_submodule(path) for path in unfused}
     try:
         with at_hand(model):
@@ -84,6 +85,8 @@ def judge(
     except BaseException:
         before.restore()
         raise
+    finally:
+        vars(model.config).update(settings)
     dense = {name: curve.dense_parameters for name, curve in calibration.factors.curves.items()}
     untouched = sum(numbers for name, numbers in dense.items() if name not in layers)
     made = _numbers(layer for name, layer in layers.items() if name in dense)

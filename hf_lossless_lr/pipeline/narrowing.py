@@ -53,6 +53,17 @@ def heard(config: LosslessLowRankConfig, targets: Targets, statistics: Calibrati
     """Leave the layers dense whose ranks would be chosen by a cost that the data say nothing about."""
     if config.objective in ("uniform", "ranks") and config.metric not in ("kronecker", "fisher"):
         return targets  # neither the ranks nor the factors depend on a gradient
+    silent = unheard(targets, statistics)
+    chosen = {name: module for name, module in targets.chosen.items() if name not in silent}
+    return Targets(chosen, {**targets.skipped, **silent})
+
+
+def unheard(targets: Targets, statistics: CalibrationStatistics) -> dict[str, str]:
+    """Return the layers that the data say nothing about, with the reasons, and say so.
+
+    Raises:
+        NumericalError: if these are all.
+    """
     weights = {name: weight_matrices(module) for name, module in targets.chosen.items()}
     silent = silent_layers(weights, statistics.layers)
     if len(silent) == len(weights):
@@ -68,8 +79,7 @@ def heard(config: LosslessLowRankConfig, targets: Targets, statistics: Calibrati
             "; ".join(f"{name} ({silent[name]})" for name in names[:5]),
             "; …" * (len(names) > 5),
         )
-    chosen = {name: module for name, module in targets.chosen.items() if name not in silent}
-    return Targets(chosen, {**targets.skipped, **silent})
+    return silent
 
 
 def skipped_weights(model: PreTrainedModel, targets: Targets) -> dict[str, SkippedWeight]:

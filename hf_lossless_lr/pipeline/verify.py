@@ -79,13 +79,20 @@ def verify(
             raise TargetError(f"verify() takes two models, got {type(model).__name__}; load it with from_pretrained.")
         check_whole(model)
         check_same(model)
-    if labels == "model":
-        named = {**options, "name": "eval_dataset"}
-        eval_dataset = draw_labels(eval_dataset, dense, accelerator.device, 0, keep=True, **named)
-    loader = make_dataloader(eval_dataset, dense, name="eval_dataset", **options)
-    fingerprint = combined_digest(examine(loader, dense, "eval_dataset")[0])
-    if fingerprint in used:
-        raise CertificateError("eval_dataset is data that the compressed model was made from; give other examples.")
-    with on_device(dense, accelerator.device), on_device(compressed, accelerator.device):
-        outcomes = paired_outcomes(dense, compressed, loader, accelerator, "Comparing", temperatures=True)
-    return certify(outcomes, loss_margin, accuracy_margin, confidence, fingerprint)
+    settings = [(model.config, dict(vars(model.config))) for model in (dense, compressed)]
+    try:
+        if labels == "model":
+            named = {**options, "name": "eval_dataset"}
+            eval_dataset = draw_labels(eval_dataset, dense, accelerator.device, 0, keep=True, **named)
+        loader = make_dataloader(eval_dataset, dense, name="eval_dataset", **options)
+        fingerprint = combined_digest(examine(loader, dense, "eval_dataset")[0])
+        if fingerprint in used:
+            raise CertificateError(
+                "eval_dataset is data that the compressed model was made from; give other examples."
+            )
+        with on_device(dense, accelerator.device), on_device(compressed, accelerator.device):
+            outcomes = paired_outcomes(dense, compressed, loader, accelerator, "Comparing", temperatures=True)
+        return certify(outcomes, loss_margin, accuracy_margin, confidence, fingerprint)
+    finally:  # a loss may set the problem_type
+        for config, before in settings:
+            vars(config).update(before)

@@ -50,12 +50,14 @@ def select_paper(curves: Curves, epsilon: Mapping[str, float], compact: bool) ->
             missing = "max_noise" if noise is None else "first_order"
             raise ConfigurationError(f"the curve of {name!r} has no {missing}, which the paper's rules need.")
         limit = break_even_rank(curve.out_features, curve.in_features, "two-factor")
-        fits = [k for k in range(1, limit + 1) if noise[k] <= epsilon[name] and first[k] < 0]
+        bound = epsilon[name] * (1 + ROUNDING)  # found as the noise of a rank, it lets that rank pass
+        fits = [k for k in range(1, limit + 1) if noise[k] <= bound and first[k] < 0]
         costs = list(range(len(first))) if compact else first.tolist()
         choices[name] = Choice(min(fits, key=costs.__getitem__, default=None))
     return choices
 
 
+ROUNDING = 1e-9  # by which the same noise may differ, computed in two ways
 EXAMPLES = 64  # eq. 8 compares two losses on the same examples, so few of them suffice
 
 

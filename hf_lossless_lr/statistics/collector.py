@@ -82,6 +82,7 @@ class Collector:
         self.of_curvature = True  # whether gradients of outputs that come now belong to B
         self.index = 0  # of the batch
         self.one_by_one = False  # whether examples go through the model alone
+        self.sharing_known = False  # whether it was asked which layers work once for a whole batch
         self.copies = False  # whether inputs are copied, for the model changes some of them in place
         self.order: list[Key] = []  # of the inputs in a forward pass, also of those that only some batches have
         self.repeated: set[str] = set()  # targets called more than once in a forward pass
@@ -176,7 +177,7 @@ class Collector:
         self.recording = True
         forward = forward_loss(self.model, batch, index)
         self.recording = False
-        if not self.one_by_one and (self._hides_padding(batch) or (index == 0 and self._shares_rows(batch))):
+        if not self.one_by_one and (self._hides_padding(batch) or self._shares_rows(batch)):
             self.one_by_one = True
             self._forget_inputs()
             return None
@@ -230,7 +231,13 @@ class Collector:
         return [name for name, module in self.known.items() if id(module) in found]
 
     def _shares_rows(self, batch: Mapping[str, Any]) -> bool:
-        """Return whether a layer works once for the whole batch; inputs that begin with its sequences are its own."""
+        """Return whether a layer works once for the whole batch; inputs that begin with its sequences are its own.
+
+        That is asked once, of the first batch that shows it: one of several examples.
+        """
+        if self.sharing_known or batch_examples(batch) < 2:
+            return False
+        self.sharing_known = True
         doubtful = (entry for entry in self.inputs if entry.shape[:1] != (self.masks.sequences,))
         names = {name for entry in doubtful for name in entry.names}
         with self._aside(batch):

@@ -77,7 +77,8 @@ def load_statistics(
         CheckpointError: if the file is no statistics file, damaged, or of another model.
     """
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        place = "cpu" if device.type == "cpu" else str(device)  # Accelerate numbers the CPUs of several processes
+        with safe_open(path, framework="pt", device=place) as file:
             description = json.loads((file.metadata() or {})["statistics"])
             if description["format_version"] != FORMAT_VERSION:
                 raise CheckpointError(

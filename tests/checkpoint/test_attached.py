@@ -26,7 +26,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils import logging
 
 from hf_lossless_lr import CompressionReport, LosslessLowRankConfig, LowRankCompressor
-from hf_lossless_lr.checkpoint.attached import CHANGED_WEIGHTS, attach_card
+from hf_lossless_lr.checkpoint.attached_card import CHANGED_WEIGHTS, attach_card
 from hf_lossless_lr.checkpoint.cards import card_of
 from hf_lossless_lr.report.records import REPORT_NAME, Difference
 from hf_lossless_lr.report.sentence import verdict_sentence
@@ -384,7 +384,7 @@ class TestChangedWeights:
         monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
         logging.set_verbosity_warning()
         try:
-            logger = logging.get_logger("hf_lossless_lr.checkpoint.attached")
+            logger = logging.get_logger("hf_lossless_lr.checkpoint.attached_card")
             type(logger).warning_once.cache_clear()
             model = copy.deepcopy(small.model)
             change_weights(model)
