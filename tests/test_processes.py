@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState, PartialState
-from support.processes import needs_processes
+from support.processes import in_two_processes, needs_processes
 from support.tiny_models import llama, split_batch
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
+from hf_lossless_lr.baselines import compare
 from hf_lossless_lr.errors import ConfigurationError
 from hf_lossless_lr.processes import joined_processes
 
@@ -91,3 +92,19 @@ def test_processes_that_do_not_know_of_one_another_are_an_error(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigurationError, match="2 processes were launched, but Accelerate was set up with this one"):
         joined_processes()
+
+
+def compare_twice(folder: Path, process: int) -> None:
+    model, batch = llama(EXAMPLES)
+    data = split_batch(batch, 1)
+    options = {"methods": ["svd", "fwsvd"], "keep_ratios": [0.6], "eval_dataset": data[CALIBRATED:]}
+    found = [each.loss_increase for each in compare(model, data[:CALIBRATED], batch_size=3, **options)]
+    (folder / f"{process}.json").write_text(json.dumps(found))
+
+
+@needs_processes
+def test_methods_are_compared_in_several_processes_on_the_statistics_of_one(tmp_path):
+    in_two_processes(compare_twice, tmp_path)
+    found = [json.loads((tmp_path / f"{process}.json").read_text()) for process in (0, 1)]
+    assert found[0] == found[1]
+    assert len(found[0]) == 2

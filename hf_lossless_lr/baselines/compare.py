@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..checkpoint import DEFAULT_SELECTION, LosslessLowRankConfig
-from ..data import make_dataloader
+from ..data import make_dataloader, ready_batches
 from ..errors import ConfigurationError
 from ..fingerprint import batch_fingerprint, content_digest, tensors_fingerprint
 from ..layers import at_hand
@@ -71,8 +70,8 @@ def compare(
     for size in keep_ratios:
         LosslessLowRankConfig(keep_ratio=size)  # refuses what is none
     ratios = {name: _ratios(config, keep_ratios) for name, config in configs.items()}
-    loaders = _loaders(model, (calib_dataset, eval_dataset), configs, data_collator, processing_class)
-    inputs = _inputs(model, loaders, changes)
+    data = _read_once(model, (calib_dataset, eval_dataset), configs, data_collator, processing_class)
+    inputs = _inputs(model, data, changes)
     if any(result.inputs != inputs for result in known):
         raise ConfigurationError(
             "the known results are of another model, other data, or other options. Give another file for the records."
@@ -89,7 +88,7 @@ def compare(
             compressor = LowRankCompressor(configs[name])
             statistics = Path(folder[0]) / f"{configs[name].selection_fraction}.safetensors"
             try:
-                compressor.calibrate(model, loaders[0], eval_dataset=loaders[1], statistics_path=statistics)
+                compressor.calibrate(model, data[0], eval_dataset=data[1], statistics_path=statistics)
                 before = [result for result in known if result.method == name and result.bytes < 1]  # compressed
                 compressor.recall((_kept(result, configs), result.status in CERTIFIED) for result in before)
                 for ratio in missing:
@@ -117,26 +116,28 @@ def _ratios(config: LosslessLowRankConfig, keep_ratios: Sequence[float]) -> list
     return [*sorted(set(keep_ratios), reverse=True)] if OBJECTIVES[config.objective].sized else [None]
 
 
-def _loaders(
+def _read_once(
     model: PreTrainedModel,
     parts: tuple[Any, Any],
-    configs: dict[str, LosslessLowRankConfig],
+    configs: Mapping[str, LosslessLowRankConfig],
     data_collator: Any,
     processing_class: Any,
-) -> list[DataLoader | None]:
-    """Return loaders of the calibration and of the held-out data, read once: they may be streams."""
+) -> list[Any]:
+    """Return the calibration and the held-out data so that each method can read them: they may be streams."""
     config = next(iter(configs.values()))
     options = {"data_collator": data_collator, "processing_class": processing_class, "batch_size": config.batch_size}
-    names = ("calib_dataset", "eval_dataset")
-    return [
-        None if data is None else make_dataloader(data, model, name=name, max_examples=config.max_examples, **options)
-        for data, name in zip(parts, names, strict=True)
-    ]
+    read: list[Any] = []
+    for data, name in zip(parts, ("calib_dataset", "eval_dataset"), strict=True):
+        if data is None:
+            read.append(None)
+            continue
+        loader = make_dataloader(data, model, name=name, max_examples=config.max_examples, **options)
+        read.append(list(loader) if ready_batches(loader) else loader)
+    return read
 
 
-def _inputs(model: PreTrainedModel, loaders: Iterable[DataLoader | None], changes: dict[str, Any]) -> str:
-    found = [loader for loader in loaders if loader is not None]
-    digests = [[batch_fingerprint(batch) for batch in loader] for loader in found]  # with labels, and in order
+def _inputs(model: PreTrainedModel, parts: Iterable[Any], changes: dict[str, Any]) -> str:
+    digests = [[batch_fingerprint(batch) for batch in data] for data in parts if data is not None]  # with labels
     with at_hand(model):
         return content_digest([tensors_fingerprint(model.state_dict()), digests, changes])
 

@@ -282,3 +282,26 @@ def test_compress_writes_the_card_with_its_verdict(compress, tmp_path):
     assert compress("lossless") == 0
     report = CompressionReport.from_json((tmp_path / "out" / REPORT_NAME).read_text())
     assert verdict_sentence(report) in (tmp_path / "out" / "README.md").read_text()
+
+
+class TestWeightsThatAreNotWhereTheyUsuallyAre:
+    @pytest.fixture
+    def saved(self, tmp_path):
+        model, _ = compressions.compressed("bert-sequence-classification")
+        model.save_pretrained(tmp_path)
+        return model, tmp_path
+
+    def test_an_index_of_before_does_not_count(self, saved, capsys):
+        model, folder = saved
+        model.save_pretrained(folder, max_shard_size="20KB")
+        model.save_pretrained(folder)
+        index = {"weight_map": {"x": "model-00001-of-00003.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert main(["report", str(folder)]) == 0
+        assert "cannot read" not in capsys.readouterr().err
+
+    def test_of_a_variant_are_said_not_to_be_compared(self, saved, capsys):
+        _, folder = saved
+        (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
+        assert main(["report", str(folder)]) == 0
+        assert "was not compared" in "".join(capsys.readouterr())

@@ -157,3 +157,15 @@ class TestWhichLosses:
         alone = {name: value[:, :length] for name, value in alone.items()}
         assert curvature.sign_seeds(alone, model)[0] == curvature.sign_seeds(batch, model)[2]
         assert len(set(curvature.sign_seeds(batch, model))) == COUNT
+
+
+def test_of_whole_numbers_for_a_regression_are_those_of_the_same_floats():
+    model, batch = TINY_MODELS["bert-sequence-classification"](12)
+    model.config.num_labels, model.num_labels, model.classifier = 1, 1, torch.nn.Linear(32, 1)
+    found = []
+    for labels in (batch["labels"], batch["labels"].float()):
+        data = {**batch, "labels": labels}
+        with torch.enable_grad():
+            ((_, vectors),) = gauss_newton_directions(model, data, forward_loss(model, data, 0))
+        found.append(vectors)
+    torch.testing.assert_close(*found)

@@ -218,3 +218,23 @@ def test_compress_a_classifier_without_labels(form):
 def test_of_another_origin_are_refused():
     with pytest.raises(ConfigurationError, match="labels"):
         LosslessLowRankConfig(labels="moon")
+
+
+BART = {
+    **{"vocab_size": 61, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 40},
+    **{"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48},
+    **{"eos_token_id": 2, "pad_token_id": 0, "bos_token_id": 1},
+}
+
+
+def test_of_a_model_that_makes_its_decoders_inputs_of_them_are_an_error():
+    model = build("BartForConditionalGeneration", "BartConfig", **BART)
+    with pytest.raises(DataError, match="BartForConditionalGeneration makes inputs of its labels"):
+        draw_labels(split_batch(text_inputs(16), 4), model, CPU, 0, batch_size=4)
+
+
+def test_that_a_model_cannot_take_are_an_error_of_ours():
+    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = build("ElectraForPreTraining", "ElectraConfig", **sizes, embedding_size=32, intermediate_size=48)
+    with pytest.raises(DataError, match="ElectraForPreTraining"):
+        draw_labels(split_batch(text_inputs(16), 4), model, CPU, 0, batch_size=4)

@@ -141,3 +141,18 @@ def test_a_loss_aware_choice_beats_one_that_is_not():
         compressor.compress(model, split_batch(batch, 8)[:12], eval_dataset=split_batch(batch, 8)[12:])
         increases[metric] = compressor.report.compressed.loss
     assert increases["kronecker"] < 0.8 * increases["identity"]
+
+
+def test_gradients_of_several_representations_are_those_of_their_mean():
+    """Each counts for its share of the loss, `I / kinds`, and so do the second moments of its gradients."""
+    torch.manual_seed(0)
+    draws = 20_000
+    embeddings = [torch.randn(3).repeat(draws, 1).requires_grad_() for _ in range(2)]
+    found = representations(dict(zip(("text_embeds", "image_embeds"), embeddings, strict=True)), seeds(draws))
+    noisy_loss(found, seeds(draws)[NOISE]).backward()
+    for embedding in embeddings:
+        fixed = embedding[0].detach().double()
+        hessian = torch.autograd.functional.hessian(lambda e: 1 - torch.cosine_similarity(e, fixed, dim=0), fixed)  # noqa: B023
+        gradients = embedding.grad.double() * draws
+        moments = gradients.mT @ gradients / draws
+        assert (moments - hessian / 2).abs().max() < 5 * hessian.abs().max() * (2 / draws) ** 0.5

@@ -13,7 +13,7 @@ from support.compressions import (
     compress,
     count_parameters,
 )
-from support.tiny_models import other_inputs, split_batch
+from support.tiny_models import TINY_MODELS, as_examples, other_inputs, split_batch
 
 from hf_lossless_lr import CompressionReport, LosslessLowRankConfig, LowRankCompressor
 from hf_lossless_lr.checkpoint.encoding import encoded_state
@@ -184,3 +184,13 @@ def test_a_convolutional_network_in_channels_last_is_compressed_and_saved(option
     check_same_answers(model, again, batch, tolerance=1e-3)
     again.save_pretrained(tmp_path / "again")
     assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("objective", ["compact", "lossless"])
+def test_a_search_without_float_tries_the_dense_model_in_its_formats(objective):
+    """No rank is allowed, so that rounding is all that there is."""
+    model, batch = TINY_MODELS["bert-sequence-classification"](80)
+    options = {"formats": ["int8"], "rank_multiple": 64, "loss_margin": 0.5, "accuracy_margin": 0.5}
+    compressor = LowRankCompressor(LosslessLowRankConfig(objective=objective, **options))
+    compressor.compress(model, as_examples(batch), eval_dataset=as_examples(other_inputs(batch)))
+    assert {(layer.rank, layer.format) for layer in compressor.report.layers.values()} == {(None, "int8")}

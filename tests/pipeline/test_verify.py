@@ -104,3 +104,12 @@ class TestVerify:
         config.num_labels = model.config.num_labels + 1
         with pytest.raises(DataError, match="same questions"):
             verify(model, type(model)(config), batches)
+
+
+def test_leaves_the_configurations_of_both_models(pair):
+    model, batches = pair
+    dense, other = deepcopy(model), deepcopy(model)
+    for each in (dense, other):
+        each.config.problem_type = None
+    verify(dense, other, batches)
+    assert dense.config.problem_type is other.config.problem_type is None
