@@ -67,6 +67,7 @@ class CompressionOptions(Renamed):
         forms: which matrices of a convolution's kernel may be factorized: `channel`, a convolution to fewer channels
             and then a pointwise one, or `spatial`, `kh × 1` and then `1 × kw`. Default: both with the metric
             `kronecker`, and `channel` for other metrics, which have no spatial form, and for the paper's objectives.
+            `dimensions` besides: fewer of them between the values and the output of attention.
         embeddings: number format of the embeddings, and of what shares their weights.
         rank_multiple: ranks that are chosen are multiples of this; given ones are what they are. Default: what the
             device multiplies well, 8 on a CPU and 64 on others, or the largest power of two that leaves 32 ranks to
@@ -76,7 +77,7 @@ class CompressionOptions(Renamed):
         selection_fraction: share of the calibration examples kept apart, to measure whether the refit helps and which
             model to choose. Default: 1/2 for `lossless` and `compact`, which choose by measurement, 1/16 for other
             objectives with a refit where that is 16 examples or more, else none.
-        max_examples: examples to take from `calib_dataset`, from the start, and from an `eval_dataset` that is a
+        max_examples: examples to take from `calib_dataset`, from the start, and from other data that are a
             stream; None for all. A stream without an end needs it.
         labels: `data`, or `model` for labels that are drawn from the dense model's predictions, for data without any:
             the loss increase is then an estimate of the divergence from them. An `eval_dataset` that has labels

@@ -22,6 +22,7 @@ from .label_checks import LabelChecks, numbered
 from .labels import batch_examples, label_columns
 
 MIN_EXAMPLES = 8
+UNJOINED = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)  # what collators raise
 STREAM_LIMIT = 32768
 """Examples after which a stream is taken to have no end, unless `max_examples` says where to stop."""
 
@@ -205,10 +206,24 @@ def _repeatable(collate: Any) -> Any:
 
     def collate_again(items: Any) -> Any:
         with _seeded("".join(map(content_digest, items))):
-            return collate(items)
+            try:
+                return collate(items)
+            except UNJOINED as error:
+                if not again.tried:  # of which data they are will be said
+                    raise
+                raise DataError(_unjoined(error)) from error
 
-    collate_again.plain = getattr(collate, "plain", _is_plain(collate))  # type: ignore[attr-defined]
-    return collate_again
+    again: Any = collate_again
+    again.plain, again.tried = getattr(collate, "plain", _is_plain(collate)), False
+    return again
+
+
+def _unjoined(error: Exception) -> str:
+    reason = str(error).strip().partition("\n")[0]
+    return (
+        f"the examples cannot be joined into a batch: {type(error).__name__}: {reason}. Give them one length (pass "
+        "processing_class=tokenizer, which has to have a pad_token), or a data_collator."
+    )
 
 
 @contextmanager
@@ -270,7 +285,7 @@ def _check_repeats(loader: DataLoader, model: PreTrainedModel, name: str) -> Non
         return
     try:
         first, again = next(iter(loader)), next(iter(loader))
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except UNJOINED as error:
         example = loader.dataset[0] if hasattr(loader.dataset, "__getitem__") else None
         if isinstance(example, (tuple, list)):
             raise DataError(
@@ -282,11 +297,8 @@ def _check_repeats(loader: DataLoader, model: PreTrainedModel, name: str) -> Non
             checks, count = LabelChecks(model, name), min(dataset_size(loader), loader.batch_size or 1)
             for index in range(count):
                 checks.check(loader.dataset[index], f"example {index}")
-        reason = str(error).strip().partition("\n")[0]
-        raise DataError(
-            f"{name}: the examples cannot be joined into a batch: {type(error).__name__}: {reason}. Give them one "
-            "length (pass processing_class=tokenizer, which has to have a pad_token), or a data_collator."
-        ) from error
+        raise DataError(f"{name}: {_unjoined(error)}") from error
+    vars(loader.collate_fn)["tried"] = True
     if isinstance(first, Mapping) and batch_fingerprint(first) != batch_fingerprint(again):
         raise DataError(
             f"{name}: its first batch is another one each time, so that no two models can be compared on it. Random "

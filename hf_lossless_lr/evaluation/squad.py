@@ -214,7 +214,9 @@ def _score(
     model: PreTrainedModel, dataset: Dataset, tokenizer: Any, options: ScoringOptions, unanswerable: bool
 ) -> Scores:
     _check(dataset, tokenizer)
-    answers, golds, size = [], [], options.batch_size
+    answers, size = [], options.batch_size
+    questions = zip(dataset["context"], dataset["answers"], strict=True)  # what is wrong with one shows now
+    golds = [[text for text, _ in _golds(*each, index, unanswerable)] for index, each in enumerate(questions)]
     with evaluating(model), torch.no_grad():
         for first in logging.tqdm(range(0, len(dataset), size), desc="Answering"):
             batch = dataset[first : first + size]
@@ -226,8 +228,6 @@ def _score(
                     for row, window in zip(logits, windows, strict=True)
                     if window.example == index
                 ]
-                correct = _golds(context, batch["answers"][index], first + index, unanswerable)
-                golds.append([text for text, _ in correct])
                 answers.append(predicted_answer(context, mine, unanswerable))
     return squad_scores(answers, golds, unanswerable)
 

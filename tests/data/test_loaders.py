@@ -323,3 +323,12 @@ class TestRefusal:
         batches = iter([{"return_dict": True, **collate(examples)}])
         loader = make_dataloader(batches, model, batch_size=BATCH_SIZE)
         assert next(iter(loader))["return_dict"] is True
+
+
+def test_examples_that_later_cannot_be_joined_are_an_error_of_ours(model):
+    """The first batch happens to be of one length."""
+    examples = [{"input_ids": [5] * length, "labels": 0} for length in (6, 6, 6, 6, 6, 6, 6, 5)]
+    loader = make_dataloader(examples, model, batch_size=4)
+    assert len(next(iter(loader))["input_ids"]) == 4
+    with pytest.raises(DataError, match=r"cannot be joined into a batch: ValueError.*pass processing_class"):
+        list(loader)
