@@ -158,9 +158,7 @@ class LosslessLowRankConfig(CompressionOptions, QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """Return what `config.json` has of the configuration."""
         written = super().to_dict() | {"quant_method": WRITTEN_METHOD}
-        return {
-            name: value for name, value in written.items() if (name, value) not in (("part", None), ("narrowed", {}))
-        }
+        return {name: value for name, value in written.items() if (name, value) != ("part", None)}
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Return what the configuration given to `from_pretrained` says of a checkpoint that has its own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import isfunction
 from typing import Any
 
 import torch
@@ -49,7 +50,18 @@ def _tables(model: nn.Module) -> list[dict[str, nn.Module]]:
     for name, module, weight in modules:
         if weight is not None and weight.is_floating_point() and f"{name}.weight" not in unsaved:
             tables.setdefault(id(weight), {})[name] = module
-    return [sharing for sharing in tables.values() if any(isinstance(m, nn.Embedding) for m in sharing.values())]
+    return [sharing for sharing in tables.values() if any(map(_looks_up, sharing.values()))]
+
+
+def _looks_up(module: nn.Module) -> bool:
+    """Return whether a module is an embedding, or one that does more in its forward pass and is used by nothing else.
+
+    What takes the place of a rounded module while it is stored has no other methods.
+    """
+    if not isinstance(module, nn.Embedding):
+        return False
+    own = type(module).__mro__[: type(module).__mro__.index(nn.Embedding)]
+    return {name for kind in own for name, value in vars(kind).items() if isfunction(value)} <= {"__init__", "forward"}
 
 
 def _holder(model: PreTrainedModel, sharing: dict[str, nn.Module]) -> str:
