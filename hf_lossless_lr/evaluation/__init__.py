@@ -3,10 +3,11 @@
 from .language_modeling import C4, WIKITEXT2
 from .mmlu import MMLU, mmlu
 from .pipelines import TASKS
+from .random_inputs import random_batch
 from .registry import EVALUATION_TASKS
 from .scores import Score, Scores, compare, summarize
 from .sources import choose_columns, first_rows, is_format, is_single, load_split
-from .speed import MOST_THREADS, measure_speed, random_batch
+from .speed import MOST_THREADS, measure_speed
 from .task import EvaluationTask, ScoringOptions, Task
 
 __all__ = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,13 +19,9 @@ from ..errors import ConfigurationError, DataError
 from ..layers import evaluating
 from ..ranks import TURNS, forward_flops, speed_in_turns
 from ..report import Speed
-from .positions import most_tokens
 
-TEXT_LENGTH, PICTURE_SIDE, SOUND_LENGTH = 128, 224, 16000  # tokens, pixels, samples
-FIRST_TOKEN = 5  # lower ids are often special ones
 LAYER_TURNS = 5
 MOST_THREADS = 1024  # many more end the process
-CHOICES = 2  # of each example of a multiple-choice model
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -72,53 +67,6 @@ def measure_speed(
         if layers:
             speed = replace(speed, layers=tuple(_layer_seconds(model, batch, device) for model in models))
     return speed
-
-
-def random_batch(model: PreTrainedModel, examples: int, size: int | None = None) -> dict[str, torch.Tensor]:
-    """Return a batch of random words, pictures or sounds that a model takes, on its device and in its dtype.
-
-    Args:
-        model: the model.
-        examples: number of examples.
-        size: tokens of a text, pixels of a side of a picture, samples of a sound; default 128 or what the model
-            takes, what it was made for (224 where its configuration does not say), or 16,000.
-
-    Returns:
-        Keyword arguments of its forward, without labels.
-
-    Raises:
-        DataError: if the model takes something else, or the size is longer than it can take.
-    """
-    config, name, device = model.config.get_text_config(), model.main_input_name, model.device
-    pairs = hasattr(model, "get_text_features") and hasattr(model, "get_image_features")  # as CLIP
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # not those of other devices, which are not put back
-        if name == "input_ids" and getattr(config, "vocab_size", None) is not None:
-            most = most_tokens(model) or sys.maxsize
-            length = size or min(TEXT_LENGTH, most)
-            if most < length:
-                raise DataError(f"{type(model).__name__} takes at most {most} tokens, not {length}.")
-            words = torch.randint(min(FIRST_TOKEN, config.vocab_size - 1), config.vocab_size, (examples, length))
-            if type(model).__name__.endswith("ForMultipleChoice"):
-                words = words[:, None].repeat(1, CHOICES, 1)
-            words = words.to(device)
-            batch = {"input_ids": words, "attention_mask": torch.ones_like(words)}
-            batch |= {"pixel_values": _pictures(model, examples)} if pairs else {}
-            return batch | ({"decoder_input_ids": words} if model.config.is_encoder_decoder else {})
-        if name == "pixel_values":
-            return {name: _pictures(model, examples, size)}
-        if name == "input_values":
-            return {name: torch.randn(examples, size or SOUND_LENGTH).to(device, model.dtype)}
-    raise DataError(
-        f"{type(model).__name__} takes {name!r}, for which there is no random input; give a batch of yours."
-    )
-
-
-def _pictures(model: PreTrainedModel, examples: int, size: int | None = None) -> torch.Tensor:
-    vision = getattr(model.config, "vision_config", model.config)
-    side = size or getattr(vision, "image_size", None) or PICTURE_SIDE
-    height, width = (side, side) if isinstance(side, int) else side
-    return torch.randn(examples, getattr(vision, "num_channels", 3), height, width).to(model.device, model.dtype)
 
 
 @contextmanager

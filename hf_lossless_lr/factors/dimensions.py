@@ -120,7 +120,9 @@ def fewer_dimensions(
     of_values = LayerStatistics(
         None, seen.input_covariance, B_v.to(seen.grad_covariance)[None], seen.tokens, seen.units
     )
-    A = (P_o @ A_o @ P_o.T).to(heard.input_covariance)[None]
+    # seen through P, what rounding left of the moments could be larger than what there is
+    noise = len(A_o) * torch.finfo(torch.float32).eps
+    A = (P_o @ damped(A_o, noise) @ P_o.T).to(heard.input_covariance)[None]
     of_output = LayerStatistics(None, A, heard.grad_covariance, heard.tokens, heard.units)
     return FewerDimensions(
         NarrowLayer((P_v @ W_v)[None], of_values, _places(kept, size, 1, A_o.device), P_v),

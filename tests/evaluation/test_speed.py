@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from support.architectures import small
+from support.architectures import ARCHITECTURES, small
 from support.tiny_models import TINY_MODELS, llama, t5, vit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -56,6 +56,36 @@ def test_models_of_text_and_pictures_get_both():
     parts = {"text_config": {}, "vision_config": {}}
     model = CLIPModel(small(CLIPConfig, **parts))
     assert model(**random_batch(model, 3)).logits_per_image.shape == (3, 3)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "BartForSequenceClassification",  # reads at the last token, which must be that of the end
+        "BlipForConditionalGeneration",
+        "ViltForQuestionAnswering",
+        "VideoMAEForVideoClassification",
+        "ASTForAudioClassification",
+        "WhisperForConditionalGeneration",
+        "Speech2TextForConditionalGeneration",
+    ],
+)
+def test_models_of_texts_with_ends_of_films_and_of_spectrograms_get_them(name):
+    model, _ = next(row for row in ARCHITECTURES if row.name == name).build(1)
+    batch = random_batch(model, 3)
+    assert all(len(value) == 3 for value in batch.values())
+    with torch.no_grad():
+        model(**batch)
+
+
+def test_a_model_that_takes_something_else_is_an_error_that_says_so():
+    row = next(row for row in ARCHITECTURES if row.name == "ViTForImageClassification")
+    model, _ = row.build(1)
+    with pytest.raises(DataError, match=r"does not take random inputs, pixel_values \(2, 3, 7, 7\); give a batch"):
+        random_batch(model, 2, 7)
+    row = next(row for row in ARCHITECTURES if row.name == "PatchTSTForPrediction")
+    with pytest.raises(DataError, match="takes 'past_values', for which there is no random input"):
+        random_batch(row.build(1)[0], 2)
 
 
 def test_the_second_model_is_compared_to_the_first():

@@ -1,5 +1,7 @@
 """Fewer dimensions between values and output, against attention computed with the layers themselves, in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -80,7 +82,9 @@ def test_the_statistics_are_those_of_the_new_layers(heads):
     dense = Attention(heads, 2)
     values, output, _ = dense.fewer(max(heads[1], len(dense.W_v) // 2))
     contexts = dense.contexts(dense.x @ values.weight[0].T, dense.sizes(values.places))
-    torch.testing.assert_close(output.statistics.input_covariance[0], contexts.T @ contexts / TOKENS)
+    noise = 4 * len(dense.W_o[0]) * torch.finfo(torch.float32).eps  # which is added: float32 would leave it there
+    expected = contexts.T @ contexts / TOKENS
+    torch.testing.assert_close(output.statistics.input_covariance[0], expected, rtol=noise, atol=noise)
     assert values.statistics.input_covariance is dense.values.statistics.input_covariance
     assert output.statistics.grad_covariance is dense.output.statistics.grad_covariance
     old = torch.zeros(len(dense.W_v), dtype=torch.float64)
@@ -112,6 +116,19 @@ def test_a_refit_sees_the_products_of_the_new_layers():
     used = rows[:, output.places]
     torch.testing.assert_close(cross[0], rows[:, :FEATURES].T @ used)
     torch.testing.assert_close(moments[0], used.T @ used)
+
+
+@on_heads
+def test_moments_of_float32_stay_moments_where_contexts_hardly_change(heads):
+    """Their small directions are rounding errors, which the new layers see enlarged."""
+    dense = Attention(heads, 7)
+    contexts = 1 + 1e-4 * torch.randn(TOKENS, len(dense.W_o[0]), generator=torch.Generator().manual_seed(8))
+    moments = (contexts.T @ contexts / TOKENS)[None]
+    dense.output = DenseLayer(dense.output.weight, replace(dense.output.statistics, input_covariance=moments))
+    _, output, _ = dense.fewer(len(dense.W_v), damping=1e-3)
+    A = output.statistics.input_covariance[0].double()
+    scale = A.diagonal().rsqrt()
+    assert torch.linalg.eigvalsh(scale[:, None] * A * scale).min() > 0
 
 
 def test_a_head_that_nobody_hears_keeps_one_dimension():

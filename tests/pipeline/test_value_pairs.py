@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from support.architecture_page import EXAMPLES, halves
+from support.architectures import ARCHITECTURES
 from support.compressions import BATCH_SIZE, build
 from support.tiny_models import split_batch
 from torch import nn
@@ -44,8 +46,23 @@ def test_are_none_where_there_is_no_layer_of_values(name):
     assert not pairs_of(*build(name))
 
 
-class Normed(nn.Linear):
-    pass
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("SwitchTransformersForConditionalGeneration", 6),  # what is tried sends other rows to the experts
+        ("BertModel", 2),  # it has representations alone
+    ],
+)
+def test_are_found_in_models_of_experts_and_without_heads(name, count):
+    row = next(row for row in ARCHITECTURES if row.name.startswith(name))
+    model, batch = row.build(EXAMPLES)
+    compressor = LowRankCompressor(
+        LosslessLowRankConfig(forms=["channel", "dimensions"], refit=False, labels=row.labels)
+    )
+    compressor.calibrate(model, halves(batch))
+    found = set(compressor._calibration.pairs.values())
+    compressor.release()
+    assert len(found) == count
 
 
 def changed_values(kind):
