@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..layers import Routed, layout_of, routed_rows
+from ..layers import Routed, find_layout, layout_of, routed_rows
 from .architectures import TOKENS_FIRST
 from .cutting import sequence_masks
 from .labels import batch_examples
@@ -41,7 +41,8 @@ class PaddingMasks:
         unmatched: ids of the layers whose rows belong to no known mask, though there is padding.
         steady: ids of the layers whose rows are no tokens, as far as that was learned for padded `inputs` and padded
             `targets`; None where the model takes no examples without their padding.
-        mixed: whether the batch has something beside its tokens, such as pictures, whose rows may be as many.
+        mixed: whether there is something beside the tokens whose rows may be as many: pictures in the batch, or
+            learned vectors that the model has as many of as there are tokens.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -50,6 +51,7 @@ class PaddingMasks:
         tokens_first = (module for module in model.modules() if _takes_tokens_first(module))
         self.in_tokens_first = {id(inner) for module in tokens_first for inner in module.modules()}
         self.around = _around(model)
+        self.learned_rows = _learned_rows(model)
         self.unmatched: set[int] = set()
         self.steady: dict[str, set[int] | None] = {}
         self.start({})
@@ -74,6 +76,7 @@ class PaddingMasks:
         tensors = [v for v in batch.values() if isinstance(v, torch.Tensor) and v.is_floating_point() and v.ndim > 2]
         sequences = attention_mask.shape[:2] if isinstance(attention_mask, torch.Tensor) else None
         self.mixed = sequences is not None and any(value.shape[:2] != sequences for value in tensors)
+        self.mixed |= self.main is not None and self.main.shape[1] in self.learned_rows
 
     def take(self, steady: Mapping[str, set[int] | None]) -> None:
         """Take what was learned of layers whose rows are no tokens."""
@@ -184,6 +187,13 @@ def _takes_tokens_first(module: nn.Module) -> bool:
 
 def _is_mask(name: str) -> bool:
     return name.endswith("attention_mask")
+
+
+def _learned_rows(model: nn.Module) -> set[int]:
+    """Return how many rows each parameter has that may be vectors in place of tokens, such as Perceiver's latents."""
+    others = (m for m in model.modules() if not isinstance(m, nn.Embedding) and find_layout(m) is None)
+    own = (parameter for module in others for parameter in module.parameters(recurse=False))
+    return {parameter.shape[-2] for parameter in own if parameter.ndim > 1}
 
 
 def _around(model: nn.Module) -> dict[int, list[int]]:

@@ -1,6 +1,7 @@
 """Tiny models whose layers see padding in other shapes than that of the batch's attention mask."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
@@ -182,9 +183,9 @@ def unfused_heads(count: int = EXAMPLES, seed: int = 0) -> tuple[PreTrainedModel
     return model, batch | {"labels": torch.where(batch["attention_mask"].bool(), batch["input_ids"] % 3, IGNORED)}
 
 
-def perceiver(count: int = EXAMPLES, seed: int = 0) -> tuple[PreTrainedModel, Batch]:
+def perceiver(count: int = EXAMPLES, seed: int = 0, latents: int = 4) -> tuple[PreTrainedModel, Batch]:
     """As many latents for a short text as for a long one."""
-    sizes = {"num_latents": 4, "d_latents": 32, "d_model": 16, "num_blocks": 1, "num_self_attends_per_block": 1}
+    sizes = {"num_latents": latents, "d_latents": 32, "d_model": 16, "num_blocks": 1, "num_self_attends_per_block": 1}
     model = build(
         "PerceiverForSequenceClassification",
         "PerceiverConfig",
@@ -213,6 +214,7 @@ PADDED_MODELS: dict[str, Callable[..., tuple[PreTrainedModel, Batch]]] = {
     "unfused-experts": unfused_experts,
     "unfused-heads": unfused_heads,
     "perceiver": perceiver,
+    "perceiver-of-as-many-latents": partial(perceiver, latents=9),
 }
 
 
