@@ -29,6 +29,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--objective", default="budget", choices=["budget", "uniform", "compact", "lossless"])
     parser.add_argument("--storage", default="auto", choices=["auto", "pivoted", "two-factor"])
     parser.add_argument("--rank-multiple", type=int, help="default: 8 on a CPU, 64 on a GPU, less for narrow layers")
+    parser.add_argument("--forms", nargs="+", help="forms of the layers: channel, spatial, dimensions")
     parser.add_argument("--formats", nargs="+", help="number formats of the layers: float, int8, int4, int3, or auto")
     parser.add_argument("--embeddings", default="float", choices=["float", "int8", "int4", "int3"])
     parser.add_argument("--refit", action=argparse.BooleanOptionalAction, help="default: with the metric kronecker")
@@ -63,6 +64,7 @@ def main() -> None:
         keep_ratio=arguments.keep_ratio,
         storage=arguments.storage,
         rank_multiple=arguments.rank_multiple,
+        forms=arguments.forms,
         formats=arguments.formats,
         embeddings=arguments.embeddings,
         refit=arguments.refit,

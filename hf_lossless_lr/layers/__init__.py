@@ -8,7 +8,7 @@ from .adapters import lora_targets
 from .chain import ConvolutionChain, Step
 from .convolution import FactorizedConv1d, FactorizedConv2d
 from .coverage import other_weights
-from .experts import Routed, UnfusedExperts, projections, routed_rows
+from .experts import Routed, UnfusedExperts, routed_rows
 from .factorized import METHOD, Factorized, called_with, is_factorized, layers_in
 from .layout import Layout, find_layout, layout_of, to_dense, weight_matrices
 from .linear import FactorizedLinear
@@ -54,7 +54,7 @@ from .storage import (
 from .stored import Stored, is_complete, stored_in
 from .targets import HEADS, Targets, check_gradients, check_model, find_targets
 from .unfused import Unfused
-from .unfusing import unfuse, unfused
+from .unfusing import projections, unfuse, unfused
 from .whole import check_whole
 
 __all__ = [

@@ -138,6 +138,10 @@ class UnfusedExperts(Unfused):
         routed = len(inspect.signature(self.template.forward).parameters) > 1
         yield (x, index, shares) if routed else (x.repeat(2, 1).index_fill(0, first[:1], 0),)
 
+    def beside(self) -> list[tuple[str, ...]]:
+        """Return the names of the first layers of all experts, and those of the second ones."""
+        return [tuple(f"{number}.{layer}" for number in range(self.num_experts)) for layer in PROJECTIONS]
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -211,16 +215,6 @@ class UnfusedExperts(Unfused):
 def _exporting() -> bool:
     """Return whether a graph is made for `torch.export`; PyTorch 2.6 cannot tell that from one to compile."""
     return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
-
-
-def projections(unfused: Mapping[str, Unfused]) -> list[tuple[str, ...]]:
-    """Return the names of the layers that stand beside one another in all experts of a module, module by module."""
-    return [
-        tuple(f"{path}.{number}.{layer}" for number in range(module.num_experts))
-        for path, module in unfused.items()
-        if isinstance(module, UnfusedExperts)
-        for layer in PROJECTIONS
-    ]
 
 
 def _parameter_of(fused: nn.Module, layer: str) -> Any:

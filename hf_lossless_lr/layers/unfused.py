@@ -89,6 +89,10 @@ class Unfused(nn.Module):
             like: a weight, whose device and dtype the arguments have.
         """
 
+    def beside(self) -> list[tuple[str, ...]]:
+        """Return the names of layers that do the same for other rows: experts beside one another."""
+        return []
+
     def guard(self, name: str, like: torch.Tensor, shape: tuple[int, ...] | None = None) -> None:
         """Leave zeros under the name of a fused parameter, in two by two by … numbers if nothing else is said."""
         self.register_buffer(name, like.detach().new_zeros((2,) * like.ndim if shape is None else shape))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from ..errors import TargetError
 from .attention import UnfusedHeads, UnfusedMultiheadAttention
 from .experts import UnfusedExperts
 from .readers import read_by_others
+from .sorted_experts import UnfusedSortedExperts
 from .unfused import Unfused, computes_the_same
 
-KINDS: tuple[type[Unfused], ...] = (UnfusedExperts, UnfusedHeads, UnfusedMultiheadAttention)
+KINDS: tuple[type[Unfused], ...] = (UnfusedExperts, UnfusedSortedExperts, UnfusedHeads, UnfusedMultiheadAttention)
 
 
 def unfuse(model: nn.Module) -> dict[str, Unfused]:
@@ -50,6 +53,13 @@ def why_fused(module: nn.Module) -> str | None:
     """
     found = None if _kind_of(module) is None else _tried(module)
     return found if isinstance(found, str) else None
+
+
+def projections(unfused: Mapping[str, Unfused]) -> list[tuple[str, ...]]:
+    """Return the names of the layers that stand beside one another in all experts of a module, module by module."""
+    return [
+        tuple(f"{path}.{layer}" for layer in layers) for path, module in unfused.items() for layers in module.beside()
+    ]
 
 
 def _tried(module: nn.Module) -> Unfused | str:

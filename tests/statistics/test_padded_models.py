@@ -64,7 +64,14 @@ def pair(request):
         patch.setattr("hf_lossless_lr.statistics.collector.real_rows", double_rows)
         got = collect(model, split_batch(batch, 3))
     oracle = slow_statistics(model, list(got.layers), unpadded_examples(model, batch))
-    in_float32 = ("deberta", "deberta-v2", "experts", "longformer", "unfused-experts")  # scores or routers
+    in_float32 = (
+        "deberta",
+        "deberta-v2",
+        "experts",
+        "longformer",
+        "sorted-experts",
+        "unfused-experts",
+    )  # scores or routers
     return Pair(got, oracle, PARTLY_FLOAT32 if request.param in in_float32 else ROUNDING)
 
 

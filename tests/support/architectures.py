@@ -388,6 +388,10 @@ _IMAGE_TEXT = _rows(
 
 _ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _SWITCH = {"num_experts": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "expert_capacity": 99}
+_JETMOE = {
+    **{"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8, "num_key_value_heads": 2},
+    "cannot": {"a block on disk": "meta", "what has room": "meta"},  # a bias of a module that is not called is there
+}
 _EXPERTS = _rows(
     "experts",
     ("MixtralForCausalLM", inputs.text_and_itself, QUICK),
@@ -396,6 +400,7 @@ _EXPERTS = _rows(
     ("GptOssForCausalLM", inputs.text_and_itself, {"num_local_experts": 4, "num_experts_per_tok": 2}),
     ("OlmoeForCausalLM", inputs.text_and_itself, {"num_experts": 4, "num_experts_per_tok": 2}),
     ("GraniteMoeForCausalLM", inputs.text_and_itself),
+    ("JetMoeForCausalLM", inputs.text_and_itself, _JETMOE),
     ("SwitchTransformersForConditionalGeneration", inputs.text_and_text, _SWITCH),
 )
 

@@ -174,6 +174,18 @@ def unfused_experts(count: int = EXAMPLES, seed: int = 0) -> tuple[PreTrainedMod
     return model, batch | {"labels": torch.where(batch["attention_mask"].bool(), batch["input_ids"], IGNORED)}
 
 
+def sorted_experts(count: int = EXAMPLES, seed: int = 0) -> tuple[PreTrainedModel, Batch]:
+    """Experts of attention and of the MLP get their rows in an order of their own."""
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "kv_channels": 8}
+    routing = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    model = build(
+        "JetMoeForCausalLM", "JetMoeConfig", vocab_size=VOCABULARY, initializer_range=0.2, **sizes, **routing
+    )
+    replace_modules(model, unfuse(model))
+    batch = text_inputs(count, seed=seed)
+    return model, batch | {"labels": torch.where(batch["attention_mask"].bool(), batch["input_ids"], IGNORED)}
+
+
 def unfused_heads(count: int = EXAMPLES, seed: int = 0) -> tuple[PreTrainedModel, Batch]:
     """Projections with an axis of heads, made a layer each."""
     sizes = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "initializer_range": 0.2}
@@ -212,6 +224,7 @@ PADDED_MODELS: dict[str, Callable[..., tuple[PreTrainedModel, Batch]]] = {
     "funnel": funnel,
     "experts": experts,
     "unfused-experts": unfused_experts,
+    "sorted-experts": sorted_experts,
     "unfused-heads": unfused_heads,
     "perceiver": perceiver,
     "perceiver-of-as-many-latents": partial(perceiver, latents=9),

@@ -13,7 +13,7 @@ from hf_lossless_lr.layers.patches import sampled
 from support.tiny_models import IGNORED, Batch, rows
 
 ROUNDS_TO_FLOAT32 = ("llama", "mixtral", "t5", "t5-equal-lengths")  # in norms, positions or softmax, also in float64
-SHIFTED = ("LlamaForCausalLM", "GPT2LMHeadModel", "MixtralForCausalLM")
+SHIFTED = ("LlamaForCausalLM", "GPT2LMHeadModel", "MixtralForCausalLM", "JetMoeForCausalLM")
 
 
 class Oracle(NamedTuple):
