@@ -250,9 +250,9 @@ def dimensions(place: Place, keep_ratio: float, **options: Any) -> Iterator[Reco
     """Yield what a model costs without and with fewer dimensions between values and output."""
     for setting, forms in (("without", list(FORMS)), ("with", [*FORMS, DIMENSIONS])):
         model, report = compressed(place, keep_ratio, forms=forms, **DEFAULTS, **options)
-        found = {"predicted": report.predicted_loss_increase, "time_ratio": report.speed and report.speed.ratio}
-        found["layers"] = sum(layer.form.endswith(DIMENSIONS) for layer in report.layers.values())
-        yield {"setting": setting, **found, **judged(place, model)}
+        layers = sum(layer.form.endswith(DIMENSIONS) for layer in report.layers.values())
+        predicted = report.predicted_loss_increase
+        yield {"setting": setting, "predicted": predicted, "layers": layers, **judged(place, model)}
 
 
 VARIATIONS: dict[str, tuple[Callable[[Place, float], Iterator[Record]], tuple[str, ...], tuple[float, ...]]] = {
