@@ -145,6 +145,7 @@ def compressed(network: str, pictures: Pictures, method: str, options: dict[str,
         **measure(model, pictures.held_out),
     }
     return record | {
+        "loss_bounds": None if found is None else [found.loss_increase.lower, found.loss_increase.upper],
         "tempered": None if found is None else found.tempered_loss_increase.mean,
         "divergence": None if found is None else found.divergence,
         "verdict": report.verdict,
