@@ -241,7 +241,7 @@ class LowRankCompressor:
                         data, accelerator = calibration.parts.held_out, calibration.accelerator
                         outcomes = paired_outcomes(model, trial.layers, data, accelerator, "Evaluating", True)
                     with clock.timed("speed"):
-                        speed = measured_speed(calibration, trial.layers, replaced.originals)
+                        speed = measured_speed(calibration, trial.layers, replaced.originals, config)
                     put_in_place(calibration, trial, config, replaced, undo)
                     kept = share_of_budget(calibration.factors.curves, trial.choices, budget)
                     found = trials, epsilon, outcomes, kept, self._certified, clock.seconds, speed

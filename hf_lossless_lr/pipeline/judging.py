@@ -79,7 +79,7 @@ def judge(
                     layers = make(targets)
                 data, accelerator = calibration.parts.held_out, calibration.accelerator
                 outcomes = paired_outcomes(model, layers, data, accelerator, "Evaluating", temperatures=True)
-                speed = measured_speed(calibration, layers, fused)
+                speed = measured_speed(calibration, layers, fused, config)
                 with in_place(model, layers):
                     size = checkpoint_bytes(model)
     except BaseException:

@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers.utils import logging
 
+from ..checkpoint import LosslessLowRankConfig
 from ..data import batch_examples, run_batch
 from ..layers import NarrowLinear, evaluating, in_place, is_factorized
 from ..ranks import Run, speed_in_turns
@@ -24,14 +25,20 @@ MAX_SECONDS = 3.0  # for all turns; three of them are made in any case
 
 
 def measured_speed(
-    calibration: Calibration, layers: Mapping[str, nn.Module], fused: Mapping[str, nn.Module]
+    calibration: Calibration,
+    layers: Mapping[str, nn.Module],
+    fused: Mapping[str, nn.Module],
+    config: LosslessLowRankConfig,
 ) -> Speed | None:
-    """Measure both models in turns on the first calibration batch, and say so where the compressed one is slower.
+    """Measure both models in turns on the first calibration batch, and say so where the compressed one is slow.
+
+    That is where it is slower than the dense one, or than a latency budget for the whole model asked for.
 
     Args:
         calibration: the calibration of a model, which is dense and on the accelerator's device.
         layers: the layers that compress it, by name.
         fused: what the dense model has in the place of unfused modules, which take more time.
+        config: what was asked for.
 
     Returns:
         The record, measured on the main process; None where nothing is compressed.
@@ -52,14 +59,32 @@ def measured_speed(
             measured = [speed_in_turns(runs, shape, accelerator.device, max_seconds=MAX_SECONDS)]
     broadcast_object_list(measured)
     speed: Speed = measured[0]
-    factorized = any(
-        isinstance(layer, NarrowLinear) or is_factorized(layer) for layer in layers.values()
-    )  # rounding alone leaves the work as it was
-    if factorized and speed.is_slower and speed.ratio is not None:
+    factorized = any(isinstance(layer, NarrowLinear) or is_factorized(layer) for layer in layers.values())
+    if factorized:  # rounding alone leaves the work as it was
+        _say_if_slow(speed, config)
+    return speed
+
+
+def _say_if_slow(speed: Speed, config: LosslessLowRankConfig) -> None:
+    by_time = config.size == "latency"
+    advice = (
+        "By themselves its layers are faster, in this model they are not: leave it as it is, if time is all you want."
+        if by_time
+        else "Narrow layers and few rows do not pay: use size='latency', which leaves those dense, or "
+        "storage='fastest'."
+    )
+    if speed.is_slower:
         logger.warning(
-            "the compressed model takes %.2f times as long as the dense one for a batch of %s. Narrow layers and few "
-            "rows do not pay: use size='latency', which leaves those dense, or storage='fastest'.",
+            "the compressed model takes %.2f times as long as the dense one for a batch of %s. %s",
             speed.ratio,
             speed.setting,
+            advice,
         )
-    return speed
+    elif by_time and config.scope == "model" and speed.misses(config.keep_ratio):
+        logger.warning(
+            "the compressed model takes %.2f of the time of the dense one for a batch of %s, not the %g asked for: "
+            "layers gain less in this model than by themselves.",
+            speed.ratio,
+            speed.setting,
+            config.keep_ratio,
+        )

@@ -47,6 +47,14 @@ class Speed:
         """Whether the second model is slower, in more than three of four turns."""
         return self.ratio_quartiles is not None and self.ratio_quartiles[0] > 1
 
+    def misses(self, share: float | None) -> bool:
+        """Return whether the second model takes 5 % more than a share of the time, in more than three of four turns.
+
+        Args:
+            share: the share that was asked for; None for none.
+        """
+        return share is not None and self.ratio_quartiles is not None and self.ratio_quartiles[0] > 1.05 * share
+
     @property
     def setting(self) -> str:
         """The batch, and what it ran on."""

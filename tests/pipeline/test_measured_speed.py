@@ -1,14 +1,16 @@
 """A compression says how long both models take, and warns where the compressed one is slower."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from support.tiny_models import bert_sequence_classification, other_inputs, split_batch
 
 from hf_lossless_lr import CompressionReport, LosslessLowRankConfig, LowRankCompressor
 from hf_lossless_lr.checkpoint.cards import card_of
+from hf_lossless_lr.pipeline import budget as budgets
 from hf_lossless_lr.pipeline import speed as speed_module
-from hf_lossless_lr.ranks.latency import speed_in_turns
+from hf_lossless_lr.ranks.latency import latency_sizes, speed_in_turns
 from hf_lossless_lr.report.tables import report_rows
 
 
@@ -45,15 +47,54 @@ def test_the_second_one_is_compressed_while_it_runs(monkeypatch):
     assert not seen[0].allclose(seen[1])
 
 
-@pytest.mark.parametrize(("ratio", "warned"), [(1.2, True), (0.8, False)])
-def test_a_slower_model_is_a_warning_that_says_what_to_do(ratio, warned, monkeypatch, caplog):
-    def turns(*arguments, **options):
-        return replace(speed_in_turns(*arguments, **options), ratio=ratio, ratio_quartiles=(ratio, ratio))
+@pytest.fixture
+def takes(monkeypatch):
+    """Say how much of the time of the dense model the compressed one takes."""
 
-    monkeypatch.setattr(speed_module, "speed_in_turns", turns)
+    def measured(ratio):
+        def turns(*arguments, **options):
+            return replace(speed_in_turns(*arguments, **options), ratio=ratio, ratio_quartiles=(ratio, ratio))
+
+        monkeypatch.setattr(speed_module, "speed_in_turns", turns)
+
+    return measured
+
+
+@pytest.mark.parametrize(("ratio", "warned"), [(1.2, True), (0.8, False)])
+def test_a_slower_model_is_a_warning_that_says_what_to_do(ratio, warned, takes, caplog):
+    takes(ratio)
     compressed()
     assert ("takes 1.20 times as long" in caplog.text) == warned
     assert ("size='latency'" in caplog.text) == warned
+
+
+FOR_TIME = {"size": "latency", "scope": "model", "keep_ratio": 0.95}
+
+
+@pytest.mark.parametrize(
+    ("ratio", "options", "said"),
+    [
+        (1.2, FOR_TIME, "By themselves its layers are faster"),
+        (0.999, FOR_TIME, "takes 1.00 of the time of the dense one for a batch of 4 × 9"),
+        (0.96, FOR_TIME, None),
+        (0.999, FOR_TIME | {"scope": "targeted"}, None),  # what the whole model was to take is not known
+    ],
+)
+def test_a_latency_budget_that_is_not_kept_is_a_warning(ratio, options, said, takes, monkeypatch, caplog):
+    monkeypatch.setattr(budgets, "latency_sizes", partial(latency_sizes, timer=seconds))
+    monkeypatch.setattr(budgets, "forward_seconds", lambda *_: 1e-6 * PARAMETERS)
+    takes(ratio)
+    compressed(**options)
+    assert "use size='latency'" not in caplog.text
+    assert said in caplog.text if said else "of the time" not in caplog.text
+
+
+PARAMETERS = 40_000  # more than the targeted layers have
+
+
+def seconds(layer, x, calls):
+    """As much as the layer has parameters."""
+    return 1e-6 * sum(parameter.numel() for parameter in layer.parameters())
 
 
 def test_nothing_is_measured_where_nothing_is_compressed():
