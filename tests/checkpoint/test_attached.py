@@ -10,19 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import peft
 import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalEntryNotFoundError
-from packaging.version import Version
 from peft import LoraConfig
+from support.adapters import takes_adapters
 from support.compressions import auto_class, build, check_same_model, compress, compressed, factorized_layers
 from support.reports import CERTIFICATE, REPORT, certified, layer, options, uncertified
 from support.tiny_models import TINY_MODELS, split_batch
 from transformers import BertForSequenceClassification, PreTrainedModel
-from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils import logging
 
 from hf_lossless_lr import CompressionReport, LosslessLowRankConfig, LowRankCompressor
@@ -328,10 +326,7 @@ class TestSave:
         model.save_pretrained(tmp_path)
         assert files(tmp_path) == {"config.json", "model.safetensors"}
 
-    @pytest.mark.skipif(
-        Version(peft.__version__) < Version(MIN_PEFT_VERSION),
-        reason=f"this Transformers takes adapters of PEFT {MIN_PEFT_VERSION} or newer",
-    )
+    @takes_adapters
     def test_of_adapters_leaves_the_folder_to_them(self, small, tmp_path):
         model = copy.deepcopy(small.model)
         model.add_adapter(LoraConfig(target_modules=["up", "down"], r=2))

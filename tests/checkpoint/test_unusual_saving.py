@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig
+from support.adapters import takes_adapters
 from support.compressions import build, check_same_model, compress, compressed
 from support.mixtures import mixture
 from support.tiny_models import llama
@@ -86,6 +87,7 @@ def test_a_class_with_a_way_of_its_own_to_save_is_saved_so(options, tmp_path):
     check_same_model(model, OwnSaving.from_pretrained(tmp_path).eval(), batch)
 
 
+@takes_adapters
 def test_an_adapter_is_uploaded_without_the_card_of_its_base(tmp_path, monkeypatch):
     model, _ = compressed(NAME)
     model.save_pretrained(tmp_path / "base")
