@@ -178,7 +178,11 @@ class Factorized(nn.Module):
 
 def is_plain(factor: Any, layer_type: type[nn.Module]) -> bool:
     """Return whether a factor is of that type and nothing hangs on it: no adapter, no hook, no other weight."""
-    return type(factor) is layer_type and "forward" not in vars(factor) and not has_hooks(factor)
+    return (
+        type(factor) is layer_type
+        and getattr(factor.forward, "__func__", None) is layer_type.forward
+        and not has_hooks(factor)
+    )
 
 
 def has_hooks(module: Any) -> bool:

@@ -81,16 +81,25 @@ def test_projections_may_be_rounded(saved, tmp_path):
     check_same_model(type(model).from_pretrained(tmp_path).eval(), model, batch)
 
 
+def graphs(model, inputs):
+    """A model as it is compiled, and as it is exported: a function of its inputs each."""
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    compiled(**inputs)
+    return compiled, torch.export.export(model, (), kwargs=inputs, strict=False).module()
+
+
 def test_a_compiled_model_and_an_exported_program_answer_the_same(saved):
     model, batch, folder = saved
     loaded = type(model).from_pretrained(folder).eval().requires_grad_(False)
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     name = next(name for name in loaded(**inputs) if "logits" in name)
     expected = loaded(**inputs)[name]
-    torch._dynamo.reset()
-    compiled = torch.compile(loaded, backend="eager")
-    program = torch.export.export(loaded, (), kwargs=inputs, strict=False).module()
-    for each in (compiled, program):
+    try:
+        graphs(dense(type(model).__name__)[1].requires_grad_(False), inputs)
+    except (AttributeError, NameError, TypeError) as error:  # what these versions of PyTorch and Transformers raise together
+        pytest.skip(f"neither does the dense model go through: {error}")
+    for each in graphs(loaded, inputs):
         torch.testing.assert_close(each(**inputs)[name], expected, rtol=0, atol=FLOAT32 * float(expected.abs().max()))
 
 

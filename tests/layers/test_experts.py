@@ -28,7 +28,7 @@ def gradient(weight):
 @on_families
 def test_a_model_with_unfused_experts_answers_and_learns_as_before(family):
     model, batch = mixture(family), words()
-    experts = unfuse(model)
+    experts = {name: module for name, module in unfuse(model).items() if isinstance(module, UnfusedExperts)}
     if not experts:
         pytest.skip("this version of Transformers keeps its experts in another form")
     assert {name.rpartition(".")[2] for name in experts} == {"experts"}
@@ -100,7 +100,7 @@ def test_in_training_all_experts_have_gradients(family):
     """Those of fused ones are 0 where an expert got no row; DistributedDataParallel waits for all."""
     model, batch = mixture(family), words()
     batch = {name: value[:1, :3] for name, value in batch.items()}
-    experts = unfuse(model)
+    experts = {name: module for name, module in unfuse(model).items() if isinstance(module, UnfusedExperts)}
     if not experts:
         pytest.skip("this version of Transformers keeps its experts in another form")
     with in_place(model, experts):
