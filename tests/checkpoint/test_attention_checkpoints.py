@@ -97,7 +97,7 @@ def test_a_compiled_model_and_an_exported_program_answer_the_same(saved):
     expected = loaded(**inputs)[name]
     try:
         graphs(dense(type(model).__name__)[1].requires_grad_(False), inputs)
-    except (AttributeError, NameError, TypeError) as error:  # what these versions of PyTorch and Transformers raise together
+    except (AttributeError, NameError, TypeError) as error:  # of old versions
         pytest.skip(f"neither does the dense model go through: {error}")
     for each in graphs(loaded, inputs):
         torch.testing.assert_close(each(**inputs)[name], expected, rtol=0, atol=FLOAT32 * float(expected.abs().max()))
