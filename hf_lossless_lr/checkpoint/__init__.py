@@ -6,7 +6,7 @@ Also what hangs on a compressed model. Sees no data, statistics or verdict.
 from .attached import dequantize, mark_compressed, unmark_compressed
 from .attached_card import attach_card
 from .config import LosslessLowRankConfig, record_of
-from .manifest import narrow_records
+from .manifest import current_unfused, narrow_records
 from .merging import merge_dense_adapter
 from .options import DEFAULT_SELECTION, FEWEST_JUDGES, MEASURED_OBJECTIVES, CompressionOptions
 from .presets import PRESETS
@@ -24,6 +24,7 @@ __all__ = [
     "attach_card",
     "change_storage",
     "compressed_architecture",
+    "current_unfused",
     "dequantize",
     "mark_compressed",
     "merge_dense_adapter",

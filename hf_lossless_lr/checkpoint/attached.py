@@ -28,7 +28,7 @@ from ..layers import (
 from .config import LosslessLowRankConfig
 from .conversions import CONVERSIONS, harmless_conversions
 from .encoding import dequantize_stored, encoded_state, load_encoded, tied_again
-from .manifest import current_records, narrow_records
+from .manifest import current_records, current_unfused, narrow_records
 from .parallel import warn_before_sharding
 from .parts import config_of_part, parts_of
 
@@ -78,7 +78,7 @@ def refresh_manifest(model: PreTrainedModel) -> None:
     if not isinstance(config, LosslessLowRankConfig):  # someone took it away
         return
     config.modules = current_records(model, config.modules)
-    config.unfused = [name for name, module in model.named_modules() if isinstance(module, Unfused)]
+    config.unfused = current_unfused(model)
     config.narrowed = narrow_records(model)
     if config.is_of_compressed:
         mark_parts(model, config)
@@ -144,7 +144,7 @@ def _save_state(
     **kwargs: Any,
 ) -> None:
     """Save a model, or a part of one, as Transformers does, with rounded weights as their codes."""
-    if grids_in(model) and not getattr(model, "_hf_peft_config_loaded", False):
+    if not getattr(model, "_hf_peft_config_loaded", False):
         state_dict = encoded_state(model, model.state_dict() if state_dict is None else state_dict)
     if args:
         type(model).save_pretrained(model, save_directory, is_main_process, state_dict, *args, **kwargs)

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..errors import CheckpointError, LosslessLowRankError
 from ..files import replacing
 from ..fingerprint import tensors_fingerprint
-from ..layers import at_hand, files_of_offloaded
+from ..layers import at_hand, files_of_offloaded, without_wrappers
 from ..report import CARD_NAME, REPORT_NAME, CompressionReport
 from .attached import attach_save, save_encoded
 from .cards import base_model_in, card_of, hub_name, is_replaceable, place_card
@@ -125,7 +125,7 @@ def _save_with_card(
 
 def _fingerprint(state: Mapping[str, Any]) -> str | None:
     plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type != "meta" for t in state.values())
-    return tensors_fingerprint(state) if plain else None
+    return tensors_fingerprint({without_wrappers(name): t for name, t in state.items()}) if plain else None
 
 
 def _upload(

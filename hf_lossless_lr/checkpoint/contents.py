@@ -23,7 +23,10 @@ INTEGERS = {torch.int8: "I8", torch.uint8: "U8", torch.int16: "I16", torch.int32
 
 
 def check_files(
-    modules: Mapping[str, Factorized | Stored], files: list[str] | None, unused: int, part: str | None = None
+    modules: Mapping[str, Factorized | Stored | NarrowLinear],
+    files: list[str] | None,
+    unused: int,
+    part: str | None = None,
 ) -> None:
     """Refuse files whose tensors are not those of the compressed modules; stock loading would fill gaps at random.
 
@@ -31,7 +34,8 @@ def check_files(
     is matched by the shapes of its tensors.
 
     Args:
-        modules: manifest name to the empty module, factorized or with a rounded weight.
+        modules: manifest name to the empty module: factorized, with a rounded weight, or a narrow layer with what is
+            inside.
         files: the checkpoint's files.
         unused: number of records whose module this class does not have (a head, a decoder).
         part: name of the model in the files, where it is a part of the one that they are of.
@@ -118,7 +122,7 @@ def _stored(files: Sequence[str]) -> Iterator[tuple[str, Any, str]]:
             raise CheckpointError(f"{file} is cut off, damaged or no safetensors file: {error}") from error
 
 
-def _check_kinds(modules: Mapping[str, Factorized | Stored], names: Collection[str], files: Sequence[str]) -> None:
+def _check_kinds(modules: Mapping[str, nn.Module], names: Collection[str], files: Sequence[str]) -> None:
     """Refuse numbers of other kinds than they must be, and orders that are none; these are small enough to read."""
     kinds: dict[str, set[torch.dtype]] = {}
     for module in modules.values():
@@ -127,7 +131,7 @@ def _check_kinds(modules: Mapping[str, Factorized | Stored], names: Collection[s
     for file, tensors, key in _stored(files):
         layer = layer_of(key, names)
         below = None if layer is None else key[len(layer) + 1 :]
-        if below == "permutation":
+        if below is not None and below.rpartition(".")[2] == "permutation":
             with torch.device("cpu"):  # Transformers may be building a model on the meta device
                 order = tensors.get_tensor(key)
             _check_permutation(order, key, [file])

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
-from ..layers import is_factorized, rounded_modules, stored_in
+from ..layers import is_factorized, rounded_modules, stored_in, without_wrappers
 from .contents import layer_of
 
 CONVERSIONS = "_weight_conversions"
@@ -48,10 +48,10 @@ def apart_from_layers(conversions: Iterable[Any], model: nn.Module) -> list[Any]
     Returns:
         The others.
     """
-    names = {name for name, module in model.named_modules() if is_factorized(module)}
-    names |= {name for name, *_ in rounded_modules(model)} | set(stored_in(model))
+    names = {name for name, module in model.named_modules() if is_factorized(module)} | set(stored_in(model))
+    names = set(map(without_wrappers, names)) | {name for name, *_ in rounded_modules(model)}
     tensors: dict[str, list[str]] = {}
-    for key in model.state_dict():
+    for key in map(without_wrappers, model.state_dict()):
         layer = layer_of(key, names)
         if layer is not None:
             tensors.setdefault(layer, []).append(key.removeprefix(layer))

@@ -24,13 +24,14 @@ from ..layers import (
     rounded_modules,
     set_grid,
     stored_in,
+    without_wrappers,
 )
 
 logger = logging.get_logger(__name__)
 
 
 def encoded_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state dict with rounded weights as the tensors that a checkpoint holds of them.
+    """Return a state dict with rounded weights as the tensors that a checkpoint holds of them, and its names.
 
     Args:
         model: the model of the state dict.
@@ -39,7 +40,8 @@ def encoded_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         The encoded one; what shares an encoded weight is left out, for loading ties it again.
     """
-    encoded, replaced, changed = dict(state), set[int](), list[str]()
+    encoded: dict[str, Any] = {without_wrappers(name): tensor for name, tensor in state.items()}
+    replaced, changed = set[int](), list[str]()
     for name, module, grid in rounded_modules(model):
         weight = encoded.get(f"{name}.weight")
         if weight is None or weight.device.type == "meta" or weight.data_ptr() in replaced:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..layers import NarrowLinear, Stored, find_layout, is_factorized
+from ..layers import NarrowLinear, Stored, Unfused, find_layout, is_factorized, without_wrappers
 from .config import record_of
 
 
@@ -35,15 +35,24 @@ def current_records(model: nn.Module, records: Mapping[str, dict[str, Any]]) -> 
     for name, module in model.named_modules():
         new = None if id(module) in listed else record_of(module)
         if new is not None:
-            found[name] = new.to_dict()
+            found[without_wrappers(name)] = new.to_dict()
             listed |= {id(part) for part in module.modules()}
     return found
 
 
+def current_unfused(model: nn.Module) -> list[str]:
+    """Return the names of the modules whose fused weights are a layer each, as a checkpoint has them."""
+    return list(_of_kind(model, Unfused))
+
+
 def narrow_records(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return the records of the layers with fewer outputs or inputs inside, by name."""
-    narrow = {name: module for name, module in model.named_modules() if isinstance(module, NarrowLinear)}
-    return {name: {"side": module.side, "features": module.features} for name, module in narrow.items()}
+    """Return the records of the layers with fewer outputs or inputs inside, by their names in a checkpoint."""
+    found = _of_kind(model, NarrowLinear)
+    return {name: {"side": layer.side, "features": layer.features} for name, layer in found.items()}
+
+
+def _of_kind(model: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
+    return {without_wrappers(name): module for name, module in model.named_modules() if isinstance(module, kind)}
 
 
 def module_at(model: nn.Module, name: str) -> nn.Module | None:

@@ -36,6 +36,7 @@ from .contents import LOAD_THE_WHOLE, check_files, check_loaded, check_read
 from .conversions import apart_from_layers, renaming_of
 from .encoding import dequantize_stored
 from .loading import initialize_templates, mark_loading, unmark_loading
+from .manifest import narrow_records
 from .parallel import adapt_plan, split_layers, waiting_layers
 from .parts import records_beside, take_from_parts
 
@@ -134,9 +135,17 @@ def put_layers(model: PreTrainedModel, config: LosslessLowRankConfig, files: lis
     """
     if take_from_parts(model, config, files) and not config.is_of_compressed:  # it has plain numbers throughout
         return
+    listed = [*config.modules, *config.narrowed, *config.unfused]
     config.unfused = _unfuse(model, config.unfused, config.part)
-    config.narrowed = _narrow(model, config.narrowed, config.part)
-    path_of = paths_in(model, config.modules, config.part) if config.modules or not config.narrowed else {}
+    narrow = _narrow(model, config)
+    path_of = paths_in(model, config.modules, config.part)
+    if not (path_of or narrow or config.unfused):
+        raise CheckpointError(
+            f"none of the compressed modules of this checkpoint exists in {type(model).__name__}: "
+            f"{', '.join(listed[:3])}. {LOAD_THE_WHOLE}"
+            if listed
+            else "the manifest of this checkpoint lists no module; its config.json was edited."
+        )
     names = {name for name, _ in model.named_modules()} - set(path_of.values())
     for name, written in records_beside(config, files).items():
         if name in names:  # as the projection beside a tower
@@ -148,9 +157,11 @@ def put_layers(model: PreTrainedModel, config: LosslessLowRankConfig, files: lis
             built[name] = _empty(module, record)
         except (ConfigurationError, TargetError) as error:
             raise CheckpointError(f"the manifest's record of {name!r} does not fit the model: {error}") from error
-    check_files(built, files, unused=len(config.modules) - len(built), part=config.part)
     replace_modules(model, {path_of[name]: module for name, module in built.items()})
+    unused = len(config.modules) + len(config.narrowed) - len(built) - len(narrow)
+    check_files({**narrow, **built}, files, unused, config.part)
     config.modules = {path: config.modules[name] for name, path in path_of.items()}  # as this class has them
+    config.narrowed = narrow_records(model)
     kinds = (Factorized, Stored, Unfused, NarrowLinear)  # a device map must not split them
     whole = {type(module).__name__ for module in model.modules() if isinstance(module, kinds)}
     model._no_split_modules = whole.union(model._no_split_modules or ())
@@ -207,7 +218,7 @@ def _empty(module: Any, record: ModuleRecord) -> Factorized | Stored:
 
 
 def _unfuse(model: PreTrainedModel, names: list[str], part: str | None) -> list[str]:
-    paths = list(paths_in(model, names, part).values()) if names else []
+    paths = list(paths_in(model, names, part).values())
     try:
         replace_modules(model, {path: unfused(model.get_submodule(path)) for path in paths})
     except TargetError as error:
@@ -215,21 +226,22 @@ def _unfuse(model: PreTrainedModel, names: list[str], part: str | None) -> list[
     return paths
 
 
-def _narrow(
-    model: PreTrainedModel, records: Mapping[str, dict[str, Any]], part: str | None
-) -> dict[str, dict[str, Any]]:
-    paths = paths_in(model, records, part) if records else {}
-    narrow: dict[str, nn.Module] = {}
+def _narrow(model: PreTrainedModel, config: LosslessLowRankConfig) -> dict[str, NarrowLinear]:
+    """Put narrow layers in their places, and return them by their names in the manifest."""
+    paths, narrow = paths_in(model, config.narrowed, config.part), dict[str, NarrowLinear]()
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     for name, path in paths.items():
         dense: Any = model.get_submodule(path)
-        side, features = records[name]["side"], records[name]["features"]
-        if not NarrowLinear.takes(dense, features, side):
+        side, features = config.narrowed[name]["side"], config.narrowed[name]["features"]
+        is_tied = f"{path}.weight" in {*tied, *tied.values()}
+        if is_tied or not NarrowLinear.takes(dense, features, side):
             raise CheckpointError(
-                f"the manifest's record of {name!r} does not fit the model: it has {features} {side}, of {dense}."
+                f"the manifest's record of {name!r} does not fit the model: it has {features} {side}, of "
+                f"{type(dense).__name__ if list(dense.children()) else dense}{' whose weight is tied' * is_tied}."
             )
-        narrow[path] = NarrowLinear(dense, features, side)
-    replace_modules(model, narrow)
-    return {path: records[name] for name, path in paths.items()}
+        narrow[name] = NarrowLinear(dense, features, side)
+    replace_modules(model, {paths[name]: layer for name, layer in narrow.items()})
+    return narrow
 
 
 def paths_in(model: PreTrainedModel, names: Iterable[str], part: str | None = None) -> dict[str, str]:
@@ -244,7 +256,7 @@ def paths_in(model: PreTrainedModel, names: Iterable[str], part: str | None = No
         Those that this class has, by name, with their names in it.
 
     Raises:
-        CheckpointError: if a module is missing where its parent is not, or this class has none of them.
+        CheckpointError: if a module is missing where its parent is not.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
@@ -262,11 +274,6 @@ def paths_in(model: PreTrainedModel, names: Iterable[str], part: str | None = No
                 f"the manifest lists {name!r}, which {type(model).__name__} does not have. The config.json was "
                 "edited, or the checkpoint was written with another version of Transformers."
             )
-    if not paths:
-        raise CheckpointError(
-            f"none of the compressed modules of this checkpoint exists in {type(model).__name__}: "
-            f"{', '.join(list(names)[:3]) or 'the manifest is empty'}. {LOAD_THE_WHOLE}"
-        )
     return paths
 
 

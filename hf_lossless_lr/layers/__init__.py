@@ -55,7 +55,7 @@ from .stored import Stored, is_complete, stored_in
 from .targets import HEADS, Targets, check_gradients, check_model, find_targets
 from .unfused import Unfused
 from .unfusing import projections, unfuse, unfused
-from .whole import check_whole
+from .whole import check_whole, without_wrappers
 
 __all__ = [
     "CHANNEL",
@@ -136,4 +136,5 @@ __all__ = [
     "values_of",
     "weight_bytes",
     "weight_matrices",
+    "without_wrappers",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ class NarrowLinear(nn.Module):
         """Say which outputs, or inputs, are in use.
 
         Args:
-            places: their numbers in the dense layer.  # shape: (features,)
+            places: their numbers in the dense layer, in ascending order.  # shape: (features,)
         """
         if self.side == INPUTS:
             self.places.copy_(places)
@@ -81,15 +82,24 @@ class NarrowLinear(nn.Module):
 
     def refusal(self) -> str | None:
         """Return what is wrong with the places, as a damaged file may have them; None if nothing is."""
-        places = self.places.sort().values
+        places = self.places
+        if places.dtype != torch.int32:
+            return f"has the dtype {places.dtype}; it must be in int32"
         if self.side == INPUTS:
             right = bool((places[0] >= 0) & (places[-1] < self.in_features) & (places.diff() > 0).all())
         else:
             used = torch.arange(self.features, device=places.device, dtype=places.dtype)
-            right = torch.equal(places[: self.features], used) and bool(
-                (places[self.features :] == self.features).all()
-            )
-        return None if right else "has a place that is missing, doubled or out of range"
+            right = torch.equal(places[places < self.features], used) and bool((places <= self.features).all())
+        return None if right else "has a place that is missing, doubled, out of order or out of range"
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the name below the layer, and the shape, of each tensor that a checkpoint holds of it."""
+        return {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+
+    @classmethod
+    def is_complete(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """Return whether tensors of these names and shapes are a whole layer: its guard and its places."""
+        return shapes.get("weight") == Factorized.guard_shape and "places" in shapes
 
     @torch.no_grad()
     def dense(self) -> nn.Linear:

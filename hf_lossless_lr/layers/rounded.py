@@ -12,6 +12,7 @@ from ..formats import FLOAT, FORMATS, Grid
 from .factorized import is_factorized
 from .layout import find_layout
 from .narrow import NarrowLinear
+from .whole import without_wrappers
 
 ATTRIBUTE = "number_grid"  # no buffer: neither a cast nor a state dict is to see it
 
@@ -41,11 +42,11 @@ def format_of(module: nn.Module) -> str:
 
 
 def rounded_modules(model: nn.Module) -> Iterator[tuple[str, Any, Grid]]:
-    """Yield each module whose weight lies on grids, under each of its names."""
+    """Yield each module whose weight lies on grids, under each of its names; those of wrappers are no part of them."""
     for name, module in model.named_modules(remove_duplicate=False):
         grid = grid_of(module)
         if grid is not None:
-            yield name, module, grid
+            yield without_wrappers(name), module, grid
 
 
 def grids_in(model: nn.Module) -> dict[str, Grid]:
@@ -56,7 +57,7 @@ def grids_in(model: nn.Module) -> dict[str, Grid]:
 def restore_grids(model: nn.Module, grids: Mapping[str, Grid]) -> None:
     """Make the grids below a module those that `grids_in` found."""
     for name, module in model.named_modules():
-        set_grid(module, grids.get(name))
+        set_grid(module, grids.get(without_wrappers(name)))
 
 
 def as_matrix(module: Any, weight: torch.Tensor) -> torch.Tensor:
@@ -82,16 +83,17 @@ def from_matrix(module: Any, matrix: torch.Tensor, shape: torch.Size) -> torch.T
 
 def checkpoint_bytes(model: nn.Module) -> int:
     """Return the bytes of all tensors that a checkpoint of a model holds, each of them once."""
-    grids, modules = grids_in(model), dict(model.named_modules(remove_duplicate=False))
+    grids, modules = grids_in(model), model.named_modules(remove_duplicate=False)
+    module_of = {without_wrappers(name): module for name, module in modules}  # the innermost one of a name
     total, seen = 0, set[int]()
     for key, tensor in model.state_dict(keep_vars=True).items():
-        name, _, kind = key.rpartition(".")
+        name, _, kind = without_wrappers(key).rpartition(".")
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
         if kind == "weight" and name in grids:
-            guard = 0 if is_factorized(modules[name.rpartition(".")[0]]) else tensor.dtype.itemsize
-            total += grids[name].kind.stored_bytes(*as_matrix(modules[name], tensor).shape) + guard
+            guard = 0 if is_factorized(module_of[name.rpartition(".")[0]]) else tensor.dtype.itemsize
+            total += grids[name].kind.stored_bytes(*as_matrix(module_of[name], tensor).shape) + guard
         else:
             total += tensor.numel() * tensor.dtype.itemsize
     return total

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ..formats import FORMATS, decode, stored_grid
 from .factorized import Factorized, called_with
+from .narrow import NarrowLinear
 from .rounded import as_matrix, from_matrix, set_grid
 
 VECTOR = 32  # bytes
@@ -141,7 +142,7 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
 
 def is_complete(shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Return whether tensors of these names and shapes, below one name, are a whole layer of a compressed model."""
-    return Factorized.is_complete(shapes) or Stored.is_complete(shapes)
+    return any(kind.is_complete(shapes) for kind in (Factorized, Stored, NarrowLinear))
 
 
 def stored_in(model: nn.Module) -> dict[str, Stored]:

@@ -10,6 +10,14 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..errors import TargetError
 
+WRAPPED = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod")
+"""What a module is called within one that PyTorch wraps around it: checkpoints of activations, FSDP, compilation."""
+
+
+def without_wrappers(name: str) -> str:
+    """Return the name that a module or a tensor has where nothing is wrapped around the modules above it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPED)
+
 
 def check_whole(model: Any) -> None:
     """Refuse a model whose weights are spread over processes, or that is wrapped for several devices.

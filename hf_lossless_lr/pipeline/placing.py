@@ -6,8 +6,15 @@ from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 
-from ..checkpoint import LosslessLowRankConfig, mark_compressed, narrow_records, record_of, unmark_compressed
-from ..layers import NarrowLinear, Replacement, Unfused, replace_modules
+from ..checkpoint import (
+    LosslessLowRankConfig,
+    current_unfused,
+    mark_compressed,
+    narrow_records,
+    record_of,
+    unmark_compressed,
+)
+from ..layers import NarrowLinear, Replacement, replace_modules, without_wrappers
 from .calibration import Calibration
 from .trial import Trial
 
@@ -42,12 +49,10 @@ def put_in_place(
     for path in used:
         unfused[path].own_weights()
     config = deepcopy(config)
-    config.unfused = [path for path in replaced.originals if isinstance(model.get_submodule(path), Unfused)]
-    config.modules = {
-        path: records[id(old)].to_dict() for path, old in replacement.originals.items() if id(old) in records
-    }
+    found = {path: records[id(old)] for path, old in replacement.originals.items() if id(old) in records}
     inner = {f"{name}.inner": record_of(layer.inner) for name, layer in narrow.items()}
-    config.modules |= {name: record.to_dict() for name, record in inner.items() if record is not None}
-    config.narrowed = narrow_records(model)
+    found |= {name: record for name, record in inner.items() if record is not None}
+    config.modules = {without_wrappers(name): record.to_dict() for name, record in found.items()}
+    config.narrowed, config.unfused = narrow_records(model), current_unfused(model)
     undo.append(partial(unmark_compressed, model))
     mark_compressed(model, config)

@@ -454,7 +454,7 @@ BAD_MANIFESTS = {
         rf"has format version {FORMAT_VERSION + 1}; .* up to {FORMAT_VERSION}. Upgrade with `pip install -U",
     ),
     "a list": (set_manifest(modules=[QUERY]), r"modules: the manifest must map names to records, got \['bert"),
-    "nothing": (set_manifest(modules={}), "none of the compressed modules of this checkpoint exists in Bert"),
+    "nothing": (set_manifest(modules={}), "the manifest of this checkpoint lists no module"),
 }
 
 

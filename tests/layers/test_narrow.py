@@ -48,8 +48,12 @@ def test_making_one_draws_no_random_numbers():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def reverse(places):
+    places.copy_(places.flip(0))
+
+
 @on_sides
-@pytest.mark.parametrize("damage", [lambda p: p.fill_(0), lambda p: p.add_(1), lambda p: p.sub_(100)])
+@pytest.mark.parametrize("damage", [lambda p: p.fill_(0), lambda p: p.add_(1), lambda p: p.sub_(100), reverse])
 def test_places_that_are_none_are_refused(side, damage):
     layer = narrow(side)
     assert layer.refusal() is None
@@ -57,6 +61,8 @@ def test_places_that_are_none_are_refused(side, damage):
     assert layer.refusal() is None
     damage(layer.places)
     assert "out of range" in layer.refusal()
+    layer.places = layer.places.long()
+    assert "torch.int64" in layer.refusal()
 
 
 @on_sides

@@ -15,6 +15,7 @@ from support.compressions import (
 )
 from support.tiny_models import as_examples, other_inputs, split_batch
 from support.tolerances import BFLOAT16, FLOAT32
+from transformers import AutoModelForCausalLM, T5EncoderModel
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor, lora_targets
 from hf_lossless_lr.errors import CheckpointError, ConfigurationError
@@ -163,50 +164,103 @@ def test_the_base_model_alone_reads_its_part(tmp_path):
     torch.testing.assert_close(found, expected)
 
 
+def first(config):
+    """Returns the record of a projection of values."""
+    return next(record for record in config["narrowed"].values() if record["side"] == "outputs")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("narrow")
+    model, _, _ = compressed(target_modules=["v_proj", "o_proj"], keep_ratio=0.8, storage="two-factor")
+    assert any(not is_factorized(layer.inner) for layer in narrow_layers(model).values())
+    model.save_pretrained(path)
+    return path
+
+
+def copied(folder, path):
+    for name in ("config.json", "model.safetensors"):
+        (path / name).write_bytes((folder / name).read_bytes())
+
+
 @pytest.mark.parametrize(
     ("change", "error"),
     [
         (lambda c: c["narrowed"].update({"model.layers.9.mlp": {"side": "inputs", "features": 3}}), "layers.9"),
-        (lambda c: c["narrowed"].update({next(iter(c["narrowed"])): {"side": "left", "features": 3}}), "side"),
-        (lambda c: c["narrowed"].update({next(iter(c["narrowed"])): {"side": "inputs", "features": 0}}), "positive"),
+        (lambda c: c["narrowed"].update({"lm_head": {"side": "inputs", "features": 3}}), "tied"),
         (
-            lambda c: c["narrowed"].update({next(iter(c["narrowed"])): {"side": "inputs", "features": 99}}),
-            "does not fit",
+            lambda c: c["narrowed"].update({"model.layers.0": {"side": "inputs", "features": 3}}),
+            "of LlamaDec",
         ),
+        (lambda c: first(c).update(side="left"), "side"),
+        (lambda c: first(c).update(side="inputs"), "has the shape"),
+        (lambda c: first(c).update(features=0), "positive"),
+        (lambda c: first(c).update(features=99), "does not fit"),
+        (lambda c: first(c).update(features=first(c)["features"] - 1), "has the shape"),
+        (lambda c: first(c).update(features=first(c)["features"] + 1), "has the shape"),
         (lambda c: c.update(narrowed=[1]), "narrowed"),
-        (lambda c: c.pop("narrowed"), "does not have"),
+        (lambda c: c["narrowed"].popitem(), "does not list"),
+        (lambda c: c.update(narrowed={}), "lists no module|does not have"),
     ],
 )
-def test_a_manifest_that_was_edited_is_refused(change, error, tmp_path):
-    model, _, _ = compressed()
-    model.save_pretrained(tmp_path)
+@pytest.mark.parametrize("mismatched", [False, True])
+def test_a_manifest_that_was_edited_is_refused(change, error, mismatched, saved, tmp_path):
+    copied(saved, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     change(config["quantization_config"])
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=error):
-        type(model).from_pretrained(tmp_path)
+        AutoModelForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=mismatched)
 
 
-@pytest.mark.parametrize("damage", [lambda t: t.fill_(0), lambda t: t.fill_(1000), lambda t: t.neg_().sub_(1)])
-def test_places_that_were_edited_are_refused(damage, tmp_path):
-    model, _, _ = compressed()
-    model.save_pretrained(tmp_path)
+@pytest.mark.parametrize("side", [INPUTS, OUTPUTS])
+@pytest.mark.parametrize(
+    ("damage", "error"),
+    [
+        (lambda t: torch.zeros_like(t), "missing, doubled"),
+        (lambda t: torch.full_like(t, 1000), "out of range"),
+        (lambda t: -t - 1, "out of range"),
+        (lambda t: t.flip(0), "out of order"),
+        (lambda t: t.long(), "I64"),
+        (lambda t: t.float() + 0.4, "F32"),
+        (lambda t: t.to(torch.int8), "I8"),
+        (lambda t: t[:-1], "has the shape"),
+        (lambda t: t[:, None], "has the shape"),
+        (lambda t: None, "places"),
+    ],
+)
+def test_places_that_were_edited_are_refused(damage, error, side, saved, tmp_path):
+    copied(saved, tmp_path)
+    narrowed = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["narrowed"]
+    name = next(f"{path}.places" for path, record in narrowed.items() if record["side"] == side)
     tensors = load_file(tmp_path / "model.safetensors")
-    name = next(name for name in tensors if name.endswith(".places"))
-    damage(tensors[name])
+    places = damage(tensors.pop(name))
+    if places is not None:
+        tensors[name] = places.contiguous()
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="places"):
-        type(model).from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=error):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_a_missing_tensor_is_refused(tmp_path):
-    model, _, _ = compressed()
-    model.save_pretrained(tmp_path)
+@pytest.mark.parametrize("tensor", ["weight", "inner.weight"])
+def test_a_missing_tensor_is_refused(tensor, saved, tmp_path):
+    copied(saved, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    del tensors[next(name for name in tensors if name.endswith(".places"))]
+    name = next(name for name in tensors if name.endswith(".places")).removesuffix("places") + tensor
+    del tensors[name]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError):
-        type(model).from_pretrained(tmp_path)
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_class_with_the_part_that_has_none_of_them_loads_it(tmp_path):
+    """An encoder whose layers are factorized, of a model whose decoder has narrow layers."""
+    model, _, _ = compressed("t5", ignore=["re:encoder.*\\.v"])
+    assert all(name.startswith("decoder.") for name in narrow_layers(model))
+    model.save_pretrained(tmp_path)
+    encoder = T5EncoderModel.from_pretrained(tmp_path)
+    assert not narrow_layers(encoder)
+    check_same_state(model.encoder.state_dict(), encoder.encoder.state_dict())
 
 
 def test_adapters_go_on_the_layers_inside():
