@@ -97,8 +97,9 @@ def fewer_dimensions(
     queries, keys = heads
     sharing = queries // keys
     W_v, W_o = values.weight[0].double(), output.weight[0].double()
-    A_o, B_o = output.statistics.input_covariance[0], output.statistics.grad_covariance[0].double()
-    moments, size = damped(A_o, damping).double(), len(W_v) // keys
+    seen, heard = values.statistics, output.statistics
+    A_o, B_o = _definite(heard.input_covariance[0]), _definite(heard.grad_covariance[0])
+    moments, size = damped(heard.input_covariance[0], damping).double(), len(W_v) // keys
     found = []
     for parts in torch.arange(len(A_o), device=A_o.device).view(keys, sharing, size):
         S = torch.stack([W_o[:, part].T @ B_o @ W_o[:, part] for part in parts]).sum(0)
@@ -113,22 +114,25 @@ def fewer_dimensions(
     system = P_o @ moments @ P_o.T
     narrow = torch.linalg.solve(system, P_o @ (moments @ W_o.T)).T
     change = narrow @ P_o - W_o
-    A_o = A_o.double()
     cost = 0.5 * float((B_o * (change @ A_o @ change.T)).sum())
-    seen, heard = values.statistics, output.statistics
-    B_v = Q.T @ seen.grad_covariance[0].double() @ Q
-    of_values = LayerStatistics(
-        None, seen.input_covariance, B_v.to(seen.grad_covariance)[None], seen.tokens, seen.units
-    )
-    # seen through P, what rounding left of the moments could be larger than what there is
-    noise = len(A_o) * torch.finfo(torch.float32).eps
-    A = (P_o @ damped(A_o, noise) @ P_o.T).to(heard.input_covariance)[None]
+    B_v = (Q.T @ seen.grad_covariance[0].double() @ Q).to(seen.grad_covariance)[None]
+    A = (P_o @ A_o @ P_o.T).to(heard.input_covariance)[None]
+    of_values = LayerStatistics(None, seen.input_covariance, B_v, seen.tokens, seen.units)
     of_output = LayerStatistics(None, A, heard.grad_covariance, heard.tokens, heard.units)
     return FewerDimensions(
         NarrowLayer((P_v @ W_v)[None], of_values, _places(kept, size, 1, A_o.device), P_v),
         NarrowLayer(narrow[None], of_output, _places(kept, size, sharing, A_o.device), None),
         cost,
     )
+
+
+def _definite(moments: torch.Tensor) -> torch.Tensor:
+    """Return second moments in float64, as much larger as rounding to float32 may have made them smaller.
+
+    What it leaves may be less than nothing in some directions, so that it would be a gain to lose a large constant
+    that nobody hears; and a narrow layer sees the moments of its inputs enlarged.
+    """
+    return damped(moments, len(moments) * torch.finfo(torch.float32).eps).double()
 
 
 def _kept_of_heads(weights: torch.Tensor, count: int) -> list[int]:

@@ -7,7 +7,7 @@ kind of attention has to be known, and where values are changed on their way, or
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import takewhile, zip_longest
 from typing import Any, NamedTuple
@@ -25,6 +25,9 @@ from ..layers import DIMENSIONS, NarrowLinear, Targets, evaluating, random_state
 from ..statistics import CalibrationStatistics
 
 MOST_CANDIDATES = 4  # layers before an output projection that may be the values
+CLOSE = 4  # times the precision to the power of 3/4: what sums of many numbers may differ by
+ROUNDED = 2  # bytes of numbers that are summed in wider ones, so that their own precision is left
+FAINT = 0.01  # of the largest head: what a smaller one loses by rounding is that of others
 
 
 class ValuePair(NamedTuple):
@@ -112,12 +115,13 @@ def _pairs_in(
     """Return the pair of each output projection, of some layers that may be one."""
     received, found = dict[str, torch.Tensor](), dict[str, ValuePair]()
     queues: dict[str, list[ValuePair]] = {}
-    for output in outputs:
-        for pair in _candidates(output, layers, model):
-            queues.setdefault(_module_of(pair), []).append(pair)
     with evaluating(model), random_state_kept(next(iter(model.parameters())).device):
-        with _hooks(layers, received):
+        with _hooks(layers, received), _called(model) as called:
             expected = _tensors(run_batch(model, batch, quick=False))
+        for output in outputs:
+            for pair in _candidates(output, layers, model):
+                if _all_called(model.get_submodule(_module_of(pair)), called):
+                    queues.setdefault(_module_of(pair), []).append(pair)
 
         def arrive(pairs: Sequence[ValuePair]) -> tuple[list[ValuePair], bool]:
             """Return the pairs whose turned values arrive as they should, and whether nothing else changes."""
@@ -131,7 +135,10 @@ def _pairs_in(
             taken = {name for pair in found.values() for name in (pair.values, pair.output)}
             pairs = [pair for pair in trial if pair is not None and taken.isdisjoint((pair.values, pair.output))]
             right, same = arrive(pairs) if pairs else ([], True)
-            if right and not same:  # by those that are none, or by values that are read elsewhere
+            while 0 < len(right) < len(pairs):  # those that are none get what they got before, whatever reached them
+                pairs = right
+                right, same = arrive(pairs)
+            if right and not same:  # by values that are read elsewhere
                 right = [pair for pair in right if arrive([pair]) == ([pair], True)]
             found |= {pair.output: pair for pair in right}
     return found
@@ -182,6 +189,23 @@ def _hooks(layers: Mapping[str, Any], received: dict[str, torch.Tensor]) -> Iter
 
 
 @contextmanager
+def _called(model: nn.Module) -> Iterator[set[int]]:
+    """Give the ids of the modules that are called in a body."""
+    called = set[int]()
+    handles = [each.register_forward_pre_hook(lambda module, _: called.add(id(module))) for each in model.modules()]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _all_called(module: nn.Module, called: Container[int]) -> bool:
+    """Return whether each layer in a module was called: another one may be the values of other examples (LED)."""
+    return all(id(each) in called for each in module.modules() if any(p.ndim > 1 for p in each.parameters(False)))
+
+
+@contextmanager
 def _turning(
     layers: Mapping[str, Any],
     pairs: Sequence[ValuePair],
@@ -200,8 +224,8 @@ def _turning(
             if args[0].shape != before.shape:  # an expert that gets other rows, as something before it changed
                 arrived[name] = False
                 return None
-            expected = _turned(before, turns)
-            arrived[name] = _close(args[0], expected) and not _close(expected, before)
+            expected, heads = _turned(before, turns), len(turns)
+            arrived[name] = _close(args[0], expected, heads) and not _close(expected, before, heads)
             return (before, *args[1:])
 
         return hook
@@ -231,9 +255,18 @@ def _tensors(outputs: Any) -> list[torch.Tensor]:
     return [value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
 
 
-def _close(x: torch.Tensor, y: torch.Tensor) -> bool:
-    """Return whether two tensors are the same but for rounding."""
+def _close(x: torch.Tensor, y: torch.Tensor, heads: int = 1) -> bool:
+    """Return whether two tensors are the same but for rounding: by the mean square of the differences in each head.
+
+    By the largest entry, a gate over values that is nearly constant would not show in bfloat16.
+    """
     if x.shape != y.shape:
         return False
-    tolerance = 4 * torch.finfo(x.dtype).eps ** 0.75 * float(y.abs().max())
-    return bool((x.float() - y.float()).abs().max() <= tolerance)
+    if torch.equal(x, y):
+        return True
+    eps = torch.finfo(x.dtype).eps
+    tolerance = eps if x.dtype.itemsize <= ROUNDED else CLOSE * eps**0.75
+    x, y = torch.atleast_1d(x, y)
+    x, y = (each.double().reshape(-1, heads, each.shape[-1] // heads) for each in (x, y))
+    errors, sizes = ((each**2).mean((0, 2)).sqrt() for each in (x - y, y))
+    return bool((errors <= tolerance * sizes.clamp_min(FAINT * float(sizes.max()))).all())

@@ -46,6 +46,23 @@ class Attention:
         return [int((places // SIZE == head).sum()) for head in range(self.heads[1])]
 
 
+def moments_of(layer):
+    return layer.statistics.input_covariance, layer.statistics.grad_covariance
+
+
+def definite(moments):
+    """Moments with as much of each channel more as rounding may have taken away."""
+    return moments + len(moments) * torch.finfo(torch.float32).eps * moments.diagonal().diag()
+
+
+def blocks(dense, values):
+    """What is kept of the contexts of each head that has queries: a matrix each."""
+    kept, (queries, keys) = dense.sizes(values.places), dense.heads
+    for head, rows in enumerate(torch.split(values.rows, kept)):
+        for _ in range(queries // keys):
+            yield rows[:, head * SIZE : (head + 1) * SIZE]
+
+
 @on_heads
 def test_all_dimensions_are_the_same_attention(heads):
     dense = Attention(heads, 0)
@@ -65,12 +82,16 @@ def test_the_cost_is_that_of_the_outputs_and_no_other_output_projection_costs_le
     assert values.weight.shape == (1, count, FEATURES)
     contexts = dense.contexts(dense.x @ values.weight[0].T, dense.sizes(values.places))
     expected = dense.contexts(dense.x @ dense.W_v.T, [SIZE] * heads[1]) @ dense.W_o.T
-    B = dense.output.statistics.grad_covariance[0]
+    A, B = (definite(each[0]) for each in moments_of(dense.output))
 
     def cost_of(weight):
-        errors = contexts @ weight.T - expected
-        return 0.5 * float((errors @ B * errors).sum() / TOKENS)
+        rows = torch.block_diag(*blocks(dense, values))
+        change = weight @ rows - dense.W_o
+        return 0.5 * float(((change @ A @ change.T) * B).sum())
 
+    errors = contexts @ output.weight[0].T - expected
+    heard = 0.5 * float((errors @ moments_of(dense.output)[1][0] * errors).sum() / TOKENS)
+    assert cost == pytest.approx(heard, rel=1e-3)
     assert cost == pytest.approx(cost_of(output.weight[0]), rel=1e-6)
     for seed in range(3):
         change = torch.randn(output.weight[0].shape, generator=torch.Generator().manual_seed(seed)).double()
@@ -129,6 +150,27 @@ def test_moments_of_float32_stay_moments_where_contexts_hardly_change(heads):
     A = output.statistics.input_covariance[0].double()
     scale = A.diagonal().rsqrt()
     assert torch.linalg.eigvalsh(scale[:, None] * A * scale).min() > 0
+
+
+@on_heads
+def test_a_large_constant_that_nobody_hears_stays(heads):
+    """Behind a layer norm, nothing is heard along what all outputs have in common; float32 knows that to rounding."""
+    dense = Attention(heads, 9)
+    constant = 1e3 * torch.randn(heads[1], SIZE, generator=torch.Generator().manual_seed(10)).double()
+    constant = constant.repeat_interleave(heads[0] // heads[1], dim=0).flatten()
+    along = dense.W_o @ constant
+    contexts = 1e-3 * dense.contexts(dense.x @ dense.W_v.T, [SIZE] * heads[1]) + constant
+    gradients = torch.randn(3 * FEATURES, FEATURES, generator=torch.Generator().manual_seed(11)).double()
+    gradients -= (gradients @ along)[:, None] * along / (along @ along)
+    found = dense.statistics(contexts, gradients)
+    noise = 1e-9 * torch.outer(along, along) / (along @ along)  # what it leaves may be less than nothing
+    B = (found.grad_covariance - noise * found.grad_covariance.diagonal(dim1=-2, dim2=-1).mean()).float()
+    found = replace(found, input_covariance=found.input_covariance.float(), grad_covariance=B)
+    dense.output = DenseLayer(dense.output.weight, found)
+    values, output, cost = dense.fewer(max(heads[1], len(dense.W_v) // 2), damping=1e-3)
+    lost = output.weight[0] @ (torch.block_diag(*blocks(dense, values)) @ constant) - along
+    assert lost.norm() < 0.01 * along.norm() or cost > 1.0  # in nats, so that nobody would choose it
+    assert cost > 0.0
 
 
 def test_a_head_that_nobody_hears_keeps_one_dimension():
