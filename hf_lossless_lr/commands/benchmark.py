@@ -73,6 +73,8 @@ def benchmark(arguments: Any) -> int:
     if arguments.turns < FEWEST_TURNS:
         raise ConfigurationError(f"--turns: must be at least {FEWEST_TURNS}, got {arguments.turns}.")
     check_files(arguments)
+    if arguments.device.partition(":")[0] == "meta":
+        raise ConfigurationError("--device: there are no numbers on the meta device, and nothing to measure.")
     models = [_loaded(name, arguments.dtype, arguments.device) for name in (arguments.model, arguments.other) if name]
     if len({(model.main_input_name, model.config.is_encoder_decoder) for model in models}) > 1:
         raise ConfigurationError("the two models take other kinds of input, so their times cannot be compared.")

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from datasets.exceptions import DatasetsError
 from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
-from ..errors import LosslessLowRankError
+from ..errors import ConfigurationError, LosslessLowRankError
 from ..report import plain
 from ..versions import __version__
 from . import benchmark, compare, compress, demo, evaluate, report, verify
@@ -102,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     run = COMMANDS[arguments.command][1]
     try:
         with cleaning_up_when_stopped():
+            _refuse_empty(sys.argv[1:] if argv is None else argv)
             return run(arguments)
     except KeyboardInterrupt:
         if arguments.debug:
@@ -117,6 +118,13 @@ def main(argv: list[str] | None = None) -> int:
             raise
         _complain(plain(f"{_in_one_line(error)} (--debug shows where)"))
     return 1
+
+
+def _refuse_empty(argv: Sequence[str]) -> None:
+    """Refuse arguments without a character, as a shell makes them of a variable that is not set."""
+    for before, argument in zip(("hf-lossless-lr", *argv), argv, strict=False):
+        if not argument.strip():
+            raise ConfigurationError(f"the argument behind {before!r} is empty. Is a variable of your shell not set?")
 
 
 def _complain(message: str) -> None:

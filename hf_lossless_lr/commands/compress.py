@@ -85,6 +85,7 @@ def _run(arguments: Any, config: LosslessLowRankConfig, claim: Claim | None) -> 
     """Load, compress, write and print; return the exit code."""
     task = task_of(arguments)
     config = config if task.labelled else replace(config, labels="model")
+    compressor = LowRankCompressor(config, max_memory=arguments.max_memory, work_dir=arguments.work)
     model = load_model(task.auto_model, arguments.model, arguments.dtype)
     processor = load_auto(task.processor, arguments.model)
     calibration, held_out = load_calibration(arguments, task, model, processor)
@@ -92,7 +93,6 @@ def _run(arguments: Any, config: LosslessLowRankConfig, claim: Claim | None) -> 
     if arguments.refit_data_files is not None or arguments.refit_split is not None:
         split, files = arguments.refit_split or "train", arguments.refit_data_files
         more = load_examples(arguments, task, [model], processor, files, split, arguments.refit_examples)
-    compressor = LowRankCompressor(config, max_memory=arguments.max_memory, work_dir=arguments.work)
     try:
         compressor.calibrate(
             model,

@@ -37,6 +37,7 @@ from .budget import budget_of
 from .calibration import Calibration, calibrate, check_unchanged
 from .choosing import choose
 from .judging import Judgement, Make, judge
+from .memory import memory_bytes
 from .placing import put_in_place
 from .speed import measured_speed
 from .splitting import split
@@ -83,6 +84,8 @@ class LowRankCompressor:
     ) -> None:
         if config is not None and not isinstance(config, LosslessLowRankConfig):
             raise ConfigurationError(f"config: must be a LosslessLowRankConfig, got {type(config).__name__}.")
+        if max_memory is not None:
+            memory_bytes(max_memory)  # refuses what is no size
         self.max_memory, self.work_dir = max_memory, work_dir
         self.config = config if config is not None else LosslessLowRankConfig()
         self.report: CompressionReport | None = None

@@ -78,10 +78,22 @@ def memory_limit(max_memory: float | str | None, device: torch.device) -> int:
     Raises:
         ConfigurationError: if the text is no size.
     """
-    if max_memory is None:
-        if device.type == "cuda":
-            return int((1 - MARGIN) * torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_allocated(device)
-        return int((1 - MARGIN) * psutil.virtual_memory().available) + psutil.Process().memory_info().rss
+    if max_memory is not None:
+        return memory_bytes(max_memory)
+    if device.type == "cuda":
+        return int((1 - MARGIN) * torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_allocated(device)
+    return int((1 - MARGIN) * psutil.virtual_memory().available) + psutil.Process().memory_info().rss
+
+
+def memory_bytes(max_memory: float | str) -> int:
+    """Return a size in bytes.
+
+    Args:
+        max_memory: bytes, or a text such as `10GiB`.
+
+    Raises:
+        ConfigurationError: if the text is no size.
+    """
     try:
         text = isinstance(max_memory, str) and not max_memory.strip().isdecimal()
         limit = convert_file_size_to_int(max_memory) if text else int(max_memory)

@@ -417,6 +417,15 @@ WRONG = {  # options to change or add, and the message
         "--columns is for text-classification, token-classification, feature-extraction, "
         "text-generation, image-classification; sst2 has",
     ),
+    "memory": (
+        lambda command: [*changed(command, data_files="/nowhere/x.jsonl"), "--max_memory", "little"],
+        "max_memory: 'little' is no number of bytes",
+    ),
+    "nothing": (lambda command: [command[0], "", *command[2:]], "the argument behind 'compress' is empty."),
+    "a name of nothing": (
+        lambda command: [*command, "--columns", "sentence", " "],
+        "the argument behind 'sentence' is empty.",
+    ),
     "solved examples": (lambda command: [*command, "--shots_files", "x"], "--shots_files is for mmlu, not for text-"),
     "size": (lambda command: [*command, "--keep_ratio", "0.0001"], "keep_ratio=0.0001 cannot be reached"),
 }

@@ -44,6 +44,7 @@ def test_measures_one_model_with_its_layers_and_memory(models, capsys):
         (["--batch-sizes", "0"], "--batch_sizes: must be at least 1."),
         (["--threads", "1", "1025"], "--threads: must be at most 1,024."),
         (["--sizes", "99"], "takes at most 40 tokens, not 99"),
+        (["--device", "meta"], "--device: there are no numbers on the meta device"),
         (["--device", "nowhere"], "--device: 'nowhere' cannot be used"),
     ],
 )

@@ -140,6 +140,8 @@ class TestLimit:
     def test_of_another_kind_is_refused(self, wrong):
         with pytest.raises(ConfigurationError, match="max_memory"):
             memory_limit(wrong, torch.device("cpu"))
+        with pytest.raises(ConfigurationError, match="max_memory"):
+            LowRankCompressor(max_memory=wrong)
 
     def test_that_is_broken_is_said(self):
         plan = MemoryPlan(limit=2**20, expected=2**21, passes=1, disk=0)
