@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
@@ -55,10 +54,9 @@ def budget_of(
         return Budget(flop_sizes(curves, flops.rows, flops.widening), flops.fixed if whole else 0.0)
     measured: list[Any] = [None]
     if accelerator.is_main_process:
-        rows = {name: math.ceil(count * examples) for name, count in flops.rows.items()}
-        reached = {name: curve for name, curve in curves.items() if rows[name]}
-        sizes = latency_sizes(targets, reached, rows, config.rank_multiple or 1, table=latencies)
-        sizes |= {name: unreached_size(curve) for name, curve in curves.items() if not rows[name]}
+        reached = {name: curve for name, curve in curves.items() if flops.rows[name]}
+        sizes = latency_sizes(targets, reached, flops.inputs, config.rank_multiple or 1, table=latencies)
+        sizes |= {name: unreached_size(curve) for name, curve in curves.items() if name not in reached}
         total = forward_seconds(dense.model, batch) if whole else 0.0
         measured = [Budget(sizes, max(0.0, total - sum(size.dense for size in sizes.values())) if whole else 0.0)]
     broadcast_object_list(measured)

@@ -6,6 +6,7 @@ A matrix of `n` stored numbers takes `2 n` FLOPs a row.
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -28,11 +29,13 @@ class ForwardFlops(NamedTuple):
         fixed: FLOPs per example of everything outside the targets.
         widening: for each convolution, the width of its input as a multiple of that of its output: the first filters
             of the spatial form return so many more rows.
+        inputs: shapes of what each target that is reached receives in the batch, and how often.
     """
 
     rows: dict[str, float]
     fixed: float
     widening: dict[str, float]
+    inputs: dict[str, Counter[tuple[int, ...]]]
 
 
 def forward_flops(
@@ -50,15 +53,18 @@ def forward_flops(
         The counts; 0 rows for a target that the batch does not reach.
     """
     counter, widening = FlopCounterMode(display=False), dict[str, float]()
+    inputs: dict[str, Counter[tuple[int, ...]]] = defaultdict(Counter)
 
-    def note_widths(name: str) -> Any:
+    def note_shapes(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
-            widening[name] = called_with(args, kwargs).shape[-1] / output.shape[-1]
+            x = called_with(args, kwargs)
+            inputs[name][tuple(x.shape)] += 1
+            if SPATIAL in layout_of(module).forms(module):
+                widening[name] = x.shape[-1] / output.shape[-1]
 
         return hook
 
-    kernels = {name: module for name, module in targets.items() if SPATIAL in layout_of(module).forms(module)}
-    hooks = [module.register_forward_hook(note_widths(name), with_kwargs=True) for name, module in kernels.items()]
+    hooks = [module.register_forward_hook(note_shapes(name), with_kwargs=True) for name, module in targets.items()]
     try:
         # The counter cannot see fused attention, nor follow all models whose weights require gradients.
         with differentiating_only(model, {}), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
@@ -73,7 +79,7 @@ def forward_flops(
         if id(module) in names:
             flops[names[id(module)]] += by_module.get(f"{type(model).__name__}.{name}", 0)
     rows = {name: count / (2 * weight_matrices(targets[name]).numel() * examples) for name, count in flops.items()}
-    return ForwardFlops(rows, (counter.get_total_flops() - sum(flops.values())) / examples, widening)
+    return ForwardFlops(rows, (counter.get_total_flops() - sum(flops.values())) / examples, widening, dict(inputs))
 
 
 def flop_sizes(

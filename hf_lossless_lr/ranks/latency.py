@@ -29,7 +29,7 @@ TURNS, FEWEST_TURNS, WARM_UP = 15, 3, 2  # of models that are compared
 
 Run = tuple[Callable[[], AbstractContextManager[Any]], Callable[[], Any]]
 Timer = Callable[[nn.Module, torch.Tensor, int], float]
-LatencyTable = dict[tuple[Any, ...], LayerSize]  # by shape, rows, dtype, device and threads
+LatencyTable = dict[tuple[Any, ...], LayerSize]  # by layer, inputs, dtype, device and threads
 
 
 def run_seconds(layer: nn.Module, x: torch.Tensor, calls: int) -> float:
@@ -114,7 +114,7 @@ def speed_in_turns(
 def latency_sizes(
     targets: Mapping[str, nn.Module],
     curves: Mapping[str, LossCurve],
-    rows_per_batch: Mapping[str, int],
+    inputs: Mapping[str, Mapping[tuple[int, ...], int]],
     rank_multiple: int = 1,
     repeats: int = REPEATS,
     timer: Timer = run_seconds,
@@ -124,7 +124,7 @@ def latency_sizes(
 
     A handful of ranks is measured, in turns with the dense layer, and the median of the runs taken. In between, the
     latency is interpolated; it never falls with the rank, and is nowhere below what was measured at that rank or a
-    lower one. Layers alike in type, geometry, storage, ranks, rows, dtype and device are measured once.
+    lower one. Layers alike in type, geometry, storage, ranks, inputs, dtype and device are measured once.
 
     Measurements differ from process to process: measure in one of them and broadcast the result. With a
     `rank_multiple` that suits the device (8 or more on a GPU), only its multiples are measured.
@@ -132,7 +132,8 @@ def latency_sizes(
     Args:
         targets: the dense layers, on the device to measure.
         curves: a loss curve for each layer.
-        rows_per_batch: rows of each layer in a batch, at least 1.
+        inputs: shapes of what each layer receives in a batch, and how often: a convolution of many small pictures
+            takes another time than that of a large one with as many rows.
         rank_multiple: multiple that ranks are restricted to.
         repeats: runs of each layer.
         timer: seconds of one call of a layer, given the layer, its input and how many calls to average over.
@@ -148,9 +149,10 @@ def latency_sizes(
         where = (module.weight.dtype, str(module.weight.device), threads)
         by_form = {}
         for each in (curve, *curve.others.values()):
-            key = (repr(module), rows_per_batch[name], *where, each.storage, each.form, each.multiple(rank_multiple))
+            shapes = tuple(sorted(inputs[name].items()))
+            key = (repr(module), shapes, *where, each.storage, each.form, each.multiple(rank_multiple))
             if key not in table:
-                table[key] = _measure(module, each, rows_per_batch[name], rank_multiple, repeats, timer)
+                table[key] = _measure(module, each, inputs[name], rank_multiple, repeats, timer)
             by_form[each.form] = table[key]
         sizes[name] = replace(by_form.pop(curve.form), others=by_form)
     return sizes
@@ -170,20 +172,27 @@ def _measured_ranks(curve: LossCurve, multiple: int) -> list[int]:
 
 
 @torch.no_grad()
-def _measure(module: Any, curve: LossCurve, rows: int, multiple: int, repeats: int, timer: Timer) -> LayerSize:
+def _measure(
+    module: Any, curve: LossCurve, inputs: Mapping[tuple[int, ...], int], multiple: int, repeats: int, timer: Timer
+) -> LayerSize:
     ranks, layout = _measured_ranks(curve, multiple), layout_of(module)
     storages = [choose_storage(curve.out_features, curve.in_features, rank, curve.storage) for rank in ranks]
-    with random_state_kept(module.weight.device):
-        x = layout.random_input(module, rows)
-        forms = zip(ranks, storages, strict=True)
-        factorized = [layout.factorized(module, rank, storage, curve.form) for rank, storage in forms]
-    layers = [module, *factorized]
-    for layer in layers:  # warm-up
-        timer(layer, x, 1)
-    calls = int(np.clip(RUN_SECONDS / timer(module, x, 1), 1, MAX_CALLS))
-    seconds = [[timer(layer, x, calls) for layer in layers] for _ in range(repeats)]
-    dense, *by_rank = np.median(seconds, axis=0)
+    forms = zip(ranks, storages, strict=True)
+    layers = [module, *(layout.factorized(module, rank, storage, curve.form) for rank, storage in forms)]
+    seconds = [count * _median_seconds(layers, shape, repeats, timer) for shape, count in inputs.items()]
+    dense, *by_rank = np.sum(seconds, axis=0).tolist()
     every = np.arange(len(curve.second_order))
     if not ranks:
-        return LayerSize(np.full(len(every), np.inf), float(dense))
-    return LayerSize(np.interp(every, ranks, np.maximum.accumulate(by_rank), right=np.inf), float(dense))
+        return LayerSize(np.full(len(every), np.inf), dense)
+    return LayerSize(np.interp(every, ranks, np.maximum.accumulate(by_rank), right=np.inf), dense)
+
+
+def _median_seconds(layers: Sequence[Any], shape: tuple[int, ...], repeats: int, timer: Timer) -> np.ndarray:
+    """Return the median seconds of a call of each layer, the dense one first, with an input of that shape."""
+    weight = layers[0].weight
+    with random_state_kept(weight.device):
+        x = torch.randn(shape, device=weight.device, dtype=weight.dtype)
+    for layer in layers:  # warm-up
+        timer(layer, x, 1)
+    calls = int(np.clip(RUN_SECONDS / timer(layers[0], x, 1), 1, MAX_CALLS))
+    return np.median([[timer(layer, x, calls) for layer in layers] for _ in range(repeats)], axis=0)

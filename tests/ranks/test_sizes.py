@@ -211,8 +211,15 @@ def stored(layer):
     return layer.weight.numel()
 
 
+def received(module, rows):
+    """One input of so many rows."""
+    with torch.random.fork_rng():
+        return {tuple(layout_of(module).random_input(module, rows).shape): 1}
+
+
 def one(module, clock, storage="pivoted", rows=10, **options):
-    return latency_sizes({"a": module}, {"a": curve_of(module, storage)}, {"a": rows}, timer=clock, **options)["a"]
+    curves, inputs = {"a": curve_of(module, storage)}, {"a": received(module, rows)}
+    return latency_sizes({"a": module}, curves, inputs, timer=clock, **options)["a"]
 
 
 @pytest.mark.parametrize("calls", [1, 3])
@@ -235,7 +242,7 @@ def test_forward_seconds_is_the_median_without_the_first_pass(monkeypatch):
 def test_a_real_clock_gives_finite_positive_rising_latencies():
     module = nn.Linear(24, 16)
     curve = curve_of(module)
-    size = latency_sizes({"a": module}, {"a": curve}, {"a": 4}, repeats=1)["a"]
+    size = latency_sizes({"a": module}, {"a": curve}, {"a": {(4, 24): 1}}, repeats=1)["a"]
     compressing = size.by_rank[1 : curve.break_even_rank + 1]
     assert size.dense > 0
     assert (compressing > 0).all()
@@ -257,6 +264,34 @@ def test_every_layer_type_is_measured_at_its_real_rows_with_its_real_factorized_
     assert {1, curve.break_even_rank} <= set(clock.ranks())
     for rank in clock.ranks():
         assert size.by_rank[rank] == pytest.approx(12e-6 * curve.parameters(rank))
+
+
+def test_layers_are_measured_with_the_shapes_that_they_receive_as_often_as_they_do():
+    """Of a batch of small pictures, a convolution makes something else than of a large one with as many rows."""
+    layer, clock, shapes = nn.Conv2d(3, 9, 3, padding=1), [], {(8, 3, 4, 4): 3, (2, 3, 6, 5): 1}
+
+    def seconds(layer, x, calls):
+        clock.append(tuple(x.shape))
+        return float(x.shape[0]) * (2.0 if rank_of(layer) else 1.0)
+
+    size = latency_sizes({"a": layer}, {"a": curve_of(layer)}, {"a": shapes}, timer=seconds)["a"]
+    assert set(clock) == set(shapes)
+    assert size.dense == 3 * 8 + 2
+    assert set(size.by_rank[1:9].tolist()) == {2 * size.dense}
+
+
+def test_what_layers_receive_is_noted_as_they_are_called():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head, self.idle = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(4, 2), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.head(self.body(self.body(x)[..., :2, :]))
+
+    model = Twice()
+    found = forward_flops(model, dict(model.named_children()), {"x": torch.ones(2, 3, 5, 4)}, 2).inputs
+    assert found == {"body": {(2, 3, 5, 4): 1, (2, 3, 2, 4): 1}, "head": {(2, 3, 2, 4): 1}}
 
 
 @on_layers
@@ -377,7 +412,9 @@ def measured_layers(modules, rows=None, storages=None):
     storages = storages or ["pivoted"] * len(modules)
     curves = {n: curve_of(module, storage) for n, module, storage in zip(names, modules, storages, strict=True)}
     targets = dict(zip(names, modules, strict=True))
-    sizes = latency_sizes(targets, curves, dict(zip(names, rows or [12] * len(names), strict=True)), timer=clock)
+    rows = rows or [12] * len(names)
+    inputs = {n: received(module, count) for n, module, count in zip(names, modules, rows, strict=True)}
+    sizes = latency_sizes(targets, curves, inputs, timer=clock)
     assert list(sizes) == names
     dense_runs = sum(rank == 0 for rank, _, _ in clock.calls)
     return dense_runs / (2 + 7)  # warm-up, a first look, seven runs
@@ -426,7 +463,7 @@ def test_a_latency_budget_is_kept_by_what_is_measured():
     seconds = Clock(lambda layer, rows: 1.0 if layer.out_features == 16 else 1.0 if rank_of(layer) == 0 else 0.4)
     targets = {"slow": slow, "fast": fast}
     curves = {name: curve_of(module) for name, module in targets.items()}
-    sizes = latency_sizes(targets, curves, {"slow": 4, "fast": 4}, timer=seconds)
+    sizes = latency_sizes(targets, curves, {name: {(4, 16): 1} for name in targets}, timer=seconds)
     ranks = select_budget(curves, 0.7, 1, sizes)
     assert ranks == {"slow": None, "fast": 15}  # the highest of the ranks that are equally fast
     assert kept(sizes, ranks) == pytest.approx(1.4)
