@@ -183,16 +183,21 @@ def _head_of(model: PreTrainedModel) -> str | None:
 def position_limit(model: PreTrainedModel) -> int | None:
     """Return how many tokens a model has positions for: rows of its table; None where positions are computed.
 
+    Or where a longer text finds a place in the table: TAPAS counts anew in each cell, FSMT's grows.
+
     Args:
         model: the model; of an encoder-decoder, the encoder counts.
 
     Returns:
         The limit.
     """
+    if getattr(model.config, "reset_position_index_per_cell", False):
+        return None
     inner = model.get_encoder() if model.config.is_encoder_decoder else model
     limits = []
     for name, module in inner.named_modules():
-        if isinstance(module, nn.Embedding) and _TABLES.search(name) and "vision" not in name:
+        table = isinstance(module, nn.Embedding) and _TABLES.search(name) and "vision" not in name
+        if table and not hasattr(module, "make_weight"):
             offset = getattr(module, "offset", 0 if module.padding_idx is None else module.padding_idx + 1)
             limits.append(module.num_embeddings - int(offset))
     return min(limits, default=None)

@@ -10,7 +10,14 @@ from datasets import Dataset
 from support.example_data import ListDataset, StreamDataset
 from support.tiny_models import IGNORED, TINY_MODELS, as_examples, build, other_inputs
 from support.word_tokenizer import word_tokenizer
-from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
+from transformers import (
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    FSMTConfig,
+    FSMTForConditionalGeneration,
+    TapasConfig,
+    TapasForSequenceClassification,
+)
 
 from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor, verify
 from hf_lossless_lr.data.digests import examine
@@ -206,6 +213,17 @@ class TestAcceptance:
         assert model(torch.full((1, limit), 5)).logits.shape == (1, model.num_labels)
         with pytest.raises((IndexError, RuntimeError)):
             model(torch.full((1, limit + 1), 5))
+
+    def test_of_longer_texts_where_the_model_takes_them(self):
+        sizes = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+        tables = TapasForSequenceClassification(TapasConfig(**sizes, intermediate_size=48, max_position_embeddings=16))
+        sizes = {"src_vocab_size": 60, "tgt_vocab_size": 60, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1}
+        heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 16}
+        translator = FSMTForConditionalGeneration(FSMTConfig(langs=["de", "en"], **sizes, **heads))
+        ids = torch.randint(3, 60, (2, 40))
+        for model, batch in ((tables, {"labels": torch.tensor([0, 1])}), (translator, {"labels": ids})):
+            assert position_limit(model) is None
+            assert torch.isfinite(model(input_ids=ids, **batch).loss)
 
 
 class TestDrawing:
