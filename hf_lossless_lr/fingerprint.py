@@ -51,11 +51,14 @@ NOT_COMPUTED = {
     *("architectures", "transformers_version", "quantization_config", "dtype", "torch_dtype", "id2label", "label2id"),
     *("problem_type", "use_cache", "return_dict", "output_attentions", "output_hidden_states"),
 }
-"""Entries of a configuration, besides private ones, of which the answers of a model do not depend."""
+"""Entries of a configuration, besides private ones, of which the answers of a model do not depend.
+
+The problem type, which decides its loss, is filled in by that; see `_other_loss`.
+"""
 
 
 def architecture_fingerprint(model: Any) -> str:
-    """Return the SHA-256 of what the answers of a model depend on besides its weights: its class and configuration.
+    """Return the SHA-256 of what a model's answers, and its loss, depend on besides weights: class and configuration.
 
     Args:
         model: a model of Transformers.
@@ -63,7 +66,19 @@ def architecture_fingerprint(model: Any) -> str:
     Returns:
         64 hexadecimal digits.
     """
-    return content_digest([type(model).__name__, _computed(model.config.to_dict())])
+    config = model.config
+    other = _other_loss(getattr(config, "problem_type", None), getattr(config, "num_labels", None))
+    return content_digest([type(model).__name__, _computed(config.to_dict()), *([other] if other else ())])
+
+
+def _other_loss(problem_type: str | None, labels: int | None) -> str | None:
+    """Return the problem type where the loss is another one than without any: that of one label is a regression's.
+
+    Whether one of several classes is right, or any of them may be, the labels themselves say.
+    """
+    if labels == 1:
+        return None if problem_type == "regression" else problem_type
+    return problem_type if problem_type == "regression" else None
 
 
 def _computed(settings: Mapping[str, Any]) -> dict[str, Any]:

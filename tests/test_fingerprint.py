@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.tiny_models import llama
+from support.tiny_models import TINY_MODELS, llama
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 
 from hf_lossless_lr.fingerprint import architecture_fingerprint, as_array, content_digest
@@ -131,9 +131,19 @@ class TestAnArchitecture:
         model = llama()[0]
         before = architecture_fingerprint(model)
         model.config.id2label = {0: "no", 1: "yes"}
-        model.config.problem_type, model.config.use_cache = "regression", False
+        model.config.problem_type, model.config.use_cache = "multi_label_classification", False
         model.config._name_or_path = "elsewhere"
         assert architecture_fingerprint(model) == before
+
+    @pytest.mark.parametrize(("labels", "fills_in"), [(1, {"regression"}), (3, {"single_label", "multi_label"})])
+    def test_is_another_where_the_loss_is_another(self, labels, fills_in):
+        """The loss itself fills in what it is, by the labels."""
+        model = TINY_MODELS["bert-sequence-classification"]()[0]
+        model.config.num_labels = labels
+        plain = architecture_fingerprint(model)
+        for kind in ("regression", "single_label", "multi_label"):
+            model.config.problem_type = kind if kind == "regression" else f"{kind}_classification"
+            assert (architecture_fingerprint(model) == plain) == (kind in fills_in), kind
 
     def test_has_the_parts_of_a_configuration(self):
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}

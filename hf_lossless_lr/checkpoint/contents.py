@@ -27,6 +27,7 @@ def check_files(
     files: list[str] | None,
     unused: int,
     part: str | None = None,
+    others: Mapping[str, tuple[int, ...]] | None = None,
 ) -> None:
     """Refuse files whose tensors are not those of the compressed modules; stock loading would fill gaps at random.
 
@@ -39,6 +40,7 @@ def check_files(
         files: the checkpoint's files.
         unused: number of records whose module this class does not have (a head, a decoder).
         part: name of the model in the files, where it is a part of the one that they are of.
+        others: shapes of the tensors of the model, by name: what it has of its own, and looks like a compressed layer.
 
     Raises:
         CheckpointError: if a file cannot be read, a tensor is missing, extra, of another shape or kind of number, or a
@@ -46,7 +48,11 @@ def check_files(
     """
     if not files or not _readable(files):
         return
-    stored = _stored_layers(files)
+    stored = {
+        name: shapes
+        for name, shapes in _stored_layers(files).items()
+        if name in modules or others is None or any(others.get(f"{name}.{key}") != s for key, s in shapes.items())
+    }
     if part is not None and not modules.keys() <= stored.keys():  # else it was saved as a model of its own
         beside = modules.keys() & stored.keys()  # of the whole model, by their names in it
         stored = {n: shapes for n, shapes in stored.items() if n in beside or n.startswith(f"{part}.")}

@@ -44,8 +44,7 @@ def merge_dense_adapter(model: PreTrainedModel, adapter: str | os.PathLike[str])
     A layer's matrix `W'`, in place of the dense `W`, becomes `W' + s B A`, with the scale `s` of the adapter:
 
     * of factors `U V` of rank `k`, with an adapter of rank `r`: `[U, sB] [V; A]`, of rank `k + r` in the same storage.
-      The layer becomes dense where these would be no fewer numbers than `W` has, or where it has several groups of
-      channels or a spatial form;
+      The layer becomes dense where these would be no fewer numbers than `W` has, or where it has a spatial form;
     * of a dense layer or an embedding: the sum.
 
     Modules that the adapter has as a whole (`modules_to_save`, such as a new head) take the place of the model's. The
@@ -60,7 +59,8 @@ def merge_dense_adapter(model: PreTrainedModel, adapter: str | os.PathLike[str])
 
     Raises:
         TargetError: if the model is not compressed, the adapter is of another kind or does not fit the model, or it
-            changes weights that cannot be changed: rounded, tied, offloaded or spread over processes.
+            changes weights that cannot be changed: rounded, tied, offloaded or spread over processes, or of a
+            convolution in groups, which PEFT's adapters mix.
         ImportError: if PEFT is not installed.
     """
     check_whole(model)
@@ -148,6 +148,8 @@ def _found_in(twin: nn.Module) -> Iterator[tuple[str, Any]]:
             if module.lora_variant or not hasattr(module.get_base_layer(), "weight"):
                 kind = type(next(iter(module.lora_variant.values()), module)).__name__
                 raise TargetError(f"the adapter of {name!r} ({kind}) cannot be merged into factors. {MERGE_FIRST}")
+            if getattr(module.get_base_layer(), "groups", 1) > 1:
+                raise TargetError(f"the adapter of {name!r} mixes groups of channels, so no weight there can hold it.")
         else:
             continue
         yield name, found
@@ -187,7 +189,7 @@ def _merged(old: Any, lora: Any) -> nn.Module:
     dense: Any = to_dense(old)
     layout, rank = layout_of(dense), old.rank + lora.r["default"]
     fewer = rank <= break_even_rank(old.out_features, old.in_features, old.storage)
-    if fewer and old.form == CHANNEL and old.groups == 1:
+    if fewer and old.form == CHANNEL:
         new = layout.factorized(dense, rank, old.storage)
         left, right = _joined(old, lora)
         down, up, order = right, left, None

@@ -159,7 +159,8 @@ def put_layers(model: PreTrainedModel, config: LosslessLowRankConfig, files: lis
             raise CheckpointError(f"the manifest's record of {name!r} does not fit the model: {error}") from error
     replace_modules(model, {path_of[name]: module for name, module in built.items()})
     unused = len(config.modules) + len(config.narrowed) - len(built) - len(narrow)
-    check_files({**narrow, **built}, files, unused, config.part)
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()} if files else None
+    check_files({**narrow, **built}, files, unused, config.part, shapes)
     config.modules = {path: config.modules[name] for name, path in path_of.items()}  # as this class has them
     config.narrowed = narrow_records(model)
     kinds = (Factorized, Stored, Unfused, NarrowLinear)  # a device map must not split them

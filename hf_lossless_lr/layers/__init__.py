@@ -55,6 +55,7 @@ from .stored import Stored, is_complete, stored_in
 from .targets import HEADS, Targets, check_gradients, check_model, find_targets
 from .unfused import Unfused
 from .unfusing import projections, unfuse, unfused
+from .watching import weights_read
 from .whole import check_whole, without_wrappers
 
 __all__ = [
@@ -136,5 +137,6 @@ __all__ = [
     "values_of",
     "weight_bytes",
     "weight_matrices",
+    "weights_read",
     "without_wrappers",
 ]

@@ -103,7 +103,8 @@ def replace_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> 
     try:
         for path, module in replacement.originals.items():
             new = new_of[id(module)]
-            new.train(module.training)
+            for part in set(new.modules()).difference(module.modules()):  # an unfused module shares some
+                part.training = module.training
             model.set_submodule(path, new)
         for kept, key, value in replacement.elsewhere:
             kept[key] = _swapped(value, new_of)

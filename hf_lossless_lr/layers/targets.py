@@ -23,7 +23,7 @@ from .layout import LAYOUTS, find_layout
 from .offloaded import check_offloaded
 from .patterns import TYPE, best_match, check_patterns
 from .readers import read_by_others
-from .subclasses import answers_as_its_base
+from .subclasses import answers_as_its_base, has_more_than_its_base
 from .whole import check_whole
 
 NOT_ASKED_FOR = "not in `target_modules`"
@@ -121,6 +121,8 @@ def _refusal(module: nn.Module) -> str | None:
         return "something hangs on it (a hook, or a `forward` of its own), which would be lost"
     if not answers_as_its_base(module):
         return f"{type(module).__name__} computes something else than its base type"
+    if has_more_than_its_base(module):
+        return f"{type(module).__name__} has arguments or methods that its base type has not"
     return layout.refusal(module)
 
 

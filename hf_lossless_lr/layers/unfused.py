@@ -112,7 +112,8 @@ class Unfused(nn.Module):
         module._parameters = dict(module._parameters)
         for name, value in self.fused_parameters().items():
             module._parameters[name] = nn.Parameter(value, self.template._parameters[name].requires_grad)
-        return module.train(self.training)
+        module.training = self.training  # of this module alone: those inside are shared
+        return module
 
 
 def linear(weight: torch.Tensor, bias: torch.Tensor | None, like: nn.Parameter) -> nn.Linear:

@@ -53,7 +53,7 @@ from .agreeing import check_same_inputs
 from .factoring import factorize_targets
 from .heads import layers_behind
 from .memory import memory_limit, plan_memory
-from .narrowing import called, heard, skipped_weights, without_heads
+from .narrowing import called, heard, replaceable, skipped_weights
 from .residual_stream import residual_stream
 from .value_pairs import ValuePair, value_pairs
 from .workspace import Workspace
@@ -181,7 +181,7 @@ def calibrate(
     parameters, stored = model.num_parameters(), checkpoint_bytes(model)
     with in_place(model, unfused), on_device(model, accelerator.device), ExitStack() as undo:
         _try_first(model, [parts.held_out, parts.selection], accelerator)
-        targets = without_heads(model, config, parts, targets, accelerator)
+        targets = replaceable(model, config, parts, targets, accelerator)
         kept = work_dir is not None
         memory, windows = plan_memory(
             model, targets.chosen, parts, accelerator, limit, bool(config.refit), kept, statistics_path is not None

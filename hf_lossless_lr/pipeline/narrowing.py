@@ -4,35 +4,45 @@ from __future__ import annotations
 
 from collections import Counter
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..checkpoint import LosslessLowRankConfig
-from ..data import DataSplits, answering_layers, subset
-from ..errors import NumericalError
+from ..data import DataSplits, answering_layers, run_batch, subset
+from ..errors import NumericalError, TargetError
 from ..factors import silent_layers
-from ..layers import Targets, find_targets, other_weights, weight_matrices
+from ..layers import Targets, evaluating, find_targets, other_weights, weight_matrices, weights_read
 from ..report import SkippedWeight
 from ..statistics import CalibrationStatistics
 
 logger = logging.get_logger(__name__)
 
 
-def without_heads(
+def replaceable(
     model: PreTrainedModel,
     config: LosslessLowRankConfig,
     parts: DataSplits,
     targets: Targets,
     accelerator: Accelerator,
 ) -> Targets:
-    """Leave the layers dense, unless they are asked for, whose output is the model's answer."""
-    heads: list[str] = []
+    """Leave the layers dense whose weight is read, and, unless asked for, those whose output is the model's answer."""
+    heads, read = list[str](), list[str]()
     for batch in accelerator.prepare(subset(parts.calibration, [0])):  # one process has it
         heads = answering_layers(model, targets.chosen, batch)
-    heads = list(dict.fromkeys(gather_object(heads)))
-    return find_targets(model, config.target_modules, config.ignore, heads) if heads else targets
+        with evaluating(model), torch.no_grad(), weights_read(targets.chosen) as found:
+            run_batch(model, batch, quick=False)
+        read = sorted(found)
+    heads, read = (list(dict.fromkeys(gather_object(names))) for names in (heads, read))
+    targets = find_targets(model, config.target_modules, config.ignore, heads) if heads else targets
+    skipped = {name: "the model reads its weight instead of calling it" for name in targets.chosen if name in read}
+    chosen = {name: module for name, module in targets.chosen.items() if name not in skipped}
+    if not chosen:
+        name, reason = next(iter(skipped.items()))
+        raise TargetError(f"no layer of {type(model).__name__} is left to factorize; skipped: {name} ({reason}).")
+    return Targets(chosen, targets.skipped | skipped)
 
 
 def called(targets: Targets, statistics: CalibrationStatistics) -> Targets:

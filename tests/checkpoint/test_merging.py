@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from support.compressions import build, check_same_model, check_same_state, compress, factorized_layers
 from support.tolerances import ROUNDING
 from torch import nn
+from transformers import RegNetConfig, RegNetForImageClassification
 
 from hf_lossless_lr import merge_dense_adapter
 from hf_lossless_lr.checkpoint.merging import _like
@@ -207,7 +208,18 @@ def scaling(tmp_path):
     return compressed_bert(), "is of the type IA3, not LORA; .* Merge the adapter into the dense model"
 
 
+def in_groups(tmp_path):
+    config = RegNetConfig(embedding_size=8, groups_width=8, hidden_sizes=[16, 24], depths=[1, 1], num_labels=3)
+    whole = RegNetForImageClassification(config)
+    layer = "regnet.encoder.stages.0.layers.0.layer.1.convolution"
+    assert whole.get_submodule(layer).groups > 1
+    get_peft_model(copy.deepcopy(whole), LoraConfig(r=2, target_modules=[layer])).save_pretrained(tmp_path)
+    pictures = {"pixel_values": torch.randn(12, 3, 20, 20), "labels": torch.arange(12) % 3}
+    return compress(whole, pictures, keep_ratio=0.5)[0], "mixes groups of channels, so no weight there can hold it"
+
+
 REFUSED = {
+    "groups": in_groups,
     "rounded numbers": quantized,
     "another model": of_another_model,
     "other sizes": of_other_sizes,
@@ -224,6 +236,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1")
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_cannot_be_merged_is_refused_and_changes_nothing(kind, tmp_path):
     model, reason = REFUSED[kind](tmp_path)

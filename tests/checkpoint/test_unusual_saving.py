@@ -7,12 +7,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from support.adapters import takes_adapters
 from support.compressions import build, check_same_model, compress, compressed
 from support.mixtures import mixture
-from support.tiny_models import llama
+from support.own_architecture import OwnArchitectureConfig, OwnArchitectureForClassification
+from support.tiny_models import llama, split_batch
+from torch import nn
 from transformers import BertForSequenceClassification
 
+from hf_lossless_lr import LosslessLowRankConfig, LowRankCompressor
+from hf_lossless_lr.errors import CheckpointError
 from hf_lossless_lr.report.records import REPORT_NAME
 
 NAME = "bert-sequence-classification"
@@ -100,6 +105,40 @@ def test_an_adapter_is_uploaded_without_the_card_of_its_base(tmp_path, monkeypat
     model._upload_modified_files(str(tmp_path / "adapter"), "me/adapter", SimpleNamespace())
     assert uploads
     assert not (tmp_path / "adapter" / REPORT_NAME).exists()
+
+
+class LikeOurs(OwnArchitectureForClassification):
+    """A user's class with tensors that are called, and shaped, as those of a factorized layer are."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for block in self.blocks:
+            block.weight = nn.Parameter(torch.full((1,), 0.5))
+            block.down, block.up = nn.Linear(32, 4, bias=False), nn.Linear(4, 32, bias=False)
+            block.register_buffer("permutation", torch.arange(3))
+
+    def forward(self, values, labels=None):
+        for block in self.blocks:
+            values = values + block.weight * block.up(block.down(values.mean() + torch.ones(len(values), 32))).mean()
+        return super().forward(values, labels)
+
+
+@pytest.mark.parametrize("options", [{}, {"formats": ["int8"], "keep_ratio": 0.2}])
+def test_modules_of_the_model_that_look_like_ours_are_none(options, tmp_path):
+    torch.manual_seed(0)
+    model = LikeOurs(OwnArchitectureConfig(num_labels=3)).eval()
+    batch = {"values": torch.randn(24, 24), "labels": torch.arange(24) % 3}
+    config = LosslessLowRankConfig(target_modules=["inner", "outer"], refit=False, **options)
+    compressor = LowRankCompressor(config)
+    others = batch | {"values": torch.randn(24, 24)}
+    compressor.compress(model, split_batch(batch, 4), eval_dataset=[others])
+    model.save_pretrained(tmp_path)
+    check_same_model(model, LikeOurs.from_pretrained(tmp_path).eval(), batch)
+    tensors = load_file(tmp_path / "model.safetensors")
+    factors = {key: t for key, t in tensors.items() if not key.startswith("blocks.0.inner.")}
+    save_file(factors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.inner"):
+        LikeOurs.from_pretrained(tmp_path)
 
 
 def test_a_layer_of_experts_that_is_doubled_is_saved_and_loads(tmp_path):

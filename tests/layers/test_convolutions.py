@@ -14,7 +14,7 @@ from hf_lossless_lr.layers import find_targets
 from hf_lossless_lr.layers.convolution import FactorizedConv1d, FactorizedConv2d
 from hf_lossless_lr.layers.layout import layout_of, to_dense, weight_matrices
 from hf_lossless_lr.layers.patches import POSITIONS, sampled
-from hf_lossless_lr.layers.subclasses import answers_as_its_base
+from hf_lossless_lr.layers.subclasses import answers_as_its_base, has_more_than_its_base
 
 pytestmark = pytest.mark.numerical
 
@@ -229,6 +229,39 @@ class TestSubclasses:
         before = torch.get_rng_state()
         assert answers_as_its_base(layer) is same
         assert torch.equal(before, torch.get_rng_state())
+
+    @pytest.mark.parametrize("scale", [1e-3, 1.0, 50.0])
+    def test_that_saturate_or_pad_otherwise_do_not(self, scale):
+        class Clamped(nn.Linear):
+            def forward(self, input):
+                return super().forward(input.clamp(-3 * scale, 3 * scale))
+
+        class Conv2dSame(nn.Conv2d):  # as timm's is called; right for sizes that the stride divides
+            def forward(self, x):
+                total = self.kernel_size[0] - self.stride[0]
+                before, behind = total // 2, total - total // 2
+                return super().forward(nn.functional.pad(x, (before, behind, before, behind)))
+
+        assert not answers_as_its_base(Clamped(5, 7))
+        assert not answers_as_its_base(Conv2dSame(3, 4, 3, stride=2))
+
+    def test_in_float16_are_no_others_where_it_overflows(self):
+        layer = Spelled(5, 7).half()
+        with torch.no_grad():
+            layer.weight.fill_(1e3)
+        assert answers_as_its_base(layer)
+
+    def test_with_arguments_or_methods_of_their_own_have_more_than_their_base(self):
+        class Scaled(nn.Linear):
+            def forward(self, input, scale=1.0):
+                return super().forward(input) * scale
+
+        class Measured(nn.Linear):
+            def penalty(self):
+                return self.weight.square().sum()
+
+        assert [has_more_than_its_base(kind(5, 7)) for kind in (Scaled, Measured)] == [True, True]
+        assert not any(map(has_more_than_its_base, (Spelled(5, 7), Conv2dSame(3, 4, 3), nn.Linear(5, 7))))
 
     def test_that_cannot_take_a_plain_input_do_not(self):
         class Strange(nn.Linear):

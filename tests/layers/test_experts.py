@@ -9,7 +9,7 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from hf_lossless_lr.errors import TargetError
-from hf_lossless_lr.layers import UnfusedExperts, in_place, projections, routed_rows, unfuse
+from hf_lossless_lr.layers import UnfusedExperts, in_place, projections, replace_modules, routed_rows, unfuse
 from hf_lossless_lr.layers.unfusing import why_fused
 
 on_families = pytest.mark.parametrize("family", FAMILIES)
@@ -83,6 +83,23 @@ def test_no_weight_is_copied_until_it_has_to_be():
     assert unfused.get_submodule("2.in_proj").weight.data_ptr() == fused.gate_up_proj[2].data_ptr()
     unfused.own_weights()
     assert unfused.get_submodule("2.in_proj").weight.data_ptr() != fused.gate_up_proj[2].data_ptr()
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_what_is_shared_with_fused_ones_keeps_its_mode(inside):
+    model = mixture("Mixtral")
+    experts = model.model.layers[0].mlp.experts
+    experts.training = not inside
+    experts.act_fn.train(inside)
+    replacement = replace_modules(model, unfuse(model))
+    found = model.model.layers[0].mlp.experts
+    assert found is not experts
+    assert (found.training, found.act_fn.training) == (not inside, inside)
+    assert all(layer.training is not inside for _, layer in found.layers())
+    again = found.fused()
+    assert (again.training, again.act_fn.training) == (not inside, inside)
+    replacement.undo()
+    assert (experts.training, experts.act_fn.training) == (not inside, inside)
 
 
 def test_a_row_may_be_sent_to_no_expert():
