@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def check_files(
     files: list[str] | None,
     unused: int,
     part: str | None = None,
-    others: Mapping[str, tuple[int, ...]] | None = None,
+    others: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> None:
     """Refuse files whose tensors are not those of the compressed modules; stock loading would fill gaps at random.
 
@@ -40,7 +41,7 @@ def check_files(
         files: the checkpoint's files.
         unused: number of records whose module this class does not have (a head, a decoder).
         part: name of the model in the files, where it is a part of the one that they are of.
-        others: shapes of the tensors of the model, by name: what it has of its own, and looks like a compressed layer.
+        others: shapes of the tensors of the model that are of no compressed module, by name, whatever they look like.
 
     Raises:
         CheckpointError: if a file cannot be read, a tensor is missing, extra, of another shape or kind of number, or a
@@ -49,9 +50,7 @@ def check_files(
     if not files or not _readable(files):
         return
     stored = {
-        name: shapes
-        for name, shapes in _stored_layers(files).items()
-        if name in modules or others is None or any(others.get(f"{name}.{key}") != s for key, s in shapes.items())
+        n: shapes for n, shapes in _stored_layers(files).items() if n in modules or not _is_in(others, n, shapes)
     }
     if part is not None and not modules.keys() <= stored.keys():  # else it was saved as a model of its own
         beside = modules.keys() & stored.keys()  # of the whole model, by their names in it
@@ -82,6 +81,12 @@ def check_files(
     unlisted = [name for name, shapes in strangers.items() if is_complete(shapes)]
     if len(unlisted) > unused:
         raise CheckpointError(f"the checkpoint has factors of {unlisted[0]!r}, which its manifest does not list.")
+
+
+def _is_in(tensors: Mapping[str, tuple[int, ...]], name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Return whether tensors below a name are among others, which then have their shapes."""
+    same = [tensors[f"{name}.{key}"] == shape for key, shape in shapes.items() if f"{name}.{key}" in tensors]
+    return bool(same) and all(same)
 
 
 def _names(files: Sequence[str]) -> set[str]:

@@ -32,7 +32,7 @@ from ..layers import (
 from .attached import dequantize, mark_compressed, mark_loaded
 from .attached_card import attach_saved_card
 from .config import WRITTEN_METHOD, LosslessLowRankConfig, ModuleRecord
-from .contents import LOAD_THE_WHOLE, check_files, check_loaded, check_read
+from .contents import LOAD_THE_WHOLE, check_files, check_loaded, check_read, layer_of
 from .conversions import apart_from_layers, renaming_of
 from .encoding import dequantize_stored
 from .loading import initialize_templates, mark_loading, unmark_loading
@@ -159,13 +159,20 @@ def put_layers(model: PreTrainedModel, config: LosslessLowRankConfig, files: lis
             raise CheckpointError(f"the manifest's record of {name!r} does not fit the model: {error}") from error
     replace_modules(model, {path_of[name]: module for name, module in built.items()})
     unused = len(config.modules) + len(config.narrowed) - len(built) - len(narrow)
-    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()} if files else None
-    check_files({**narrow, **built}, files, unused, config.part, shapes)
+    check_files({**narrow, **built}, files, unused, config.part, _other_tensors(model))
     config.modules = {path: config.modules[name] for name, path in path_of.items()}  # as this class has them
     config.narrowed = narrow_records(model)
     kinds = (Factorized, Stored, Unfused, NarrowLinear)  # a device map must not split them
     whole = {type(module).__name__ for module in model.modules() if isinstance(module, kinds)}
     model._no_split_modules = whole.union(model._no_split_modules or ())
+
+
+def _other_tensors(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors of a model that are of no compressed module, by name."""
+    kinds = (Factorized, Stored, NarrowLinear)
+    compressed = {name for name, module in model.named_modules() if isinstance(module, kinds)}
+    tensors = model.state_dict().items()
+    return {key: tuple(tensor.shape) for key, tensor in tensors if layer_of(key, compressed) is None}
 
 
 def compressed_architecture(model: PreTrainedModel) -> PreTrainedModel:

@@ -84,9 +84,7 @@ class LowRankCompressor:
     ) -> None:
         if config is not None and not isinstance(config, LosslessLowRankConfig):
             raise ConfigurationError(f"config: must be a LosslessLowRankConfig, got {type(config).__name__}.")
-        if max_memory is not None:
-            memory_bytes(max_memory)  # refuses what is no size
-        self.max_memory, self.work_dir = max_memory, work_dir
+        self.max_memory, self.work_dir = None if max_memory is None else memory_bytes(max_memory), work_dir
         self.config = config if config is not None else LosslessLowRankConfig()
         self.report: CompressionReport | None = None
         self._calibration: Calibration | None = None
