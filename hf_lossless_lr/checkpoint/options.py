@@ -120,7 +120,9 @@ class CompressionOptions(Renamed):
     rank_multiple: int | None = _option(
         None, "multiple that ranks are taken from; default 8 on a CPU and 64 on others, less for narrow layers"
     )
-    refit: bool | None = _option(None, "fit factors to the inputs of the compressed model; default with kronecker")
+    refit: bool | None = _option(
+        None, "true or false: fit factors to the inputs they get in the end; default with kronecker"
+    )
     selection_fraction: float | None = _option(
         None,
         "share of the calibration data kept apart to choose by measurement; default 1/16, or 1/2 for the "

@@ -41,6 +41,8 @@ def check_arguments(arguments: Any) -> None:
         )
     if "shots_files" in given and arguments.task != "mmlu":
         raise ConfigurationError(f"--shots_files is for mmlu, not for {arguments.task}.")
+    if given.get("task") == "mmlu" and is_format(given.get("dataset")) and "shots_files" not in given:
+        raise ConfigurationError("--shots_files: name the files of MMLU's solved examples (dev), too.")
     _check_sources(given)
     if "eval_examples" in given and not names_held_out(arguments):
         raise ConfigurationError(

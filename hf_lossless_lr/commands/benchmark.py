@@ -76,7 +76,7 @@ def benchmark(arguments: Any) -> int:
     if arguments.device.partition(":")[0] == "meta":
         raise ConfigurationError("--device: there are no numbers on the meta device, and nothing to measure.")
     models = [_loaded(name, arguments.dtype, arguments.device) for name in (arguments.model, arguments.other) if name]
-    if len({(model.main_input_name, model.config.is_encoder_decoder) for model in models}) > 1:
+    if len({_inputs_of(model) for model in models}) > 1:
         raise ConfigurationError("the two models take other kinds of input, so their times cannot be compared.")
     speeds: list[Speed] = []
     settings = [
@@ -96,6 +96,12 @@ def benchmark(arguments: Any) -> int:
     if arguments.plot:
         write_speed_figure(speeds, arguments.plot)
     return 0
+
+
+def _inputs_of(model: Any) -> tuple[Any, ...]:
+    """Return what two models have in common that take the same inputs."""
+    words = getattr(model.config.get_text_config(), "vocab_size", None)
+    return model.main_input_name, model.config.is_encoder_decoder, words
 
 
 def _loaded(name: str, dtype: str, device: str) -> Any:

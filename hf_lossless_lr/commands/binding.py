@@ -30,10 +30,19 @@ def read_report(folder: Path) -> CompressionReport:
     Raises:
         CheckpointError: if there is none.
     """
+    path = folder / REPORT_NAME
+    if not path.is_file():
+        raise CheckpointError(
+            f"there is no folder {folder}."
+            if not folder.is_dir()
+            else f"{folder} has no {REPORT_NAME}, which a checkpoint has that this package compressed."
+        )
     try:
-        return CompressionReport.from_json((folder / REPORT_NAME).read_text(encoding="utf-8"))
+        return CompressionReport.from_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot read {REPORT_NAME} in {folder}: {error}") from error
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def doubt_about_weights(folder: Path, report: CompressionReport) -> str | None:

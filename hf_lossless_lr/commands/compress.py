@@ -28,6 +28,8 @@ from .data_options import (
 from .loading import load_auto, load_model
 from .output import Claim, claimed
 
+HINT = "Every layer stays as it was: allow a smaller size or larger margins, or give more examples to judge by."
+
 
 @dataclass(kw_only=True)
 class CompressArguments(CalibrationArguments, RequiringArguments):
@@ -108,7 +110,7 @@ def _run(arguments: Any, config: LosslessLowRankConfig, claim: Claim | None) -> 
     report = compressor.report
     if report is None:
         raise ConfigurationError("the compressor left no report")
-    nothing = all(layer.rank is None for layer in report.layers.values())
+    nothing = getattr(model.config, "quantization_config", None) is None  # neither factorized nor rounded
     problem = complaint(report.certificate, arguments.require)
     processes = joined_processes()  # all of them have the same model and report
     try:
@@ -136,7 +138,8 @@ def _finish(
     if arguments.json:
         write_atomically(arguments.json, report.to_json())
     if claim is None:
-        print(f"hf-lossless-lr: no model met objective {report.config['objective']}; nothing written", file=sys.stderr)
+        objective = report.config["objective"]
+        print(f"hf-lossless-lr: no model met objective {objective}; nothing written. {HINT}", file=sys.stderr)
         return
     print(comparison_table(report_rows(report)))
     print(f"measured on {report.held_out['examples']} held-out examples; written to {output}")

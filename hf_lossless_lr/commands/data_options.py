@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from ..checkpoint import LosslessLowRankConfig
 from ..errors import CertificateError, ConfigurationError
-from ..evaluation import EVALUATION_TASKS, TASKS, EvaluationTask, Task, first_rows, load_split, mmlu
+from ..evaluation import EVALUATION_TASKS, TASKS, EvaluationTask, Task, first_rows, load_split, mmlu, most_tokens
 from ..renamed import RENAMED
 from ..report import Certificate
 from ..verdict import CERTIFIED
@@ -196,15 +196,23 @@ def load_examples(
 
     Raises:
         CertificateError: if the models order their classes differently.
-        ConfigurationError: if no data set is named and the task has none.
+        ConfigurationError: if no data set is named and the task has none, or blocks of text are longer than a model's
+            inputs.
     """
+    length = arguments.max_length or task.max_length
+    limits = [limit for model in models if task.cuts_text and (limit := most_tokens(model)) is not None]
+    if limits and length > min(limits):
+        raise ConfigurationError(
+            f"--max_length: the text is read in blocks of {length} tokens, but the model takes {min(limits)}; give "
+            f"--max_length {min(limits)} or less."
+        )
     dataset, given = load_data(arguments, files, split, None if task.cuts_text else count), arguments.columns
     unlabelled = getattr(arguments, "labels", "data") == "model" and _lacks_labels(task, dataset, given)
     if unlabelled:
         dataset, given = _with_blank_labels(task, dataset, given)
     columns = () if given is None else (given,)
     dataset = align(task, dataset, models, *columns)
-    examples = task.prepare(dataset, processor, arguments.max_length or task.max_length, *columns)
+    examples = task.prepare(dataset, processor, length, *columns)
     examples = examples.remove_columns("labels") if unlabelled else examples
     return first_rows(examples, count)
 

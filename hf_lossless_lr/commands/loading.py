@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -45,6 +47,8 @@ def load_auto(auto_class: str, name: str, **options: Any) -> Any:
         ConfigurationError: if it cannot be loaded, or is a tokenizer without any words.
         LosslessLowRankError: if it is a compressed checkpoint with a mistake in it.
     """
+    if name.startswith((".", "~", os.sep)) and not Path(name).exists():
+        raise ConfigurationError(f"cannot load {name!r}: there is no such folder.")
     try:
         loaded = getattr(transformers, auto_class).from_pretrained(name, **options)
     except LosslessLowRankError:
@@ -52,8 +56,8 @@ def load_auto(auto_class: str, name: str, **options: Any) -> Any:
     except (OSError, ImportError, SafetensorError) as error:
         raise ConfigurationError(f"cannot load {name!r} with {auto_class}: {error}") from error
     except _MISFITS as error:  # whose other lines list all that would have been right
-        reason = str(error).partition("\n")[0]
-        raise ConfigurationError(f"cannot load {name!r} with {auto_class}; does it fit --task? {reason}") from error
+        reason, asked = str(error).partition("\n")[0], "" if auto_class == "AutoConfig" else "; does it fit --task?"
+        raise ConfigurationError(f"cannot load {name!r} with {auto_class}{asked or ':'} {reason}") from error
     if isinstance(loaded, PreTrainedTokenizerBase) and len(loaded) <= len(loaded.all_special_tokens):
         raise ConfigurationError(  # Transformers makes one of special tokens alone where the files are missing
             f"{name!r} has no tokenizer in it: what was loaded knows {len(loaded)} tokens, and no words. Save the "
@@ -87,7 +91,8 @@ def load_model(auto_class: str, name: str, dtype: str) -> Any:
             f"{lead}: the checkpoint, of a {trained}, lacks {_listed(found['missing_keys'])}, which {kind} would fill "
             "with random numbers. Give a model that was trained for this task, or another --task."
         )
-    if _head(trained) != _head(kind) and {_head(trained), _head(kind)} & set(_HEADS):
+    whole = _head(kind) is not None or _head(trained) is None  # else the head is to be left out
+    if whole and _head(trained) != _head(kind) and {_head(trained), _head(kind)} & set(_HEADS):
         raise ConfigurationError(
             f"{lead}: it was trained as {trained}, and {kind} would use its head for another question. Choose the "
             "--task of the checkpoint; if its config.json names the wrong class, correct `architectures` there."
@@ -99,7 +104,7 @@ def load_model(auto_class: str, name: str, dtype: str) -> Any:
             f"{_listed(shapes)}. Is its config.json that of these weights (num_labels, vocab_size)?"
         )
     unused = [key for key in found["unexpected_keys"] if trained != kind or not _is_pooler(key, model)]
-    if unused:
+    if unused and whole:
         raise ConfigurationError(
             f"{lead}: {kind} has no place for {_listed(unused)}, so the loaded model is another one than the "
             f"checkpoint. If these are not needed, write a checkpoint without them: load this one with {kind} of "

@@ -35,7 +35,7 @@ def report(arguments: Any) -> int:
         Exit code.
 
     Raises:
-        ConfigurationError: if figures would be written through a link.
+        ConfigurationError: if figures would be written through a link, or into a file.
         CheckpointError: if the report cannot be read or drawn, or is about other weights.
         LosslessLowRankError: if figures cannot be written.
     """
@@ -44,6 +44,8 @@ def report(arguments: Any) -> int:
         figures = folder / "figures"
         if figures.is_symlink():  # a checkpoint is anyone's
             raise ConfigurationError(f"{figures} is a link, which figures are not written through; name a folder.")
+    if figures is not None and Path(figures).exists() and not Path(figures).is_dir():
+        raise ConfigurationError(f"--plots: {figures} is no folder.")
     found = read_report(folder)
     doubt = doubt_about_weights(folder, found)
     print(comparison_table(report_rows(found)))

@@ -3,6 +3,7 @@
 from .language_modeling import C4, WIKITEXT2
 from .mmlu import MMLU, mmlu
 from .pipelines import TASKS
+from .positions import most_tokens
 from .random_inputs import random_batch
 from .registry import EVALUATION_TASKS
 from .scores import Score, Scores, compare, summarize
@@ -30,6 +31,7 @@ __all__ = [
     "load_split",
     "measure_speed",
     "mmlu",
+    "most_tokens",
     "random_batch",
     "summarize",
 ]

@@ -212,6 +212,20 @@ class TestCompress:
         assert "max_memory" in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
 
+    @pytest.mark.parametrize(
+        "options",
+        [
+            ("--formats", "int8", "--keep_ratio", "0.3"),
+            ("--formats", "auto", "--keep_ratio", "0.99", "--rank_multiple", "8"),
+        ],
+    )
+    def test_writes_a_model_whose_layers_are_rounded_and_not_factorized(self, options, command, tmp_path, capsys):
+        assert main([*command, *options, "--refit", "false"]) == 0
+        written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["modules"]
+        assert written
+        assert {record["rank"] for record in written.values()} == {None}
+        assert "written to" in capsys.readouterr().out
+
     def test_takes_more_data_for_the_refit(self, command, tmp_path):
         lines = write_lines(tmp_path / "more.jsonl", text_rows(24, 900))
         assert main([*command, "--refit-data-files", str(lines), "--refit-examples", "20"]) == 0
@@ -375,7 +389,7 @@ class TestTasks:
 WRONG = {  # options to change or add, and the message
     "model": (
         lambda command: [command[0], "/nowhere/model", *command[2:]],
-        "cannot load '/nowhere/model' with AutoMod",
+        "cannot load '/nowhere/model': there is no such folder.",
     ),
     "data": (
         lambda command: changed(command, data_files="/nowhere/x.jsonl"),
@@ -425,6 +439,14 @@ WRONG = {  # options to change or add, and the message
     "a name of nothing": (
         lambda command: [*command, "--columns", "sentence", " "],
         "the argument behind 'sentence' is empty.",
+    ),
+    "no folder": (
+        lambda command: [command[0], "./nowhere", *command[2:]],
+        "cannot load './nowhere': there is no such folder.",
+    ),
+    "files of solved examples": (
+        lambda command: changed(command, task="mmlu"),
+        "--shots_files: name the files of MMLU's solved examples (dev), too.",
     ),
     "solved examples": (lambda command: [*command, "--shots_files", "x"], "--shots_files is for mmlu, not for text-"),
     "size": (lambda command: [*command, "--keep_ratio", "0.0001"], "keep_ratio=0.0001 cannot be reached"),

@@ -63,6 +63,11 @@ def test_refuses_a_file_that_cannot_be_written_before_any_work(models, capsys, m
 def test_refuses_models_of_different_inputs_and_classes_that_transformers_lacks(models, capsys):
     assert main(["benchmark", str(models / "dense"), str(models / "pictures")]) == 1
     assert "other kinds of input" in capsys.readouterr().err
+    larger = llama()[0]
+    larger.resize_token_embeddings(larger.config.vocab_size + 8)
+    larger.save_pretrained(models / "other words")
+    assert main(["benchmark", str(models / "dense"), str(models / "other words")]) == 1
+    assert "other kinds of input" in capsys.readouterr().err
     config = models / "dense" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": ["MyOwn"]}))
     assert main(["benchmark", str(models / "dense")]) == 1

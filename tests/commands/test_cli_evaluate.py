@@ -194,6 +194,21 @@ class TestSolvedExamples:
 
 
 class TestCompress:
+    def test_of_longer_blocks_of_text_than_the_model_takes_is_refused_before_any_work(self, tmp_path, capsys):
+        model = llama()
+        model.save_pretrained(tmp_path / "model")
+        byte_tokenizer().save_pretrained(tmp_path / "model")
+        (tmp_path / "text.txt").write_text("some words of a text\n" * 400)
+        limit = model.config.max_position_embeddings
+        where = ["--task", "wikitext2", "--dataset", "text", "--data_files", str(tmp_path / "text.txt")]
+        command = ["compress", str(tmp_path / "model"), *where, "--output", str(tmp_path / "out")]
+        assert main(command) == 1
+        assert (
+            f"blocks of 2048 tokens, but the model takes {limit}; give --max_length {limit}" in capsys.readouterr().err
+        )
+        assert main([*command, "--max_length", str(limit + 1)]) == 1
+        assert "--max_length: the text is read in blocks" in capsys.readouterr().err
+
     def test_of_a_task_without_a_data_set_asks_for_one(self, place, tmp_path, capsys):
         arguments = ["--task", "text-classification", "--output", str(tmp_path / "out")]
         text = tmp_path / "text"

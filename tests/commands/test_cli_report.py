@@ -50,6 +50,12 @@ class TestReport:
         assert (folder / "else" / "where" / "rank_per_layer.png").exists()
         assert not (folder / "figures").exists()
 
+    def test_does_not_write_figures_into_a_file(self, folder, capsys):
+        assert main(["report", str(folder), "--plots", str(folder / REPORT_NAME)]) == 1
+        shown = capsys.readouterr()
+        assert f"--plots: {folder / REPORT_NAME} is no folder." in shown.err
+        assert not shown.out
+
     def test_does_not_write_figures_through_a_link(self, folder, tmp_path_factory, capsys):
         elsewhere = tmp_path_factory.mktemp("elsewhere")
         (folder / "figures").symlink_to(elsewhere)
@@ -67,16 +73,18 @@ class TestReport:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            (None, "error: cannot read compression_report.json in"),
-            (b"\xff\xfe", "error: cannot read compression_report.json in"),
-            (b"{}", "error: this is no compression report"),
+            (None, "error: {folder} has no compression_report.json, which a checkpoint has that this package"),
+            (b"\xff\xfe", "error: {folder}/compression_report.json cannot be read"),
+            (b"{}", "error: {folder}/compression_report.json: this is no compression report"),
         ],
     )
     def test_of_a_folder_without_one_is_an_error(self, content, message, tmp_path, capsys):
+        assert main(["report", str(tmp_path / "nowhere")]) == 1
+        assert f"error: there is no folder {tmp_path / 'nowhere'}" in capsys.readouterr().err
         if content is not None:
             (tmp_path / REPORT_NAME).write_bytes(content)
         assert main(["report", str(tmp_path)]) == 1
-        shown = capsys.readouterr()
+        shown, message = capsys.readouterr(), message.format(folder=tmp_path)
         assert message in shown.err
         assert shown.out == ""
 

@@ -89,6 +89,10 @@ class TestModels:
         with pytest.raises(ConfigurationError, match=r"BertForSequenceClassification.*--task"):
             load(trained, head)
 
+    def test_may_be_read_without_their_head(self, trained):
+        found = load_model("AutoModel", str(trained), "float32")
+        assert type(found).__name__ == "BertModel"
+
     def test_of_another_head_with_the_same_tensors_are_refused(self, tmp_path):
         options = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
         options |= dict.fromkeys(["pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"], 0)
