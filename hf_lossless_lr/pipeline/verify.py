@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..checkpoint import LosslessLowRankConfig
 from ..data import combined_digest, draw_labels, examine, make_dataloader
@@ -17,6 +18,8 @@ from ..renamed import refusing_old_names
 from ..report import Certificate
 from ..verdict import certify, paired_outcomes
 from .agreeing import check_same
+
+logger = logging.get_logger(__name__)
 
 
 @refusing_old_names
@@ -73,6 +76,11 @@ def verify(
         raise TargetError(
             "this is one model twice, which is as good as itself. compress() changes the model in place: load the "
             "dense one once more, or take a deepcopy of it before."
+        )
+    if isinstance(getattr(getattr(dense, "config", None), "quantization_config", None), LosslessLowRankConfig):
+        logger.warning(
+            "the first model is itself compressed, and the second one is compared with that. compress() and "
+            "compress_to() change a model in place: load the dense one anew, or take a deepcopy of it before."
         )
     for model in (dense, compressed):
         if not isinstance(model, nn.Module):

@@ -7,7 +7,15 @@ import torch
 from support.compressions import certifiable
 from support.tiny_models import split_batch
 
-from hf_lossless_lr import CertificateError, ConfigurationError, DataError, TargetError, verify
+from hf_lossless_lr import (
+    CertificateError,
+    ConfigurationError,
+    DataError,
+    LosslessLowRankConfig,
+    LowRankCompressor,
+    TargetError,
+    verify,
+)
 from hf_lossless_lr.data.digests import combined_digest, item_digests
 from hf_lossless_lr.data.loaders import make_dataloader
 from hf_lossless_lr.data.splits import split_data
@@ -97,6 +105,15 @@ class TestVerify:
             verify(model, model, batches)
         with pytest.raises(TargetError, match="takes two models, got str"):
             verify("folder", model, batches)
+
+    def test_says_so_where_the_first_one_is_compressed_too(self, pair, caplog):
+        model, batches = pair
+        smaller = deepcopy(model)
+        LowRankCompressor(LosslessLowRankConfig(refit=False)).compress(smaller, split_batch(certifiable()[1], 4))
+        verify(model, smaller, batches)
+        assert "itself compressed" not in caplog.text
+        verify(smaller, model, batches)
+        assert "the first model is itself compressed" in caplog.text
 
     def test_refuses_models_of_different_tasks(self, pair):
         model, batches = pair
